@@ -1,0 +1,291 @@
+"""`DatabaseSessionManager`: the engine, the pool and the open scopes of one database, from open to close."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from types import TracebackType
+from typing import Self, cast
+
+from sqlalchemy import URL, MetaData, make_url, text
+from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.orm import DeclarativeBase
+
+from .engine import Engines
+from .errors import AlreadyInitializedError, ConnectionFailedError, NotInitializedError, OwnershipError
+from .scope import Scope, current_scope, finish_commit, finish_rollback, scopes_here, to_the_end
+from .session import ScopedSession, SessionBlock
+from .settings import DatabaseSettings
+from .transaction import TransactionManager
+
+SERVER_TIMEOUT = 120.0  # seconds for an embedded server to start or stop
+
+
+class Base(AsyncAttrs, DeclarativeBase):
+    """A base for models, for who has none: constraints have names, and a row can be read after its commit."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012  # as SQLAlchemy wants it
+
+
+class DatabaseSessionManager:
+    """One database: makes its engine, hands out sessions and transactions, and ends cleanly.
+
+    The constructor does no I/O. `settings` are what `open()` opens with; `metadata` (default: `Base.metadata`) holds
+    the tables of `create_all()`. A manager belongs to the event loop and process in which it is first used, until it
+    is closed; elsewhere it raises `OwnershipError`.
+    """
+
+    def __init__(
+        self, settings: DatabaseSettings | str | URL | None = None, *, metadata: MetaData | None = None
+    ) -> None:
+        self.metadata = Base.metadata if metadata is None else metadata
+        self.transaction = TransactionManager(self)
+        self._given = None if settings is None else _settings(settings)
+        self._settings = self._given
+        self._engines: Engines | None = None
+        self._proven = False  # that the database answers
+        self._closing = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._open: set[object] = set()  # scopes, and connections of connect()
+        self._drained: asyncio.Event | None = None
+
+    # Opening and closing
+
+    def init(self, host: str | URL | DatabaseSettings) -> None:
+        """Make the engine and what makes sessions; no I/O. Raises `ConfigurationError`, `AlreadyInitializedError`."""
+        if self._engines is not None:
+            raise AlreadyInitializedError("close() it first, or make another manager for another database")
+        self._settings = _settings(host)
+        self._engines = Engines(self._settings)
+
+    async def open(self) -> None:
+        """Make sure that the database answers, within `connect_timeout` seconds.
+
+        Raises `ConnectionFailedError` and leaves nothing open then; `NotInitializedError` where no settings are known.
+        """
+        self._check_loop()
+        async with self._turn:
+            if self._proven:
+                return
+            made_here = self._engines is None
+            if made_here:
+                if self._given is None:
+                    raise NotInitializedError("give it settings, or call init(url) before open()")
+                self.init(self._given)
+            engines = self._initialized()
+            try:
+                await self._prove(engines)
+                self._proven = True
+            finally:
+                if not self._proven:
+                    await self._dispose(engines, forget=made_here)
+
+    async def close(self) -> None:
+        """Refuse new scopes, wait `drain_timeout` seconds for the open ones, cut off the rest, dispose the engine."""
+        engines = self._initialized()
+        self._check_loop()
+        async with self._turn:
+            if engines is not self._engines:
+                return  # closed by another task meanwhile
+            self._closing = True
+            try:
+                await self._drain()
+            finally:
+                for left in self._open:
+                    if isinstance(left, Scope):
+                        left.cut_off = True
+                        left.end()
+                await self._dispose(engines, forget=True)
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._engines is not None:
+            await self.close()
+
+    async def _prove(self, engines: Engines) -> None:
+        timeout = self.settings.connect_timeout
+        if engines.server:
+            await to_the_end(asyncio.to_thread(engines.server.start), SERVER_TIMEOUT)
+        try:
+            async with asyncio.timeout(timeout), engines.primary.connect() as connection:
+                await connection.execute(text("SELECT 1"))
+        except Exception as error:
+            url = make_url(self.settings.url)
+            host = f"{url.host or 'its default'}{f':{url.port}' if url.port else ''}"
+            user = url.username or "its default"
+            server = "" if url.get_backend_name() == "sqlite" else f" on host {host} as user {user}"
+            reason: BaseException = error
+            while reason.__cause__ is not None:
+                reason = reason.__cause__
+            why = f"no answer within {timeout:g} s" if isinstance(error, TimeoutError) else str(reason)
+            raise ConnectionFailedError(
+                f"could not open database {url.database!r}{server}: {type(reason).__name__}: {why}"
+            ) from error
+
+    async def _drain(self) -> None:
+        """Wait for the open scopes; not for those around this very call, which cannot end before it."""
+        awaited = self._open - set(scopes_here(self))
+        deadline = asyncio.get_running_loop().time() + self.settings.drain_timeout
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(deadline):
+                while awaited & self._open:
+                    self._drained = asyncio.Event()
+                    await self._drained.wait()
+
+    async def _dispose(self, engines: Engines, *, forget: bool) -> None:
+        """Close all connections, those in use too; one that does not close in time is left to itself."""
+        timeout = self.settings.rollback_timeout
+        try:
+            if self._open:
+                with suppress(TimeoutError):
+                    await to_the_end(engines.terminate(), timeout)
+            with suppress(TimeoutError):
+                await to_the_end(engines.dispose(), timeout)
+        finally:
+            if forget:
+                self._engines = self._loop = None
+                self._proven = self._closing = False
+                self._open = set()
+            if engines.server:
+                await to_the_end(asyncio.to_thread(engines.server.stop), SERVER_TIMEOUT)
+
+    # Use
+
+    def session(self) -> AbstractAsyncContextManager[AsyncSession]:
+        """A new `AsyncSession`, the current one inside the block. It commits nothing by itself.
+
+        It is rolled back and closed at the block's end. Changes that were neither committed nor rolled back raise an
+        `UncommittedChangesWarning`.
+        """
+        return SessionBlock(self)
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncGenerator[AsyncConnection]:
+        """An `AsyncConnection` in a transaction, which commits when the block ends well, and else rolls back."""
+        engines = self._admit()
+        pending = engines.writing.connect()
+        self._open.add(pending)
+        error: BaseException | None = None
+        try:
+            connection = await pending
+            try:
+                transaction = await connection.begin()
+                yield connection
+                await finish_commit(transaction.commit(), self.settings.commit_timeout)
+            except BaseException as raised:
+                error = raised
+                raise
+            finally:
+                await finish_rollback(_give_back(connection), self.settings.rollback_timeout, error)
+        finally:
+            self._forget(pending)
+
+    async def create_all(self, connection: AsyncConnection) -> None:
+        """Create the tables of `metadata` that are not there."""
+        await connection.run_sync(self.metadata.create_all)
+
+    async def drop_all(self, connection: AsyncConnection) -> None:
+        """Drop the tables of `metadata` that are there."""
+        await connection.run_sync(self.metadata.drop_all)
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The `AsyncEngine` of the primary. Raises `NotInitializedError`."""
+        return self._initialized().primary
+
+    # For scopes: what `scope.Owner` asks for
+
+    @property
+    def settings(self) -> DatabaseSettings:
+        """What it was initialized with. Raises `NotInitializedError`."""
+        if self._settings is None:
+            raise NotInitializedError(REMEDY)
+        return self._settings
+
+    def open_scope(self, *, writes: bool) -> Scope:
+        engines = self._admit()
+        bind = engines.writing if writes else engines.primary
+        session = AsyncSession(bind, sync_session_class=ScopedSession, expire_on_commit=False)
+        scope = Scope(self, session)
+        cast(ScopedSession, session.sync_session).scope = scope
+        self._open.add(scope)
+        return scope
+
+    def forget_scope(self, scope: Scope) -> None:
+        self._forget(scope)
+
+    def _forget(self, left: object) -> None:
+        self._open.discard(left)
+        if self._drained is not None:
+            self._drained.set()
+
+    def _admit(self) -> Engines:
+        """The engines, for one more scope or connection here and now."""
+        engines = self._initialized()
+        self._check_loop()
+        if self._closing and current_scope(self) is None:
+            raise NotInitializedError("it is being closed: only what is open already is still served")
+        return engines
+
+    def _initialized(self) -> Engines:
+        if self._engines is None:
+            raise NotInitializedError(REMEDY)
+        return self._engines
+
+    def _check_loop(self) -> None:
+        """The first loop to use it owns it."""
+        loop = _running_loop()
+        if self._loop is None:
+            self._loop, self._process, self._turn = loop, os.getpid(), asyncio.Lock()
+        elif self._loop is not loop:
+            forked = self._process != os.getpid()
+            raise OwnershipError(
+                "this manager belongs to "
+                + ("the process that this one was forked from" if forked else "another event loop")
+                + ": its connections cannot be shared. close() it there first, or make a manager for each"
+            )
+
+
+REMEDY = "call init(url) or await open() first, or start the container with Lifespan; after close() open it anew"
+
+
+def _settings(given: DatabaseSettings | str | URL) -> DatabaseSettings:
+    return given if isinstance(given, DatabaseSettings) else DatabaseSettings(url=given)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:  # a coroutine that goes on in a forked process has none
+        return None
+
+
+async def _give_back(connection: AsyncConnection) -> None:
+    """Close, which rolls back what was not committed."""
+    transaction = connection.get_transaction()
+    try:
+        if transaction is not None and not transaction.is_active:
+            await connection.invalidate()  # its commit was refused, which on SQLite leaves it open
+        await connection.close()
+    except BaseException:
+        await connection.invalidate()
+        raise
+
+
+sessionmanager = DatabaseSessionManager()

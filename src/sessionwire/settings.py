@@ -1,0 +1,325 @@
+"""Typed, validated settings: from arguments, the environment, a secrets directory and YAML, in this order."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self, cast, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NestedSecretsSettingsSource,
+    SecretsSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+from .errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+ASYNC_DRIVERS = {
+    "postgres": "postgresql+asyncpg",
+    "postgresql": "postgresql+asyncpg",
+    "sqlite": "sqlite+aiosqlite",
+    "mysql": "mysql+asyncmy",
+    "mariadb": "mariadb+asyncmy",
+}
+ARGUMENT, ENVIRONMENT, CONFIG = "argument", "environment", "config"  # where a value came from, if not from a file
+SECRET_QUERY_KEYS = ("password", "passwd", "sslpassword")
+SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+
+
+class DatabaseURL(URL):
+    """A `sqlalchemy.URL` that shows no password, in its query neither."""
+
+    def render_as_string(self, hide_password: bool = True) -> str:
+        secrets = [key for key in self.query if key.lower() in SECRET_QUERY_KEYS] if hide_password else []
+        return URL.render_as_string(self.update_query_dict(dict.fromkeys(secrets, "***")), hide_password)
+
+    def __str__(self) -> str:
+        return self.render_as_string()
+
+    def __repr__(self) -> str:
+        return self.render_as_string()
+
+
+class ShownURL(str):
+    """A URL as text without its passwords, as settings are dumped; given to settings again, it is the whole URL."""
+
+    url: DatabaseURL
+
+
+def show_url(url: DatabaseURL) -> str:
+    shown = ShownURL(url)
+    shown.url = url
+    return shown
+
+
+def parse_url(value: object) -> DatabaseURL:
+    """The URL with its async driver filled in. Raises `ValueError` with the remedy, never showing what it was given."""
+    if isinstance(value, ShownURL):
+        return value.url
+    if isinstance(value, str) and value.startswith("embedded:") and not value.startswith("embedded://"):
+        value = URL.create("embedded", database=value.removeprefix("embedded:"))
+    try:
+        url = make_url(value)  # type: ignore[arg-type]  # it checks the type itself
+    except (ArgumentError, ValueError):
+        raise ValueError(
+            "not a database URL; one looks like postgresql://user@host/database or sqlite:///file.db, "
+            "with any of @ : / ? # in a password percent-encoded"
+        ) from None
+    url = url.set(drivername=ASYNC_DRIVERS.get(url.drivername, url.drivername))
+    if url.drivername != "embedded":
+        _check_driver(url)
+    elif not url.database or url.host:
+        raise ValueError("an embedded server needs a directory, such as embedded:./var/postgres, and no host")
+    if url.query.get("sslmode", "prefer") not in SSL_MODES:
+        raise ValueError(f"there is no such sslmode; there are {', '.join(SSL_MODES)}")
+    return DatabaseURL._make(url)
+
+
+def _check_driver(url: URL) -> None:
+    try:
+        dialect = url.get_dialect().get_async_dialect_cls(url)
+        if not dialect.is_async:
+            remedy = ASYNC_DRIVERS.get(url.get_backend_name(), "the name of an asynchronous driver")
+            raise ValueError(f"{url.drivername!r} is a synchronous driver: write {remedy} instead")
+        dialect.import_dbapi()
+    except NoSuchModuleError:
+        raise ValueError(
+            f"SQLAlchemy knows no {url.drivername!r}: is it misspelt, or the package of its dialect not installed?"
+        ) from None
+    except ImportError as error:
+        package = error.name or url.get_driver_name()
+        raise ValueError(f"the driver of {url.drivername!r} is not installed: pip install {package}") from None
+
+
+class Source(NamedTuple):
+    """Where values came from, and what stood there."""
+
+    name: str
+    values: Mapping[str, Any]
+
+    def gave(self, key: tuple[str | int, ...]) -> bool:
+        value: object = self.values
+        for part in key:
+            if not isinstance(value, Mapping):
+                return True  # what stands there came from here as a whole
+            value = {str(name): below for name, below in cast("Mapping[object, object]", value).items()}
+            if str(part) not in value:
+                return False
+            value = value[str(part)]
+        return True
+
+
+class ReportsConfigurationErrors(ModelMetaclass):
+    """Makes `Model(…)` raise `ConfigurationError`; a nested model leaves the report to the outer one."""
+
+    if not TYPE_CHECKING:  # a checker is to see the model's own signature
+
+        def __call__(cls, *args, **values):
+            return cls.validated(values, Source(ARGUMENT, values)) if not args else super().__call__(*args, **values)
+
+    def validated(cls, values: Mapping[str, Any], *sources: Source) -> Any:
+        """The model of these values, with their sources for the report. Raises `ConfigurationError`."""
+        try:
+            return super().__call__(**{str(key): value for key, value in values.items()})
+        except ValidationError as error:
+            problems = error.errors(include_url=False, include_input=False, include_context=False)
+        raise ConfigurationError("\n".join(_explain(cls, problem, sources) for problem in problems))
+
+
+class _Model(BaseModel, metaclass=ReportsConfigurationErrors):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class PoolSettings(_Model):
+    """The pool of connections; durations in seconds."""
+
+    size: int = Field(5, ge=1, description="connections that are kept open")
+    max_overflow: int = Field(10, ge=0, description="further connections under load, closed when given back")
+    timeout: float = Field(30, gt=0, description="how long to wait for a connection; on SQLite, for the write lock too")
+    recycle: float | None = Field(None, gt=0, description="the age at which a connection is replaced; none: never")
+
+
+class DatabaseSettings(_Model):
+    """One database; durations in seconds. Raises `ConfigurationError`."""
+
+    url: Annotated[str | URL, PlainValidator(parse_url), PlainSerializer(show_url)] = Field(
+        description="postgresql://…, sqlite:///file.db, sqlite:// (a temporary file) or embedded:./directory"
+    )
+    pool: PoolSettings = PoolSettings()
+    connect_timeout: float = Field(10, gt=0, description="for open(), and for each new connection")
+    drain_timeout: float = Field(10, ge=0, description="how long close() waits for open scopes")
+    commit_timeout: float = Field(10, gt=0, description="how long a commit that was sent is waited for")
+    rollback_timeout: float = Field(5, gt=0, description="a rollback that takes longer costs the connection")
+    echo: bool = Field(False, description="log each statement")
+    application_name: str | None = Field(None, description="the name shown in PostgreSQL's pg_stat_activity")
+
+    @classmethod
+    def load(cls, raw: Mapping[str, Any] | None) -> Self:
+        """From raw values, as a `Configuration` provider holds them; there, None is what was not set.
+
+        Raises `ConfigurationError`.
+        """
+        given = _without_none(raw or {})
+        if not isinstance(given, dict):
+            raise ConfigurationError(f"{CONFIG}: keys such as url and pool are expected, not a {type(raw).__name__}")
+        values = cast("dict[str, Any]", given)
+        loaded: Self = cls.validated(values, Source(CONFIG, values))
+        return loaded
+
+
+def _without_none(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    items = cast("Mapping[str, Any]", value).items()
+    return {key: _without_none(below) for key, below in items if below is not None}
+
+
+class Settings(BaseSettings, metaclass=ReportsConfigurationErrors):
+    """What a service reads at its start. Subclass it for further sections, or for a prefix in the environment."""
+
+    model_config = SettingsConfigDict(env_nested_delimiter="__", extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    database: DatabaseSettings
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, *, secrets_dir: str | Path | None = None, **arguments: Any) -> Self:
+        """Arguments over environment over secrets directory over the YAML file at `path` over defaults.
+
+        A secrets directory holds a file per value, named as its environment variable would be. Raises
+        `ConfigurationError`.
+        """
+        sources = [Source(ARGUMENT, arguments), Source(ENVIRONMENT, _Environment(cls)())]
+        if secrets_dir:
+            sources.append(Source(f"secrets in {secrets_dir}", _read_secrets(cls, secrets_dir)))
+        if path:
+            sources.append(Source(str(path), _read_yaml(Path(path))))
+        _check_environment(cls)
+        loaded: Self = cls.validated(_merged(*(source.values for source in sources)), *sources)
+        return loaded
+
+
+class _Environment(EnvSettingsSource):
+    """Names the section that cannot be parsed."""
+
+    def prepare_field_value(self, field_name: str, field: FieldInfo, value: Any, value_is_complex: bool) -> Any:
+        try:
+            return super().prepare_field_value(field_name, field, value, value_is_complex)
+        except ValueError:
+            variable = _variable(self.settings_cls, (field_name,))
+            raise ConfigurationError(
+                f"{field_name} (environment variable {variable}, or one below it): this is not JSON; write it so, or "
+                f"set it key by key, as {variable}__…"
+            ) from None
+
+
+def _read_secrets(settings: type[Settings], directory: str | Path) -> Mapping[str, Any]:
+    try:
+        files = SecretsSettingsSource(settings, directory)
+        return NestedSecretsSettingsSource(files, secrets_dir_missing="error")()
+    except SettingsError as error:
+        raise ConfigurationError(f"secrets_dir: {error}; it is to hold a file per value") from None
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}; the path is relative to {Path.cwd()}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = re.sub(r" '[^<'][^']+'", "", getattr(error, "problem", None) or "a value in it cannot be read")
+        raise ConfigurationError(
+            f"{path}{where}: this is not YAML in UTF-8: {problem}; check indentation, colons and quotes there"
+        ) from None
+    if values is not None and not isinstance(values, Mapping):
+        raise ConfigurationError(f"{path}: 'key: value' lines are expected, such as 'database:' and below it 'url: …'")
+    return cast("Mapping[str, Any]", values or {})
+
+
+def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The first layer that names a key has the word; mappings are merged key by key."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+                merged[key] = _merged(merged[key], cast("Mapping[str, Any]", value))
+            else:
+                merged.setdefault(key, value)
+    return merged
+
+
+def _check_environment(settings: type[Settings]) -> None:
+    """A misspelt section goes unseen by pydantic-settings; with a prefix of its own it can be told."""
+    prefix = _variable(settings, ())
+    sections = [name.upper() for name in settings.model_fields]
+    for variable in os.environ:
+        section, nested, _ = variable.upper().removeprefix(prefix).partition("__")
+        if prefix and nested and variable.upper().startswith(prefix) and section not in sections:
+            raise ConfigurationError(
+                f"environment variable {variable}: there is no section {section!r}{_did_you_mean(section, sections)}"
+            )
+
+
+def _variable(settings: type[BaseSettings], key: Sequence[str | int]) -> str:
+    return (settings.model_config.get("env_prefix", "") + "__".join(map(str, key))).upper()
+
+
+def _explain(model: type[Any], problem: ErrorDetails, sources: Sequence[Source]) -> str:
+    """One line: key, source, problem, remedy."""
+    key, kind, message = problem["loc"], problem["type"], problem["msg"].removeprefix("Value error, ")
+    fields = _fields_at(model, key[:-1] if kind == "extra_forbidden" else key)
+    if kind == "missing":  # of a section, name what it can't do without
+        key += tuple(name for name, field in fields.items() if field.is_required())[:1]
+    place = next((source.name for source in sources if source.gave(key)), "")
+    ways = ["as an argument" if source.name == ARGUMENT else f"in {source.name}" for source in sources]
+    if issubclass(model, BaseSettings):
+        variable = f"environment variable {_variable(model, key)}"
+        place = variable if place == ENVIRONMENT else place
+        ways = [way for way in ways if way != f"in {ENVIRONMENT}"] + [f"as {variable}"]
+    if kind == "missing":
+        message = f"is missing: set it {', or '.join(ways)}"
+    elif kind == "extra_forbidden":
+        message = "there is no such key" + _did_you_mean(str(key[-1]), list(fields))
+    elif kind == "model_type":
+        message = f"this is a section, with keys below it: {', '.join(fields)}"
+    return f"{'.'.join(map(str, key))}{f' ({place})' if place else ''}: {message}"
+
+
+def _fields_at(model: type[BaseModel], key: Sequence[str | int]) -> dict[str, FieldInfo]:
+    """The fields of the section that this key points to; none where it points to something else."""
+    fields = model.model_fields
+    for part in key:
+        for field in [field for name, field in fields.items() if part in (name, field.validation_alias)]:
+            models = _models_in(field.annotation)  # of a list or a dict too, whose indexes and keys are passed over
+            fields = models[0].model_fields if len(models) == 1 else {}
+    return fields
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def _did_you_mean(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, 1)
+    others = f"; there are {', '.join(sorted(names))}" if names else ""
+    return f"; did you mean {close[0]!r}?" if close else others

@@ -1,0 +1,113 @@
+"""Real databases for the tests: SQLite, and PostgreSQL from the embedded wheel, a fresh one each for each test."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+from sqlalchemy import select
+from sqlalchemy.pool import QueuePool
+
+from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
+from sessionwire.embedded import EmbeddedServer
+
+from .tables import Note
+
+
+class Postgres:
+    """The server of a test run, as an administrator sees it."""
+
+    def __init__(self, host: str) -> None:
+        self.host = host
+
+    async def execute(self, sql: str, *parameters: object) -> list[asyncpg.Record]:
+        connection = await asyncpg.connect(host=self.host, user="postgres", database="postgres")
+        try:
+            return await connection.fetch(sql, *parameters)
+        finally:
+            await connection.close()
+
+    def url(self, database: str) -> str:
+        return f"postgresql://postgres@/{database}?host={self.host}"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    directory = tempfile.mkdtemp(prefix="sessionwire-")  # pytest closes its own to the server's user
+    server = EmbeddedServer(Path(directory) / "data")
+    server.start()
+    administrator = Postgres(server.socket_directory)
+    for setting in ("fsync", "full_page_writes", "synchronous_commit"):  # nobody pulls the plug here
+        asyncio.run(administrator.execute(f"ALTER SYSTEM SET {setting} = off"))
+    asyncio.run(administrator.execute("SELECT pg_reload_conf()"))
+    yield administrator
+    server.stop()
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def server(backend: str, request: pytest.FixtureRequest) -> Postgres | None:
+    """The server of this test's database, where it has one."""
+    return request.getfixturevalue("postgres") if backend == "postgresql" else None
+
+
+@pytest.fixture
+async def database_url(server: Postgres | None, tmp_path: Path) -> AsyncIterator[str]:
+    """An empty database. At the end nobody may be connected to it."""
+    if server is None:
+        yield f"sqlite:///{tmp_path / 'test.db'}"
+        return
+    name = f"test_{uuid.uuid4().hex}"
+    await server.execute(f"CREATE DATABASE {name}")
+    yield server.url(name)
+    async with asyncio.timeout(5):
+        while left := await server.execute("SELECT query, state FROM pg_stat_activity WHERE datname = $1", name):
+            await asyncio.sleep(0.02)  # a server process outlives its client for a moment
+    assert not left
+    await server.execute(f"DROP DATABASE {name}")
+
+
+@pytest.fixture
+def settings(database_url: str) -> DatabaseSettings:
+    return DatabaseSettings(url=database_url, pool=PoolSettings(size=3, max_overflow=2, timeout=10))
+
+
+@pytest.fixture
+async def manager(settings: DatabaseSettings) -> AsyncIterator[DatabaseSessionManager]:
+    """An open manager with empty tables. At the end no connection may be checked out."""
+    async with DatabaseSessionManager(settings) as manager:
+        async with manager.connect() as connection:
+            await manager.create_all(connection)
+        yield manager
+        assert checked_out(manager) == 0
+
+
+@pytest.fixture(autouse=True)
+async def no_task_is_left() -> AsyncIterator[None]:
+    before = asyncio.all_tasks()
+    yield
+    left = asyncio.all_tasks() - before - {asyncio.current_task()}
+    assert not left, f"tasks are left: {left}"
+
+
+def checked_out(manager: DatabaseSessionManager) -> int:
+    pool = manager.engine.pool
+    assert isinstance(pool, QueuePool)
+    return pool.checkedout()
+
+
+async def notes(manager: DatabaseSessionManager) -> list[str]:
+    """What is in the database, as a connection of its own sees it."""
+    async with manager.connect() as connection:
+        return list(await connection.scalars(select(Note.text).order_by(Note.text)))

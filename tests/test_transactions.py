@@ -1,0 +1,198 @@
+"""Transactions: what begins, what joins, and how each block ends."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from sessionwire import (
+    CurrentSession,
+    DatabaseSessionManager,
+    TransactionManager,
+    UnexpectedRollbackError,
+    transactional,
+)
+
+from .conftest import notes
+from .tables import Note
+
+
+class Repository:
+    def __init__(self, session: AsyncSession) -> None:
+        self.session = session
+
+    async def add(self, text: str) -> Note:
+        note = Note(text=text)
+        self.session.add(note)
+        await self.session.flush()
+        return note
+
+
+class Service:
+    def __init__(self, notes: Repository, transaction: TransactionManager) -> None:
+        self.notes = notes
+        self.transaction = transaction
+
+    @transactional
+    async def write(self, *texts: str, fail: bool = False) -> list[int]:
+        """Write notes."""
+        written = [(await self.notes.add(text)).id for text in texts]
+        if fail:
+            raise ValueError("as asked")
+        return written
+
+
+@pytest.fixture
+def service(manager: DatabaseSessionManager) -> Service:
+    return Service(Repository(CurrentSession(manager)), TransactionManager(manager))
+
+
+class TestBlocks:
+    async def test_it_commits_when_the_block_ends_well(self, manager: DatabaseSessionManager) -> None:
+        async with manager.transaction() as session:
+            session.add(Note(text="kept"))
+        assert await notes(manager) == ["kept"]
+
+    @pytest.mark.parametrize("error", [ValueError, asyncio.CancelledError, KeyboardInterrupt, GeneratorExit])
+    async def test_it_rolls_back_on_any_error(
+        self, manager: DatabaseSessionManager, error: type[BaseException]
+    ) -> None:
+        with pytest.raises(error):
+            async with manager.transaction() as session:
+                session.add(Note(text="lost"))
+                await session.flush()
+                raise error
+        assert await notes(manager) == []
+
+    async def test_a_flush_at_the_end_that_fails_is_the_error(self, manager: DatabaseSessionManager) -> None:
+        with pytest.raises(IntegrityError):
+            async with manager.transaction() as session:
+                session.add_all([Note(text="twice"), Note(text="twice")])
+        assert await notes(manager) == []
+
+    async def test_it_joins_the_current_one(self, manager: DatabaseSessionManager) -> None:
+        assert not manager.transaction.active
+        async with manager.transaction() as outer:
+            outer.add(Note(text="outer"))
+            async with TransactionManager(manager)() as inner:
+                assert inner is outer
+                assert manager.transaction.active
+                inner.add(Note(text="inner"))
+            assert await notes_inside(outer) == ["inner", "outer"]
+        assert not manager.transaction.active
+        assert await notes(manager) == ["inner", "outer"]
+
+    async def test_a_joined_block_that_fails_takes_the_outer_one_with_it(self, manager: DatabaseSessionManager) -> None:
+        with pytest.raises(ValueError, match="inner"):
+            async with manager.transaction() as session:
+                session.add(Note(text="outer"))
+                async with manager.transaction():
+                    raise ValueError("inner")
+        assert await notes(manager) == []
+
+    async def test_a_joined_block_that_fails_and_is_caught_is_not_lost_quietly(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        with pytest.raises(UnexpectedRollbackError, match="ValueError: inner") as raised:
+            async with manager.transaction() as session:
+                session.add(Note(text="outer"))
+                try:
+                    async with manager.transaction():
+                        raise ValueError("inner")
+                except ValueError:
+                    pass
+        assert isinstance(raised.value.__cause__, ValueError)
+        assert await notes(manager) == []
+
+    async def test_a_flush_that_failed_and_was_caught_is_not_lost_quietly(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        with pytest.raises(UnexpectedRollbackError, match="a flush had failed"):
+            async with manager.transaction() as session:
+                session.add_all([Note(text="twice"), Note(text="twice")])
+                with pytest.raises(IntegrityError):
+                    await session.flush()
+        assert await notes(manager) == []
+
+    async def test_in_a_bare_session_it_commits_what_was_done_before_too(self, manager: DatabaseSessionManager) -> None:
+        async with manager.session() as session:
+            session.add(Note(text="before"))
+            async with manager.transaction() as same:
+                assert same is session
+                session.add(Note(text="inside"))
+            assert await notes(manager) == ["before", "inside"]
+            assert await session.scalar(select(1)) == 1
+
+    async def test_in_a_bare_session_it_rolls_back_what_was_done_before_too(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        async with manager.session() as session:
+            session.add(Note(text="before"))
+            with pytest.raises(ValueError, match="inside"):
+                async with manager.transaction():
+                    raise ValueError("inside")
+            assert await session.scalar(select(1)) == 1
+        assert await notes(manager) == []
+
+    async def test_nothing_is_sent_for_a_block_that_uses_nothing(self, manager: DatabaseSessionManager) -> None:
+        async with manager.transaction() as session:
+            assert not session.in_transaction()
+            assert manager.engine.pool.status().endswith("connections: 0")
+
+
+class TestTransactional:
+    async def test_a_method_is_a_transaction(self, manager: DatabaseSessionManager, service: Service) -> None:
+        assert len(await service.write("a", "b")) == 2
+        with pytest.raises(ValueError, match="as asked"):
+            await service.write("c", fail=True)
+        assert await notes(manager) == ["a", "b"]
+
+    async def test_a_method_joins_the_transaction_around_it(
+        self, manager: DatabaseSessionManager, service: Service
+    ) -> None:
+        with pytest.raises(ValueError, match="outer"):
+            async with manager.transaction():
+                await service.write("a")
+                raise ValueError("outer")
+        assert await notes(manager) == []
+
+    async def test_a_function_gets_it_as_a_parameter(self, manager: DatabaseSessionManager) -> None:
+        @transactional
+        async def write(text: str, transaction: TransactionManager) -> None:
+            CurrentSession(manager).add(Note(text=text))
+
+        await write("by position", manager.transaction)
+        await write(text="by name", transaction=manager.transaction)
+        assert await notes(manager) == ["by name", "by position"]
+
+    def test_it_keeps_name_docstring_and_signature(self) -> None:
+        assert Service.write.__name__ == "write"
+        assert Service.write.__doc__ == "Write notes."
+        assert asyncio.iscoroutinefunction(Service.write)
+
+    def test_it_refuses_what_is_no_coroutine_function(self) -> None:
+        with pytest.raises(TypeError, match="write 'async def"):
+
+            @transactional  # type: ignore[arg-type]
+            def write(self: object) -> None: ...
+
+    async def test_it_says_what_is_missing(self) -> None:
+        class Incomplete:
+            @transactional
+            async def write(self) -> None: ...
+
+        with pytest.raises(TypeError, match=r"the attribute 'transaction' of Incomplete is NoneType"):
+            await Incomplete().write()
+
+        with pytest.raises(TypeError, match="neither a parameter 'transaction' nor a self"):
+
+            @transactional
+            async def write() -> None: ...
+
+
+async def notes_inside(session: AsyncSession) -> list[str]:
+    return list(await session.scalars(select(Note.text).order_by(Note.text)))
