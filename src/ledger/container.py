@@ -1,0 +1,28 @@
+"""How the ledger is put together: the one place that knows which class gets which."""
+# pyright: reportUnknownMemberType=false
+# The providers of a nested container have no types in dependency-injector.
+
+from dependency_injector import containers, providers
+
+from sessionwire import DatabaseContainer
+
+from .repositories import AccountRepository, TransferRepository
+from .services import AccountService, TransferService
+from .settings import LedgerSettings
+
+
+class Container(containers.DeclarativeContainer):
+    """`accounts` and `transfers` are the services; `Container(settings=…)` takes settings that are loaded already."""
+
+    settings = providers.ThreadSafeSingleton(LedgerSettings.load)
+    db = providers.Container(DatabaseContainer, settings=settings.provided.database)
+
+    account_repository = providers.Factory(AccountRepository, session=db.session)
+    transfer_repository = providers.Factory(TransferRepository, session=db.session)
+
+    accounts = providers.Factory(
+        AccountService, accounts=account_repository, transfers=transfer_repository, transaction=db.transaction
+    )
+    transfers = providers.Factory(
+        TransferService, accounts=account_repository, transfers=transfer_repository, transaction=db.transaction
+    )

@@ -1,0 +1,64 @@
+"""The command line: what it says, and how it exits, where a demo can't run or is interrupted."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from .conftest import Finished, Ledger
+
+
+def assert_explained(finished: Finished, *says: str) -> None:
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    assert "Traceback" not in finished.stderr
+    for words in says:
+        assert words in finished.stderr
+
+
+def test_without_any_argument_it_runs_from_any_directory_on_a_file_of_its_own(ledger: Ledger, tmp_path: Path) -> None:
+    finished = ledger.run("demo", "--transfers", "20")
+
+    assert finished.returncode == 0, finished.stderr
+    assert "SQLite" in finished.stdout
+    assert (tmp_path / "var" / "ledger.db").exists()
+
+
+def test_a_misspelt_key_is_explained(ledger: Ledger, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("database:\n  url: sqlite://\n  pol:\n    size: 5\n")
+
+    assert_explained(ledger.run("demo", "--config", "my.yaml"), "database.pol (my.yaml)", "did you mean 'pool'?")
+
+
+def test_a_missing_file_is_explained(ledger: Ledger) -> None:
+    assert_explained(ledger.run("demo", "--config", "nowhere.yaml"), "nowhere.yaml: No such file or directory")
+
+
+def test_a_database_that_does_not_answer_is_explained_without_its_password(ledger: Ledger) -> None:
+    finished = ledger.on("postgresql://someone:secret@127.0.0.1:9/ledger").run("demo")
+
+    assert_explained(finished, "'ledger'", "127.0.0.1:9", "'someone'")
+    assert "secret" not in finished.stderr
+
+
+def test_a_number_that_makes_no_demo_is_explained(ledger: Ledger, subtests: pytest.Subtests) -> None:
+    for option, number in [("--workers", "0"), ("--accounts", "1"), ("--transfers", "many")]:
+        with subtests.test(option):
+            assert_explained(ledger.run("demo", option, number), f"argument {option}")
+
+
+def test_interrupted_it_ends_quietly_with_130(ledger: Ledger, database_url: str) -> None:
+    demo = ledger.on(database_url).start("demo", "--transfers", "100000", python=("-W", "error", "-X", "dev"))
+    assert demo.stdout is not None
+    while "Sending" not in demo.stdout.readline():
+        assert demo.poll() is None
+
+    demo.send_signal(signal.SIGINT)
+    finished = ledger.finish(demo)
+
+    assert finished.returncode == 130
+    assert "interrupted" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert "Warning" not in finished.stderr

@@ -1,0 +1,101 @@
+"""SIGKILL in the middle: what was acknowledged is in the books, and the books are right."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from ledger.container import Container
+from ledger.models import Account
+from ledger.settings import LedgerSettings
+from sessionwire import DatabaseSettings, Lifespan
+
+from .conftest import Ledger
+
+SENDER = """
+import asyncio
+from decimal import Decimal
+from ledger.container import Container
+from sessionwire import Lifespan
+
+async def send_all():
+    async with Lifespan(Container()) as container:
+        async def send(sender):
+            for number in range(100_000):
+                await container.transfers().transfer(1, 2, Decimal("0.01"), f"{sender}-{number}")
+                print(f"{sender}-{number}", flush=True)
+        await asyncio.gather(*map(send, range(10)))
+
+asyncio.run(send_all())
+"""
+
+
+async def test_what_was_acknowledged_before_is_in_the_books_once(
+    ledger: Ledger, container: Container, alice: Account, bob: Account, database_url: str
+) -> None:
+    assert (alice.id, bob.id) == (1, 2)  # between whom the sender sends
+    sender = ledger.on(database_url).start_python("-c", SENDER)
+    assert sender.stdout is not None
+    acknowledged = [sender.stdout.readline().strip() for _ in range(50)]
+    sender.kill()
+    acknowledged += sender.communicate()[0].split()
+
+    booked = [transfer.key for transfer in await container.accounts().statement(alice.id, limit=100_000)]
+
+    assert set(acknowledged) <= set(booked)
+    assert len(set(booked)) == len(booked) <= len(acknowledged) + 10  # each sender had one more under way
+    assert (await container.accounts().audit()).agree
+
+
+async def test_the_demo_started_again_finds_the_books_right(
+    ledger: Ledger, container: Container, database_url: str
+) -> None:
+    killed = ledger.on(database_url).start("demo", "--transfers", "100000")
+    await kill_in_the_middle(killed, container)
+
+    again = await asyncio.to_thread(ledger.run, "demo", "--transfers", "20")
+
+    assert_right_again(again)
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """Outside of pytest's own, which each pytest that starts closes to other users: as root, the server is one."""
+    with TemporaryDirectory(prefix="ledger-") as directory:
+        yield Path(directory, "postgres")
+
+
+async def test_so_it_does_on_the_embedded_server_which_was_the_killed_demos_own(
+    ledger: Ledger, directory: Path
+) -> None:
+    settings = LedgerSettings(database=DatabaseSettings(url=f"embedded:{directory}"))
+    killed = ledger.on(str(settings.database.url)).start("demo", "--transfers", "100000")
+    assert killed.stdout is not None
+    while "Sending" not in await asyncio.to_thread(killed.stdout.readline):
+        assert killed.poll() is None
+    async with Lifespan(Container(settings=settings)) as container:
+        await kill_in_the_middle(killed, container)
+
+    again = await asyncio.to_thread(ledger.run, "demo", "--transfers", "20")
+
+    assert_right_again(again)
+    assert not (directory / "postmaster.pid").exists()  # stopped with its last user
+
+
+async def kill_in_the_middle(demo: subprocess.Popen[str], container: Container) -> None:
+    while (await container.accounts().audit()).transfers < 20:
+        assert demo.poll() is None
+        await asyncio.sleep(0.05)
+    demo.kill()
+    demo.wait()
+
+
+def assert_right_again(again: subprocess.CompletedProcess[str]) -> None:
+    assert again.returncode == 0, again.stderr
+    assert re.search(r"Earlier runs left 10 accounts and [\d,]+ transfers: the books are right.", again.stdout)

@@ -1,0 +1,122 @@
+"""The demo as its user runs it, on both databases: the proof, and the exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import re
+from decimal import Decimal
+
+import pytest
+from dependency_injector import providers
+from rich.console import Console
+from sqlalchemy import text
+
+from ledger.container import Container
+from ledger.demo import Options, demo
+from ledger.models import Transfer
+from ledger.screen import Screen
+from ledger.services import TransferService
+
+from .conftest import Ledger
+
+
+def test_it_proves_that_nothing_is_lost_and_does_so_again(ledger: Ledger, database_url: str) -> None:
+    ledger.on(database_url)
+
+    first = ledger.run("demo", "--transfers", "60", python=("-W", "error", "-X", "dev"))
+    second = ledger.run("demo", "--transfers", "40", "--accounts", "3", "--workers", "2")
+
+    assert first.returncode == 0, first.stderr
+    assert "Warning" not in first.stderr
+    assert "Traceback" not in first.stderr
+    assert "The books are empty." in first.stdout
+    assert re.search(r"✔ sum of all balances +0.00 \+ 10,000.00 opened = 10,000.00", first.stdout)
+    assert re.search(r"✔ acknowledged, booked once +48 of 48", first.stdout)
+    assert re.search(r"✔ refused, not booked +12 of 12", first.stdout)
+    assert "Nothing lost. 60 transfers in" in first.stdout
+    assert second.returncode == 0, second.stderr
+    assert "Earlier runs left 10 accounts and 45 transfers: the books are right." in second.stdout
+    assert "10,000.00 + 3,000.00 opened = 13,000.00" in second.stdout
+
+
+def test_two_at_the_same_time_on_one_empty_database_are_both_right(ledger: Ledger, database_url: str) -> None:
+    ledger.on(database_url)
+
+    finished = [ledger.finish(demo) for demo in [ledger.start("demo", "--transfers", "40") for _ in range(2)]]
+
+    assert [demo.returncode for demo in finished] == [0, 0], finished
+
+
+@pytest.mark.parametrize("backend", ["sqlite"])
+async def test_books_that_are_wrong_already_are_said_to_be_and_exit_with_1(
+    ledger: Ledger, container: Container, database_url: str
+) -> None:
+    account = await container.accounts().open("Alice", Decimal("100.00"))
+    async with container.db.sessionmanager().connect() as connection:
+        await connection.execute(text(f"UPDATE account SET balance = balance + 1 WHERE id = {account.id}"))
+
+    finished = await asyncio.to_thread(ledger.on(database_url).run, "demo", "--transfers", "20")
+
+    assert finished.returncode == 1
+    assert "the books are WRONG." in finished.stdout
+    assert re.search(r"✘ balances match their transfers +10 of 11 accounts", finished.stdout)
+    assert "Nothing lost." not in finished.stdout
+
+
+class AcknowledgesWhatItNeverBooked(TransferService):
+    async def transfer(self, source: int, target: int, amount: Decimal, key: str) -> Transfer:
+        if key.endswith("-1"):
+            return Transfer(id=0, source_id=source, target_id=target, amount=amount, key=key)
+        return await super().transfer(source, target, amount, key)
+
+
+class BooksTwice(TransferService):
+    async def transfer(self, source: int, target: int, amount: Decimal, key: str) -> Transfer:
+        if key.endswith("-1"):
+            await super().transfer(source, target, amount, f"{key} again")
+        return await super().transfer(source, target, amount, key)
+
+
+class BooksAnotherAmount(TransferService):
+    async def transfer(self, source: int, target: int, amount: Decimal, key: str) -> Transfer:
+        less = Decimal("0.01") if key.endswith("-1") else amount
+        booked = await super().transfer(source, target, less, key)
+        return Transfer(id=booked.id, source_id=source, target_id=target, amount=amount, key=key)
+
+
+class RefusesWhatItBooked(TransferService):
+    async def transfer(self, source: int, target: int, amount: Decimal, key: str) -> Transfer:
+        transfer = await super().transfer(source, target, amount, key)
+        if key.endswith("-1"):
+            raise RuntimeError("the answer was lost")
+        return transfer
+
+
+@pytest.mark.parametrize(
+    ("liar", "found"),
+    [
+        (AcknowledgesWhatItNeverBooked, "✘ acknowledged, booked once"),
+        (BooksTwice, "✘ booked, never sent"),
+        (BooksAnotherAmount, "✘ acknowledged, booked once"),
+        (RefusesWhatItBooked, "✘ refused, not booked"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["sqlite"])
+async def test_a_service_that_lies_is_found_out(container: Container, liar: type[TransferService], found: str) -> None:
+    output = io.StringIO()
+    lying = providers.Factory(
+        liar,
+        accounts=container.account_repository,
+        transfers=container.transfer_repository,
+        transaction=container.db.transaction,
+    )
+
+    with container.transfers.override(lying):
+        container.wire(modules=["ledger.demo", "ledger.traffic"])
+        right = await demo(Options(transfers=20, workers=1, accounts=2), Screen(Console(file=output, width=120)))
+        container.unwire()
+
+    assert not right
+    assert found in output.getvalue()
+    assert "Nothing lost." not in output.getvalue()
