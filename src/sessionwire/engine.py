@@ -20,9 +20,10 @@ from sqlalchemy.exc import DisconnectionError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from .embedded import EmbeddedServer
-from .settings import DatabaseSettings, DatabaseURL
+from .errors import ConfigurationError
+from .settings import DatabaseSettings
+from .url import LIBPQ_KEYS, DatabaseURL
 
-LIBPQ_KEYS = ("sslmode", "sslrootcert", "sslcert", "sslkey", "sslpassword", "sslcrl", "application_name", "options")
 WRITES = "sessionwire_writes"  # execution option of the engine variant whose transactions are begun to write
 
 
@@ -57,6 +58,9 @@ class Engines:
 
     def _postgresql(self, url: URL, settings: DatabaseSettings) -> AsyncEngine:
         libpq = {key: value for key, value in url.query.items() if key in LIBPQ_KEYS}
+        for key in ("sslrootcert", "sslcert", "sslkey"):
+            if key in libpq and not Path(str(libpq[key])).expanduser().is_file():
+                raise ConfigurationError(f"url: {key}: there is no file {libpq[key]!r} on this machine")
         arguments: dict[str, Any] = {"timeout": settings.connect_timeout}
         if libpq:  # in its DSN asyncpg gives them the meaning that they have in libpq
             url = url.difference_update_query(libpq)

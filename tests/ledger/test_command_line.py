@@ -39,7 +39,7 @@ def test_a_missing_file_is_explained(ledger: Ledger) -> None:
 def test_a_database_that_does_not_answer_is_explained_without_its_password(ledger: Ledger) -> None:
     finished = ledger.on("postgresql://someone:secret@127.0.0.1:9/ledger").run("demo")
 
-    assert_explained(finished, "'ledger'", "127.0.0.1:9", "'someone'")
+    assert_explained(finished, "'ledger'", "127.0.0.1:9", "user someone")
     assert "secret" not in finished.stderr
 
 

