@@ -139,11 +139,15 @@ class TestNesting:
         with pytest.raises(NoSessionError, match="scope of this session has ended"):
             await session.execute(select(1))
 
-    async def test_objects_can_be_read_after_their_commit(self, manager: DatabaseSessionManager) -> None:
+    async def test_objects_can_be_read_after_their_block(self, manager: DatabaseSessionManager) -> None:
         async with manager.transaction() as session:
             note = Note(text="read me")
             session.add(note)
         assert (note.text, note.id, note.parent_id) == ("read me", 1, None)
+        async with manager.session() as session:
+            found = await session.get(Note, 1)
+        assert found is not None
+        assert found.text == "read me"
 
     async def test_scopes_of_two_managers_never_mix(
         self, manager: DatabaseSessionManager, current: CurrentSession, settings: DatabaseSettings

@@ -152,13 +152,12 @@ class _SelfClosing(sqlite3.Connection):
 
 
 async def _end_sqlite(driver: Any) -> None:
-    """Interrupt what runs in the driver's thread, undo and close: unfinished cursors would keep a closed one's lock."""
+    """Stop what runs in the driver's thread, undo and close: unfinished cursors would keep a closed one's lock."""
     steps: list[Awaitable[None]] = [driver.rollback(), driver.close()]
     endings = asyncio.gather(*steps, return_exceptions=True)
-    while not endings.done():
+    while not (await asyncio.wait((endings,), timeout=0.02))[0]:
         with suppress(ValueError, sqlite3.ProgrammingError):  # closed
-            driver._conn.interrupt()  # stops only what has begun, hence again
-        await asyncio.wait((endings,), timeout=0.05)
+            driver._conn.interrupt()  # only now: where a cursor is unfinished, it would strike the rollback instead
 
 
 def _create(url: URL, settings: DatabaseSettings, **options: Any) -> AsyncEngine:

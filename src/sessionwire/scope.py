@@ -219,27 +219,28 @@ class Scope:
     async def roll_back(self, error: BaseException | None) -> None:
         """Undo what was not committed, after the `error` of the block. A failure costs the connection, no more."""
         self.written = False
-        if not self.session.in_transaction():
-            return
-        undo = self._run(Session.invalidate if self.cut_off else _roll_back)
-        await finish_rollback(undo, self.owner.settings.rollback_timeout, error)
+        if self.session.in_transaction():
+            await self._undo(Session.rollback, error)
 
     async def close(self, error: BaseException | None) -> None:
-        """Roll back what was not committed, and give the connection back."""
+        """Roll back what was not committed, and give the connection back. What was loaded can still be read."""
         self.end()
         try:
-            await self.roll_back(error)
+            if self.session.in_transaction():
+                await self._undo(Session.close, error)
         finally:
             Session.close(self.session.sync_session)
             self.owner.forget_scope(self)
 
+    async def _undo(self, undo: Callable[[Session], None], error: BaseException | None) -> None:
+        def undo_or_give_up(session: Session) -> None:
+            try:
+                (Session.invalidate if self.cut_off else undo)(session)
+            except BaseException:
+                Session.invalidate(session)
+                raise
 
-def _roll_back(session: Session) -> None:
-    try:
-        Session.rollback(session)
-    except BaseException:
-        Session.invalidate(session)
-        raise
+        await finish_rollback(self._run(undo_or_give_up), self.owner.settings.rollback_timeout, error)
 
 
 def _concurrent(reason: str) -> ConcurrentSessionError:
