@@ -360,6 +360,20 @@ class TestOwnership:
         asyncio.run(once())
         asyncio.run(once())
 
+    def test_after_a_failed_open_another_event_loop_may_open_it(self, tmp_path: Path) -> None:
+        manager = DatabaseSessionManager()
+        with asyncio.Runner() as first, asyncio.Runner() as second:
+            with pytest.raises(NotInitializedError):
+                first.run(manager.open())
+            (tmp_path / "a.db").mkdir()
+            manager.init(f"sqlite:///{tmp_path / 'a.db'}")
+            with pytest.raises(ConnectionFailedError):
+                first.run(manager.open())
+            (tmp_path / "a.db").rmdir()
+            second.run(manager.open())
+            second.run(use_session(manager))
+            second.run(manager.close())
+
     async def test_a_forked_process_is_told_so_instead_of_hanging(self, manager: DatabaseSessionManager) -> None:
         await use_session(manager)
         receiver, sender = multiprocessing.Pipe()

@@ -148,7 +148,8 @@ class _SelfClosing(sqlite3.Connection):
     """Closes itself where a cancelled `connect()` lets go of it."""
 
     def __del__(self) -> None:
-        self.close()
+        with suppress(sqlite3.ProgrammingError):  # it was never open
+            self.close()
 
 
 async def _end_sqlite(driver: Any) -> None:

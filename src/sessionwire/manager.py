@@ -74,15 +74,15 @@ class DatabaseSessionManager:
 
         Raises `ConnectionFailedError` and leaves nothing open then; `NotInitializedError` where no settings are known.
         """
+        if self._engines is None and self._given is None:
+            raise NotInitializedError("give it settings, or call init(url) before open()")
         self._check_loop()
         async with self._turn:
             if self._proven:
                 return
             made_here = self._engines is None
             if made_here:
-                if self._given is None:
-                    raise NotInitializedError("give it settings, or call init(url) before open()")
-                self.init(self._given)
+                self.init(self._given or self.settings)
             engines = self._initialized()
             try:
                 await self._prove(engines)
@@ -159,9 +159,11 @@ class DatabaseSessionManager:
                 await to_the_end(engines.dispose(), timeout)
         finally:
             if forget:
-                self._engines = self._loop = None
+                self._engines = None
                 self._proven = self._closing = False
                 self._open = set()
+            if not self._open:
+                self._loop = None  # nothing is left that is bound to it
             if engines.server:
                 await to_the_end(asyncio.to_thread(engines.server.stop), SERVER_TIMEOUT)
 
