@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from sessionwire.embedded import EmbeddedServer
 
 from .tables import Note
 
+DATABASE = "tests"
+
 
 class Postgres:
     """The server of a test run, as an administrator sees it."""
@@ -26,8 +27,8 @@ class Postgres:
     def __init__(self, host: str) -> None:
         self.host = host
 
-    async def execute(self, sql: str, *parameters: object) -> list[asyncpg.Record]:
-        connection = await asyncpg.connect(host=self.host, user="postgres", database="postgres")
+    async def execute(self, sql: str, *parameters: object, database: str = "postgres") -> list[asyncpg.Record]:
+        connection = await asyncpg.connect(host=self.host, user="postgres", database=database)
         try:
             return await connection.fetch(sql, *parameters)
         finally:
@@ -46,6 +47,7 @@ def postgres() -> Iterator[Postgres]:
     for setting in ("fsync", "full_page_writes", "synchronous_commit"):  # nobody pulls the plug here
         asyncio.run(administrator.execute(f"ALTER SYSTEM SET {setting} = off"))
     asyncio.run(administrator.execute("SELECT pg_reload_conf()"))
+    asyncio.run(administrator.execute(f"CREATE DATABASE {DATABASE}"))
     yield administrator
     server.stop()
     shutil.rmtree(directory)
@@ -68,14 +70,13 @@ async def database_url(server: Postgres | None, tmp_path: Path) -> AsyncIterator
     if server is None:
         yield f"sqlite:///{tmp_path / 'test.db'}"
         return
-    name = f"test_{uuid.uuid4().hex}"
-    await server.execute(f"CREATE DATABASE {name}")
-    yield server.url(name)
+    for statement in ("DROP SCHEMA IF EXISTS public CASCADE", "CREATE SCHEMA public"):
+        await server.execute(statement, database=DATABASE)
+    yield server.url(DATABASE)
     async with asyncio.timeout(5):
-        while left := await server.execute("SELECT query, state FROM pg_stat_activity WHERE datname = $1", name):
+        while left := await server.execute("SELECT query, state FROM pg_stat_activity WHERE datname = $1", DATABASE):
             await asyncio.sleep(0.02)  # a server process outlives its client for a moment
     assert not left
-    await server.execute(f"DROP DATABASE {name}")
 
 
 @pytest.fixture

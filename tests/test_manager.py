@@ -316,16 +316,21 @@ class TestConnect:
                 raise error
         assert await notes(manager) == []
 
-    async def test_a_commit_that_is_refused_is_an_error(self, manager: DatabaseSessionManager, backend: str) -> None:
+    @pytest.mark.parametrize("kind", ["connect", "transaction"])
+    async def test_a_commit_that_is_refused_is_an_error_and_leaves_nothing_to_the_next(
+        self, manager: DatabaseSessionManager, backend: str, kind: str
+    ) -> None:
         if backend == "postgresql":
             defer = "ALTER TABLE note ALTER CONSTRAINT fk_note_parent_id_note DEFERRABLE INITIALLY DEFERRED"
         else:
             defer = "PRAGMA defer_foreign_keys = ON"
         with pytest.raises(IntegrityError):
-            async with manager.connect() as connection:
-                await connection.execute(text(defer))
-                await connection.execute(text("INSERT INTO note (text, parent_id) VALUES ('orphan', 99)"))
-        assert await notes(manager) == []
+            async with getattr(manager, kind)() as opened:
+                await opened.execute(text(defer))
+                await opened.execute(text("INSERT INTO note (text, parent_id) VALUES ('orphan', 99)"))
+        async with manager.transaction() as session:
+            session.add(Note(id=99, text="too late a parent"))
+        assert await notes(manager) == ["too late a parent"]
 
     async def test_tables_are_created_and_dropped(self, settings: DatabaseSettings) -> None:
         metadata = MetaData()

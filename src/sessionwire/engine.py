@@ -117,9 +117,19 @@ class Engines:
         def begin(connection: Connection) -> None:
             _begin_sqlite(connection, settings.pool.timeout)
 
-        # SQLAlchemy's own waits for the thread, where a second cancellation would leave a task behind for good
-        engine.dialect.do_terminate = self._end  # type: ignore[method-assign]
+        dialect: Any = engine.dialect
+        commit = dialect.do_commit
 
+        def commit_or_undo(connection: Any) -> None:
+            try:
+                commit(connection)
+            except Exception:
+                connection.rollback()  # as PostgreSQL does: what is left open, the next one would commit
+                raise
+
+        dialect.do_commit = commit_or_undo
+        # SQLAlchemy's own waits for the thread, where a second cancellation would leave a task behind for good
+        dialect.do_terminate = self._end
         return engine
 
     def _end(self, dbapi_connection: Any) -> None:

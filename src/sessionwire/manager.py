@@ -280,10 +280,7 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
 
 async def _give_back(connection: AsyncConnection) -> None:
     """Close, which rolls back what was not committed."""
-    transaction = connection.get_transaction()
     try:
-        if transaction is not None and not transaction.is_active:
-            await connection.invalidate()  # its commit was refused, which on SQLite leaves it open
         await connection.close()
     except BaseException:
         await connection.invalidate()
