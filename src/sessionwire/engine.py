@@ -37,6 +37,7 @@ class Engines:
         url = make_url(settings.url)
         self.server = EmbeddedServer(url.database or "") if url.drivername == "embedded" else None
         self._connections: set[Any] = set()
+        self._ended: weakref.WeakSet[Any] = weakref.WeakSet()
         self._endings: set[asyncio.Future[Any]] = set()
         self._file: Path | None = None
         if url.get_backend_name() == "sqlite":
@@ -135,6 +136,9 @@ class Engines:
     def _end(self, dbapi_connection: Any) -> None:
         """Give up a connection without waiting for it: what runs on it is stopped and undone in the background."""
         driver = dbapi_connection.driver_connection
+        if driver in self._ended:
+            return  # aiosqlite waits for good where it is closed twice at once
+        self._ended.add(driver)
         ending = _end_sqlite(driver) if self.primary.dialect.name == "sqlite" else driver.close()
         task = asyncio.ensure_future(ending)
         self._endings.add(task)
