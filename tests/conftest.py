@@ -70,7 +70,11 @@ async def database_url(server: Postgres | None, tmp_path: Path) -> AsyncIterator
     if server is None:
         yield f"sqlite:///{tmp_path / 'test.db'}"
         return
-    for statement in ("DROP SCHEMA IF EXISTS public CASCADE", "CREATE SCHEMA public"):
+    for statement in (
+        "DROP SCHEMA IF EXISTS public CASCADE",
+        "CREATE SCHEMA public",
+        "GRANT USAGE ON SCHEMA public TO PUBLIC",  # as a new database has it
+    ):
         await server.execute(statement, database=DATABASE)
     yield server.url(DATABASE)
     async with asyncio.timeout(5):

@@ -21,6 +21,7 @@ from sessionwire import (
     NoSessionError,
     NotInitializedError,
     OwnershipError,
+    PoolSettings,
     UnexpectedRollbackError,
     sessionmanager,
 )
@@ -200,12 +201,13 @@ class TestClose:
         inside, go_on = asyncio.Event(), asyncio.Event()
 
         async def work() -> None:
-            async with manager.transaction() as session:
+            async with manager.session() as session:
                 inside.set()
                 await go_on.wait()
-                session.add(Note(text="outer"))
                 async with manager.session() as nested, manager.connect() as connection:
                     assert await nested.scalar(select(1)) == await connection.scalar(select(1))
+                session.add(Note(text="outer"))
+                await session.commit()
 
         async def close_and_look() -> None:
             await manager.close()
@@ -298,6 +300,30 @@ class TestClose:
             await use_session(manager)
         leave.set()
         await holder
+
+    async def test_a_connection_that_was_waited_for_until_it_was_closed_commits_nothing(
+        self, settings: DatabaseSettings, manager: DatabaseSessionManager
+    ) -> None:
+        async def write() -> None:
+            async with narrow.connect() as connection:
+                await connection.execute(text("INSERT INTO note (text) VALUES ('after close')"))
+
+        pool = PoolSettings(size=1, max_overflow=0, timeout=0.5)
+        narrow = DatabaseSessionManager(settings.model_copy(update={"pool": pool, "drain_timeout": 0.1}))
+        await narrow.open()
+        with pytest.raises(UnexpectedRollbackError):
+            async with narrow.transaction() as session:
+                session.add(Note(text="cut off"))
+                await session.flush()
+                waiting = asyncio.create_task(narrow.transaction.detached(write()))
+                await asyncio.sleep(0)
+                closing = asyncio.create_task(narrow.transaction.detached(narrow.close()))
+                await asyncio.wait([waiting, closing])
+        await closing
+        with pytest.raises(NotInitializedError) as raised:
+            await waiting
+        assert "while connect() waited" in raised.value.__notes__[0]
+        assert await notes(manager) == []
 
 
 class TestConnect:

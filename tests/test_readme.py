@@ -1,7 +1,8 @@
 """README.md is true: its snippets and commands are run, its tables are held against the code, its links lead somewhere.
 
 Python without a file name runs in order in one process, as at a prompt where `await` is allowed. Python and YAML that
-begin with a file name are saved under it. The name of a database is redirected, and nothing else is changed.
+begin with a file name are saved under it. A snippet that begins with `# PostgreSQL only` is typed in there alone. The
+name of a database is redirected, and nothing else is changed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,10 @@ from pydantic.fields import FieldInfo
 from sqlalchemy import make_url
 
 import sessionwire
-from sessionwire import DatabaseContainer, DatabaseSettings, Settings, errors
+from sessionwire import DatabaseContainer, DatabaseSettings, Propagation, Settings, errors
+from sessionwire.plan import BlockOptions
+
+from .conftest import Postgres
 
 CHECKOUT = Path(__file__).parents[1]
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
@@ -46,6 +51,10 @@ class Block:
         """The name to save it under, or nothing."""
         first = re.match(r"# ([\w.]+)\n", self.text)
         return first[1] if first else ""
+
+    @property
+    def is_for_postgresql(self) -> bool:
+        return self.text.startswith("# PostgreSQL only\n")
 
     @property
     def prints(self) -> list[str]:
@@ -178,22 +187,36 @@ def run(directory: Path, *arguments: str, given: str = "", **variables: str) -> 
 
 
 @pytest.fixture
-def reader(tmp_path: Path, database_url: str) -> Reader:
-    return Reader(tmp_path, database_url)
+async def reader(tmp_path: Path, database_url: str, server: Postgres | None) -> Reader:
+    """On PostgreSQL a user who is no superuser, for whom row-level security holds."""
+    url = make_url(database_url)
+    if server is not None:
+        name = f"reader_{uuid.uuid4().hex}"
+        await server.execute(f"CREATE ROLE {name} LOGIN")
+        await server.execute(f"ALTER SCHEMA public OWNER TO {name}", database=str(url.database))
+        url = url.set(username=name)
+    return Reader(tmp_path, url.render_as_string(hide_password=False))
 
 
-def test_the_snippets_work_one_after_the_other_and_print_what_they_say(reader: Reader) -> None:
+def test_the_snippets_work_one_after_the_other_and_print_what_they_say(
+    reader: Reader, backend: str, subtests: pytest.Subtests
+) -> None:
     for marker in AFTER:
         assert sum(marker in block.text for block in PROMPT) == 1, marker
+    blocks = [block for block in PROMPT if backend == "postgresql" or not block.is_for_postgresql]
+    for block in PROMPT:
+        if block not in blocks:
+            with subtests.test(line=block.line):
+                pytest.skip(f"README.md:{block.line} is for PostgreSQL only, as it says")
     typed = [
         (block.line, reader.redirect(block.text), next((AFTER[marker] for marker in AFTER if marker in block.text), ""))
-        for block in PROMPT
+        for block in blocks
     ]
 
     printed = reader.run("-c", AT_THE_PROMPT, given=json.dumps(typed)).split("\x1e")
 
-    assert len(printed) == len(PROMPT) + 1
-    for block, output in zip(PROMPT, printed, strict=False):
+    assert len(printed) == len(blocks) + 1
+    for block, output in zip(blocks, printed, strict=False):
         assert output.splitlines() == block.prints, f"README.md:{block.line}"
 
 
@@ -234,7 +257,7 @@ def test_a_demo_proves_what_the_page_shows(command: str, clone: Path) -> None:
 
     printed = run(clone, "-W", "error", *arguments, "--transfers", "20", PYTHONPATH=str(clone / "src"))
 
-    (shown_here,) = (block for block in BLOCKS if block.language == "text")
+    (shown_here,) = (block for block in BLOCKS if block.language == "text" and "✔" in block.text)
     assert shape(printed) >= shape(shown_here.text)
 
 
@@ -361,6 +384,19 @@ def test_each_error_and_warning_is_explained_and_none_that_is_not() -> None:
     for name, when, data, _ in rows("Errors"):
         assert when, name
         assert data, name
+
+
+def test_each_mode_of_a_transaction_is_in_the_table() -> None:
+    modes = rows("What joins what")
+    assert [code_in(mode)[0] for mode, _, _ in modes] == [mode.name for mode in Propagation]
+    for _, inside, without in modes:
+        for error in (*code_in(inside), *code_in(without)):
+            assert error in sessionwire.__all__
+
+
+def test_each_option_of_a_transaction_is_in_the_table() -> None:
+    options = [code_in(option)[0] for option, _, _ in rows("Options")]
+    assert options == list(BlockOptions.__annotations__)
 
 
 def test_each_part_of_the_mission_names_what_is_there() -> None:

@@ -357,7 +357,9 @@ class TestOwnedTransaction:
     ) -> None:
         async with manager.transaction() as session:
             session.add(Note(text="kept"))
-            with pytest.raises(ScopeOwnsTransactionError, match=r"leave it to commit, raise to roll back"):
+            with pytest.raises(
+                ScopeOwnsTransactionError, match=r"set_rollback_only\(\).*Propagation.NESTED.*session\(\)"
+            ):
                 await call(session if through == "the session" else CurrentSession(manager))
         assert await notes(manager) == ["kept"]
 

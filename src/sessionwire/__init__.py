@@ -1,13 +1,14 @@
 """Async SQLAlchemy sessions and transactions, delivered through dependency-injector containers."""
 
 from .containers import DatabaseContainer
-from .decorators import transactional
+from .decorators import read_only, transactional
 from .errors import (
     AlreadyInitializedError,
     CommitOutcomeUnknownError,
     ConcurrentSessionError,
     ConfigurationError,
     ConnectionFailedError,
+    IncompatibleTransactionError,
     NoSessionError,
     NotInitializedError,
     OwnershipError,
@@ -15,11 +16,15 @@ from .errors import (
     ScopeOwnsTransactionError,
     SessionwireError,
     TransactionError,
+    TransactionForbiddenError,
+    TransactionRequiredError,
+    TransactionTimeoutError,
     UncommittedChangesWarning,
     UnexpectedRollbackError,
 )
 from .lifespan import Lifespan
 from .manager import Base, DatabaseSessionManager, sessionmanager
+from .plan import Propagation
 from .session import CurrentSession
 from .settings import DatabaseSettings, PoolSettings, Settings
 from .transaction import TransactionManager
@@ -35,19 +40,25 @@ __all__ = [
     "DatabaseContainer",
     "DatabaseSessionManager",
     "DatabaseSettings",
+    "IncompatibleTransactionError",
     "Lifespan",
     "NoSessionError",
     "NotInitializedError",
     "OwnershipError",
     "PoolSettings",
+    "Propagation",
     "ScopeError",
     "ScopeOwnsTransactionError",
     "SessionwireError",
     "Settings",
     "TransactionError",
+    "TransactionForbiddenError",
     "TransactionManager",
+    "TransactionRequiredError",
+    "TransactionTimeoutError",
     "UncommittedChangesWarning",
     "UnexpectedRollbackError",
+    "read_only",
     "sessionmanager",
     "transactional",
 ]

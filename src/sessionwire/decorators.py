@@ -1,4 +1,4 @@
-"""`@transactional`: a coroutine function as one transaction."""
+"""`@transactional` and `@read_only`: a coroutine function as one block."""
 
 from __future__ import annotations
 
@@ -6,34 +6,88 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Coroutine
-from typing import Any, ParamSpec, TypeVar
+from functools import partial
+from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, overload
 
+from .plan import BlockOptions, Propagation, plan
 from .transaction import TransactionManager
 
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 P = ParamSpec("P")
 R = TypeVar("R")
-POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+CoroutineFunction = Callable[P, Coroutine[Any, Any, R]]
 
 
-def transactional(function: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
-    """Run a coroutine function in a transaction, joining the one that is current.
+class Decorator(Protocol):
+    """Keeps the signature of what it decorates."""
 
-    Its `TransactionManager` is the parameter `transaction`, or else the attribute `transaction` of `self`. Raises
-    `TypeError` where there is none.
+    def __call__(self, function: CoroutineFunction[P, R], /) -> CoroutineFunction[P, R]: ...
+
+
+@overload
+def transactional(function: CoroutineFunction[P, R], /) -> CoroutineFunction[P, R]: ...
+
+
+@overload
+def transactional(
+    propagation: Propagation = ...,
+    *,
+    retries: int = ...,
+    of: str = ...,
+    **options: Unpack[BlockOptions],
+) -> Decorator: ...
+
+
+def transactional(
+    propagation: Any = Propagation.REQUIRED,
+    *,
+    retries: int = 0,
+    of: str = "transaction",
+    **options: Unpack[BlockOptions],
+) -> Any:
+    """Run a coroutine function in a `transaction()`, with its options, and with `retries` as in `run()`.
+
+    Its `TransactionManager` is the parameter that `of` names, or else that attribute of `self`. Raises `TypeError`
+    where there is none.
     """
+    if not isinstance(propagation, Propagation):  # without parentheses it is the function
+        return transactional()(propagation)
+    plan(propagation, **options)  # which refuses now what cannot be
+    run = partial(TransactionManager.run, propagation=propagation, retries=retries, **options)
+    return partial(_decorate, "@transactional", of, run)
+
+
+@overload
+def read_only(function: CoroutineFunction[P, R], /) -> CoroutineFunction[P, R]: ...
+
+
+@overload
+def read_only(*, of: str = ...) -> Decorator: ...
+
+
+def read_only(function: Any = None, /, *, of: str = "transaction") -> Any:
+    """Run a coroutine function that only reads: in what is current, or else in a read scope, without a transaction."""
+    decorate = partial(
+        _decorate, "@read_only", of, partial(TransactionManager.run, propagation=Propagation.SUPPORTS, read_only=True)
+    )
+    return decorate if function is None else decorate(function)
+
+
+def _decorate(name: str, of: str, run: Any, function: Any) -> Any:
     if not inspect.iscoroutinefunction(function):
-        raise TypeError(f"@transactional takes a coroutine function: write 'async def {_name(function)}'")
-    find_manager = _finder(function, "transaction")
+        raise TypeError(f"{name} takes a coroutine function: {_remedy(name, function)}")
+    find_manager = _finder(name, function, of)
 
     @functools.wraps(function)
-    async def in_transaction(*args: P.args, **kwargs: P.kwargs) -> R:
-        async with find_manager(args, kwargs)():
-            return await function(*args, **kwargs)
+    async def in_block(*args: Any, **kwargs: Any) -> Any:
+        return await run(find_manager(args, kwargs), partial(function, *args, **kwargs))
 
-    return in_transaction
+    return in_block
 
 
-def _finder(function: Callable[..., Any], of: str) -> Callable[[tuple[Any, ...], dict[str, Any]], TransactionManager]:
+def _finder(
+    decorator: str, function: Callable[..., Any], of: str
+) -> Callable[[tuple[Any, ...], dict[str, Any]], TransactionManager]:
     """How to find the manager in the arguments of a call."""
     parameters = inspect.signature(function).parameters
     if not parameters:
@@ -52,12 +106,20 @@ def _finder(function: Callable[..., Any], of: str) -> Callable[[tuple[Any, ...],
             place = f"the attribute {of!r} of {type(holder).__name__}"
         if not isinstance(found, TransactionManager):
             raise TypeError(
-                f"{_name(function)}() runs in a transaction, but {place} is {type(found).__name__}, not a "
+                f"{_name(function)}() is {decorator}, but {place} is {type(found).__name__}, not a "
                 "TransactionManager: inject one, as db.transaction provides it, with @inject above @transactional"
             )
         return found
 
     return find
+
+
+def _remedy(decorator: str, function: Any) -> str:
+    if inspect.isasyncgenfunction(function):
+        return f"{_name(function)}() would keep its transaction open between its items; open transaction() in it"
+    if type(function) in (classmethod, staticmethod):
+        return f"write {decorator} below @{type(function).__name__}"
+    return f"write 'async def {_name(function)}'"
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import sqlite3
 import tempfile
@@ -10,6 +11,7 @@ import uuid
 import weakref
 from collections.abc import Awaitable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -20,57 +22,128 @@ from sqlalchemy.exc import DisconnectionError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from .embedded import EmbeddedServer
-from .errors import ConfigurationError
+from .errors import ConfigurationError, UnexpectedRollbackError
+from .failures import sqlstate, watch_failures
 from .settings import DatabaseSettings
 from .url import LIBPQ_KEYS, DatabaseURL
 
-WRITES = "sessionwire_writes"  # execution option of the engine variant whose transactions are begun to write
+TERMS = "sessionwire_terms"  # the execution option that tells a connection its terms
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On what terms a session has its connection. Equal terms share a variant of the engine."""
+
+    autocommit: bool = False
+    writes: bool = False  # known from the start, as in `transaction()`
+    read_only: bool = False
+    isolation: str | None = None
+    execution_options: tuple[tuple[str, Any], ...] = ()
 
 
 class Engines:
-    """The engine of a database, what its sessions are bound to, and what has to be gone when it is disposed.
+    """The engine of a database with its variants, and what has to be gone when it is disposed.
 
-    `primary` is the `AsyncEngine`; `writing` is its variant for transactions that write, on the same pool.
+    `primary` is the `AsyncEngine`. Sessions that only read without a transaction are on a second one, in autocommit,
+    whose connections the server opens read-only.
     """
 
     def __init__(self, settings: DatabaseSettings) -> None:
         url = make_url(settings.url)
         self.server = EmbeddedServer(url.database or "") if url.drivername == "embedded" else None
-        self._connections: set[Any] = set()
+        self._settings = settings
+        self._file: Path | None = None
+        if url.get_backend_name() == "sqlite" and (
+            url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
+        ):
+            # one connection in memory would be shared by all, and die with the first cancelled statement
+            self._file = Path(tempfile.gettempdir(), f"sessionwire-{uuid.uuid4()}.db")
+            url = URL.create(url.drivername, database=str(self._file))
+        self._url = url
+        self._variants: dict[Terms, AsyncEngine] = {}
+        self.is_retired = False  # by the manager's close(): nothing may commit through it any more
+        self._connections: set[AdaptedConnection] = set()
         self._ended: weakref.WeakSet[Any] = weakref.WeakSet()
         self._endings: set[asyncio.Future[Any]] = set()
-        self._file: Path | None = None
-        if url.get_backend_name() == "sqlite":
-            self.primary = self._sqlite(url, settings)
-        elif self.server or url.drivername == "postgresql+asyncpg":
-            self.primary = self._postgresql(url, settings)
+        self.primary = self._make(read_only=False)
+        self._reading = self._make(read_only=True)
+
+    @property
+    def is_sqlite(self) -> bool:
+        return self.primary.dialect.name == "sqlite"
+
+    def on(self, terms: Terms) -> AsyncEngine:
+        """The engine to bind a session to, so that its connection is on these terms."""
+        try:
+            variant = self._variants.get(terms)
+        except TypeError:  # an execution option that has no hash
+            return self._variant(terms)
+        if variant is None:
+            variant = self._variants[terms] = self._variant(terms)
+        return variant
+
+    def _variant(self, terms: Terms) -> AsyncEngine:
+        options: dict[str, Any] = {**dict(terms.execution_options), TERMS: terms}
+        if terms.autocommit and terms.read_only:
+            return self._reading.execution_options(**options)
+        isolation = "AUTOCOMMIT" if terms.autocommit else terms.isolation
+        if self.primary.dialect.name == "postgresql":
+            if terms.read_only:
+                options["postgresql_readonly"] = True
+            if isolation == "READ UNCOMMITTED":
+                isolation = "READ COMMITTED"  # as the server itself takes it; the driver doesn't know the other name
+        if isolation and not self.is_sqlite:  # there, the driver's own isolation level is in the way
+            options["isolation_level"] = isolation
+        return self.primary.execution_options(**options)
+
+    def _make(self, *, read_only: bool) -> AsyncEngine:
+        if self._url.get_backend_name() == "sqlite":
+            engine = self._sqlite(read_only)
+        elif self.server or self._url.drivername == "postgresql+asyncpg":
+            engine = self._postgresql(read_only)
         else:
-            self.primary = _create(url, settings)
+            engine = self._create(self._url, read_only, {})
+        event.listen(engine.sync_engine, "connect", self._connected)
+        event.listen(engine.sync_engine, "close", self._closed)
+        watch_failures(engine.sync_engine)
+        return engine
 
-        @event.listens_for(self.primary.sync_engine, "connect")
-        def connected(connection: AdaptedConnection, _record: Any) -> None:
-            self._connections.add(connection)
+    def _create(self, url: URL, read_only: bool, arguments: dict[str, Any], **options: Any) -> AsyncEngine:
+        pool = self._settings.pool
+        if read_only and url.get_backend_name() != "sqlite":
+            options["isolation_level"] = "AUTOCOMMIT"
+        return create_async_engine(
+            DatabaseURL._make(url),
+            echo=self._settings.echo,
+            pool_size=pool.size,
+            max_overflow=pool.max_overflow,
+            pool_timeout=pool.timeout,
+            pool_recycle=pool.recycle or -1,
+            pool_use_lifo=True,  # idle connections stay idle, and age out
+            connect_args=arguments,
+            **options,
+        )
 
-        @event.listens_for(self.primary.sync_engine, "close")
-        def closed(connection: AdaptedConnection, _record: Any) -> None:
-            self._connections.discard(connection)
-
-        self.writing = self.primary.execution_options(**{WRITES: True})
-
-    def _postgresql(self, url: URL, settings: DatabaseSettings) -> AsyncEngine:
+    def _postgresql(self, read_only: bool) -> AsyncEngine:
+        url = URL.create("postgresql+asyncpg", "postgres", database="postgres") if self.server else self._url
         libpq = {key: value for key, value in url.query.items() if key in LIBPQ_KEYS}
         for key in ("sslrootcert", "sslcert", "sslkey"):
             if key in libpq and not Path(str(libpq[key])).expanduser().is_file():
                 raise ConfigurationError(f"url: {key}: there is no file {libpq[key]!r} on this machine")
-        arguments: dict[str, Any] = {"timeout": settings.connect_timeout}
+        server_settings: dict[str, str] = {}
+        if self._settings.application_name:
+            server_settings["application_name"] = self._settings.application_name
+        if read_only:
+            server_settings["default_transaction_read_only"] = "on"
+        arguments: dict[str, Any] = {
+            "timeout": self._settings.connect_timeout,
+            "server_settings": server_settings,
+            "connection_class": _asyncpg_connection(),
+        }
         if libpq:  # in its DSN asyncpg gives them the meaning that they have in libpq
             url = url.difference_update_query(libpq)
             arguments["dsn"] = "postgresql://?" + urlencode(libpq, doseq=True)
-        if settings.application_name:
-            arguments["server_settings"] = {"application_name": settings.application_name}
-        if self.server:
-            url = URL.create("postgresql+asyncpg", "postgres", database="postgres")
-        engine = _create(DatabaseURL._make(url), settings, connect_args=arguments)
+        engine = self._create(url, read_only, arguments)
         if server := self.server:
 
             @event.listens_for(engine.sync_engine, "do_connect")
@@ -84,24 +157,19 @@ class Engines:
 
         return engine
 
-    def _sqlite(self, url: URL, settings: DatabaseSettings) -> AsyncEngine:
-        if url.database in (None, "", ":memory:") or url.query.get("mode") == "memory":
-            # one connection in memory would be shared by all, and die with the first cancelled statement
-            self._file = Path(tempfile.gettempdir(), f"sessionwire-{uuid.uuid4()}.db")
-            url = DatabaseURL.create(url.drivername, database=str(self._file))
-        file = Path(url.database or "")
-        is_uri = str(file).startswith("file:")
+    def _sqlite(self, read_only: bool) -> AsyncEngine:
         arguments = {
             "isolation_level": None,  # the driver would begin late, and not know savepoints
             "timeout": BUSY_TIMEOUT,
             "factory": _SelfClosing,
             "check_same_thread": False,
         }
-        engine = _create(DatabaseURL._make(url), settings, connect_args=arguments)
+        engine = self._create(self._url, read_only, arguments)
+        file = Path(self._url.database or "")
 
         @event.listens_for(engine.sync_engine, "do_connect")
         def make_file(*_: Any) -> None:
-            if not is_uri:
+            if not str(file).startswith("file:"):
                 file.parent.mkdir(parents=True, exist_ok=True)
             if self._file and not self._file.exists():
                 os.close(os.open(self._file, os.O_CREAT | os.O_EXCL, 0o600))
@@ -112,11 +180,15 @@ class Engines:
             cursor = connection.cursor()
             cursor.execute("PRAGMA foreign_keys=ON")
             cursor.execute("PRAGMA journal_mode=WAL")
+            if read_only:
+                cursor.execute("PRAGMA query_only=ON")
             cursor.close()
 
-        @event.listens_for(engine.sync_engine, "begin")
-        def begin(connection: Connection) -> None:
-            _begin_sqlite(connection, settings.pool.timeout)
+        if not read_only:
+
+            @event.listens_for(engine.sync_engine, "begin")
+            def begin(connection: Connection) -> None:
+                _begin_sqlite(connection, self._settings.pool.timeout)
 
         dialect: Any = engine.dialect
         commit = dialect.do_commit
@@ -130,32 +202,59 @@ class Engines:
 
         dialect.do_commit = commit_or_undo
         # SQLAlchemy's own waits for the thread, where a second cancellation would leave a task behind for good
-        dialect.do_terminate = self._end
+        dialect.do_terminate = self.end
         return engine
 
-    def _end(self, dbapi_connection: Any) -> None:
+    def _connected(self, connection: AdaptedConnection, _record: Any) -> None:
+        self._connections.add(connection)
+
+    def _closed(self, connection: AdaptedConnection, _record: Any) -> None:
+        self._connections.discard(connection)
+
+    def end(self, dbapi_connection: Any) -> None:
         """Give up a connection without waiting for it: what runs on it is stopped and undone in the background."""
         driver = dbapi_connection.driver_connection
         if driver in self._ended:
             return  # aiosqlite waits for good where it is closed twice at once
         self._ended.add(driver)
-        ending = _end_sqlite(driver) if self.primary.dialect.name == "sqlite" else driver.close()
-        task = asyncio.ensure_future(ending)
+        task = asyncio.ensure_future(_end_sqlite(driver) if self.is_sqlite else driver.close())
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
 
     async def terminate(self) -> None:
         """Cut every connection off: what runs on it is stopped, and nothing of it commits."""
         for connection in list(self._connections):
-            self._end(connection)
+            self.end(connection)
         await asyncio.gather(*self._endings, return_exceptions=True)
 
     async def dispose(self) -> None:
-        """Close the pool and remove a temporary file."""
-        await self.primary.dispose()
+        """Close the pools and remove a temporary file."""
+        for engine in (self._reading, self.primary):
+            await engine.dispose()
         await asyncio.gather(*self._endings, return_exceptions=True)
         if self._file:
             _remove(self._file)
+
+
+# PostgreSQL
+
+
+@functools.cache
+def _asyncpg_connection() -> Any:
+    """asyncpg's connection, but for a COMMIT that the server answers with ROLLBACK, which asyncpg takes for success."""
+    import asyncpg
+
+    class Connection(asyncpg.Connection):
+        async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+            status: str = await super().execute(query, *args, timeout=timeout)
+            if status == "ROLLBACK" and query == "COMMIT;":
+                raise UnexpectedRollbackError("the server answered the commit with a rollback: a statement had failed")
+            return status
+
+    return Connection
+
+
+# SQLite
 
 
 class _SelfClosing(sqlite3.Connection):
@@ -175,35 +274,24 @@ async def _end_sqlite(driver: Any) -> None:
             driver._conn.interrupt()  # only now: where a cursor is unfinished, it would strike the rollback instead
 
 
-def _create(url: URL, settings: DatabaseSettings, **options: Any) -> AsyncEngine:
-    pool = settings.pool
-    return create_async_engine(
-        url,
-        echo=settings.echo,
-        pool_size=pool.size,
-        max_overflow=pool.max_overflow,
-        pool_timeout=pool.timeout,
-        pool_recycle=pool.recycle or -1,
-        pool_use_lifo=True,  # idle connections stay idle, and age out
-        **options,
-    )
-
-
 BUSY_TIMEOUT = 5.0  # seconds that a statement waits for a lock, in the driver's thread, where it can't be cancelled
-BEGIN = f"PRAGMA busy_timeout={BUSY_TIMEOUT * 1000:.0f}; BEGIN"
-BEGIN_IMMEDIATE = f"PRAGMA busy_timeout=20; BEGIN IMMEDIATE; PRAGMA busy_timeout={BUSY_TIMEOUT * 1000:.0f}"
+PATIENT = f"PRAGMA busy_timeout={BUSY_TIMEOUT * 1000:.0f};"
 
 
 def _begin_sqlite(connection: Connection, timeout: float) -> None:
     """Begin for real, which the driver leaves until the first write. One that writes takes the write lock now, since a
     transaction that has read cannot wait for it (SQLITE_BUSY_SNAPSHOT); it waits in short turns, to be cancellable.
     """
-    writes = connection.get_execution_options().get(WRITES, False)
-    begin = BEGIN_IMMEDIATE if writes else BEGIN
+    terms: Terms = connection.get_execution_options().get(TERMS, Terms())
+    script = f"{PATIENT} PRAGMA query_only={'ON' if terms.read_only else 'OFF'};"
+    if terms.writes:
+        script += f"PRAGMA busy_timeout=20; BEGIN IMMEDIATE; {PATIENT}"
+    elif not terms.autocommit:
+        script += "BEGIN;"
     driver_connection: Any = connection.connection.dbapi_connection
 
     def execute(driver: Any) -> Any:
-        return driver.executescript(begin)
+        return driver.executescript(script)
 
     deadline = monotonic() + timeout
     while True:
@@ -211,9 +299,9 @@ def _begin_sqlite(connection: Connection, timeout: float) -> None:
             driver_connection.run_async(execute)
             return
         except Exception as error:
-            busy = getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY")
-            if not busy or not writes or monotonic() > deadline:
-                raise OperationalError(begin, None, error) from error
+            busy = sqlstate(error).startswith("SQLITE_BUSY")
+            if not busy or not terms.writes or monotonic() > deadline:
+                raise OperationalError("BEGIN", None, error) from error
 
 
 def _remove(file: Path) -> None:

@@ -11,8 +11,12 @@
     │   ├── ConcurrentSessionError    two at the same moment on one session
     │   └── ScopeOwnsTransactionError commit(), rollback(), … inside a block that does it itself
     └── TransactionError
-        ├── UnexpectedRollbackError   the block ended well, its work could not be kept
-        └── CommitOutcomeUnknownError the commit was sent, and no answer came
+        ├── TransactionRequiredError      MANDATORY where no transaction is current
+        ├── TransactionForbiddenError     NEVER where one is
+        ├── IncompatibleTransactionError  it cannot be joined on these terms, or not be begun here
+        ├── TransactionTimeoutError       its deadline has passed; a TimeoutError too
+        ├── UnexpectedRollbackError       the block ended well, its work could not be kept
+        └── CommitOutcomeUnknownError     the commit was sent, and no answer came
 
     UncommittedChangesWarning         a session() was written to and neither committed nor rolled back
 
@@ -70,6 +74,22 @@ class ScopeOwnsTransactionError(ScopeError):
 
 class TransactionError(SessionwireError):
     """A transaction cannot be what was asked for, or did not end as its block did."""
+
+
+class TransactionRequiredError(TransactionError):
+    """A block with `Propagation.MANDATORY`, or what only a transaction has, where none is current."""
+
+
+class TransactionForbiddenError(TransactionError):
+    """A block with `Propagation.NEVER` inside a transaction."""
+
+
+class IncompatibleTransactionError(TransactionError):
+    """The current transaction cannot give what the block asks for: another isolation level, or writing."""
+
+
+class TransactionTimeoutError(TransactionError, TimeoutError):
+    """The block was not done before its deadline: all was rolled back."""
 
 
 class UnexpectedRollbackError(TransactionError):

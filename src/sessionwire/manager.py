@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from types import TracebackType
 from typing import Self, cast
 
-from sqlalchemy import URL, MetaData, make_url, text
+from sqlalchemy import URL, Connection, MetaData, make_url, text
 from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase
 
-from .engine import Engines
+from .ending import finish_commit, finish_rollback, to_the_end
+from .engine import Engines, Terms
 from .errors import AlreadyInitializedError, ConnectionFailedError, NotInitializedError, OwnershipError
-from .scope import Scope, current_scope, finish_commit, finish_rollback, scopes_here, to_the_end
+from .failures import failures
+from .scope import BeginHook, Scope, current_scope, cut_off, lost_after, refuse_second_writer, scopes_here
 from .session import ScopedSession, SessionBlock
 from .settings import DatabaseSettings
 from .transaction import TransactionManager
@@ -51,6 +54,7 @@ class DatabaseSessionManager:
     ) -> None:
         self.metadata = Base.metadata if metadata is None else metadata
         self.transaction = TransactionManager(self)
+        self.begin_hooks: list[BeginHook] = []
         self._given = None if settings is None else _settings(settings)
         self._settings = self._given
         self._engines: Engines | None = None
@@ -102,6 +106,7 @@ class DatabaseSessionManager:
             try:
                 await self._drain()
             finally:
+                engines.is_retired = True
                 for left in self._open:
                     if isinstance(left, Scope):
                         left.cut_off = True
@@ -140,7 +145,7 @@ class DatabaseSessionManager:
 
     async def _drain(self) -> None:
         """Wait for the open scopes; not for those around this very call, which cannot end before it."""
-        awaited = self._open - set(scopes_here(self))
+        awaited = self._open - scopes_here(self)
         deadline = asyncio.get_running_loop().time() + self.settings.drain_timeout
         with suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
@@ -181,14 +186,25 @@ class DatabaseSessionManager:
     async def connect(self) -> AsyncGenerator[AsyncConnection]:
         """An `AsyncConnection` in a transaction, which commits when the block ends well, and else rolls back."""
         engines = self._admit()
-        pending = engines.writing.connect()
+        refuse_second_writer(self)
+        pending = engines.on(Terms(writes=True)).connect()
         self._open.add(pending)
         error: BaseException | None = None
         try:
             connection = await pending
             try:
+                if engines.is_retired:
+                    await connection.invalidate()  # it came out of a pool that nobody disposes any more
+                    raise NotInitializedError("it was closed while connect() waited for a connection")
                 transaction = await connection.begin()
+                for hook in self.begin_hooks:
+                    if inspect.isawaitable(result := hook(connection)):
+                        await result
                 yield connection
+                if engines.is_retired:
+                    raise cut_off()
+                if failed := failures(connection.sync_connection):
+                    raise lost_after(failed[0])
                 await finish_commit(transaction.commit(), self.settings.commit_timeout)
             except BaseException as raised:
                 error = raised
@@ -220,17 +236,23 @@ class DatabaseSessionManager:
             raise NotInitializedError(REMEDY)
         return self._settings
 
-    def open_scope(self, *, writes: bool) -> Scope:
-        engines = self._admit()
-        bind = engines.writing if writes else engines.primary
-        session = AsyncSession(bind, sync_session_class=ScopedSession, expire_on_commit=False)
-        scope = Scope(self, session)
+    @property
+    def is_sqlite(self) -> bool:
+        return self._initialized().is_sqlite
+
+    def open_scope(self, terms: Terms) -> Scope:
+        engine = self._admit().on(terms)
+        session = AsyncSession(engine, sync_session_class=ScopedSession, expire_on_commit=False)
+        scope = Scope(self, session, terms)
         cast(ScopedSession, session.sync_session).scope = scope
         self._open.add(scope)
         return scope
 
     def forget_scope(self, scope: Scope) -> None:
         self._forget(scope)
+
+    def end_connection(self, connection: Connection) -> None:
+        self._initialized().end(connection.connection.dbapi_connection)
 
     def _forget(self, left: object) -> None:
         self._open.discard(left)

@@ -1,4 +1,4 @@
-"""One open session: which blocks use it, who may use it now, and how it ends.
+"""One open session: which blocks use it, who may use it now, its transaction, and how it ends.
 
 A context variable holds the innermost block that the running code is in. It is never reset by token: a block that has
 ended is passed over by whoever looks, so that blocks may end in any order, and elsewhere than they began.
@@ -7,34 +7,54 @@ ended is passed over by whoever looks, so that blocks may end in any order, and 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
+from greenlet import getcurrent
+from sqlalchemy import Connection
 from sqlalchemy.exc import PendingRollbackError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 
-from .errors import CommitOutcomeUnknownError, ConcurrentSessionError, NoSessionError, UnexpectedRollbackError
+from .ending import finish_commit, finish_rollback
+from .engine import Terms
+from .errors import (
+    ConcurrentSessionError,
+    IncompatibleTransactionError,
+    NoSessionError,
+    ScopeError,
+    TransactionError,
+    UnexpectedRollbackError,
+)
+from .failures import failures, in_short
 from .settings import DatabaseSettings
 
-T = TypeVar("T")
-logger = logging.getLogger("sessionwire")
+Hook = Callable[[], object]
+BeginHook = Callable[[AsyncConnection], Awaitable[object] | None]
 
 
 class Owner(Protocol):
     """What scopes, and those who open them, need of a manager."""
 
+    begin_hooks: list[BeginHook]
+
     @property
     def settings(self) -> DatabaseSettings: ...
 
-    def open_scope(self, *, writes: bool) -> Scope:
+    @property
+    def is_sqlite(self) -> bool: ...
+
+    def open_scope(self, terms: Terms) -> Scope:
         """A new scope with a session of its own. Raises `NotInitializedError`, `OwnershipError`."""
         ...
 
     def forget_scope(self, scope: Scope) -> None:
         """The scope has ended, and given back its connection."""
+        ...
+
+    def end_connection(self, connection: Connection) -> None:
+        """Give it up, and with it what a task left running on it."""
         ...
 
 
@@ -48,67 +68,132 @@ class Block:
         self.outer = outer
 
 
-_innermost: ContextVar[Block | None] = ContextVar("sessionwire_innermost_block", default=None)
+innermost_block: ContextVar[Block | None] = ContextVar("sessionwire_innermost_block", default=None)
 
 
-def _open_block() -> Block | None:
-    block = _innermost.get()
-    while block is not None and block.scope is None:
+def open_blocks() -> Iterator[tuple[Block, Scope]]:
+    """The blocks around the running code that are still open, the innermost first, with their scopes."""
+    block = innermost_block.get()
+    while block is not None:
+        if block.scope is not None:
+            yield block, block.scope
         block = block.outer
-    return block
 
 
 def current_scope(owner: Owner) -> Scope | None:
     """The innermost open scope of this manager in this context."""
-    block = _innermost.get()
-    while block is not None:
-        if block.scope is not None and block.scope.owner is owner:
-            return block.scope
-        block = block.outer
+    for _, scope in open_blocks():
+        if scope.owner is owner:
+            return scope
     return None
 
 
-def scopes_here(owner: Owner) -> list[Scope]:
-    """All open scopes of this manager in this context, the innermost first."""
-    scopes: list[Scope] = []
-    block = _innermost.get()
-    while block is not None:
-        if block.scope is not None and block.scope.owner is owner:
-            scopes.append(block.scope)
-        block = block.outer
-    return scopes
+def scopes_here(owner: Owner) -> set[Scope]:
+    """All open scopes of this manager in this context."""
+    return {scope for _, scope in open_blocks() if scope.owner is owner}
+
+
+def refuse_second_writer(owner: Owner) -> None:
+    """Raises `IncompatibleTransactionError` on SQLite inside a transaction that writes, which would never let go."""
+    if owner.is_sqlite and any(scope.is_writer for scope in scopes_here(owner)):
+        raise IncompatibleTransactionError(
+            "SQLite has one writer at a time, and the transaction around this block is it: join it, take "
+            "Propagation.NESTED, or do it after its end, with on_commit(), or in a task with detached()"
+        )
+
+
+def cut_off() -> UnexpectedRollbackError:
+    return UnexpectedRollbackError("the manager was closed before this block ended: all was rolled back")
+
+
+def entered_twice() -> ScopeError:
+    return ScopeError("a block is entered once: call transaction() or session() anew for each")
 
 
 def require_scope(owner: Owner) -> Scope:
     """The same; raises `NoSessionError` where there is none."""
     scope = current_scope(owner)
     if scope is None:
-        mix_up = "one of another database is, was the right one injected? " if _open_block() else ""
+        mix_up = "one of another database is, was the right one injected? " if any(open_blocks()) else ""
         raise NoSessionError(
             f"no session is open here: {mix_up}wrap the call in transaction(), @transactional or session()"
         )
     return scope
 
 
-class Transaction:
-    """The transaction of a scope, from the block that began it to that block's end."""
+class Level:
+    """What is undone as one: a transaction, or a savepoint within it."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: Block, outer: Level | None = None, failed_before: int = 0) -> None:
+        self.block = block  # the one that began it
+        self.outer = outer
+        self.failed_before = failed_before
         self.doomed_by: BaseException | None = None
+        self.rollback_only = False  # as its own block has asked for
+        self.has_ended = False
+        self._undone = False
 
     def doom(self, reason: BaseException) -> None:
-        """Make it rollback-only. The first reason stays."""
-        self.doomed_by = self.doomed_by or reason
+        """Make it end in a rollback, however its block ends; where it has ended, the one around it. The first stays."""
+        if self.has_ended and self.outer is not None:
+            self.outer.doom(reason)
+        else:
+            self.doomed_by = self.doomed_by or reason
+
+    def set_rollback_only(self, block: Block) -> None:
+        """The same where a block asks for it, quietly if it is the one that began."""
+        if block is self.block:
+            self.rollback_only = True
+        else:
+            self.doom(TransactionError("set_rollback_only() was called in a block that had joined"))
+
+    def undo(self) -> None:
+        self._undone = True
+
+    @property
+    def undone(self) -> bool:
+        return self._undone or (self.outer is not None and self.outer.undone)
+
+
+class Transaction:
+    """The transaction that a block owns in a scope, with its savepoints and hooks."""
+
+    def __init__(self, scope: Scope, block: Block) -> None:
+        self.root = self.level = Level(block)
+        self._scope = scope
+        self.has_begun = False  # in the database
+        self.is_ending = False
+        self._hooks: list[tuple[Hook, Level, bool]] = []
+
+    def end(self, level: Level) -> None:
+        """End a savepoint, and with it those that are still open inside it."""
+        while not level.has_ended and self.level.outer is not None:
+            self.level.has_ended = True
+            self.level = self.level.outer
+
+    def set_rollback_only(self) -> None:
+        self.level.set_rollback_only(self._scope.blocks[-1])
+
+    def add_hook(self, hook: Hook, *, on_rollback: bool) -> None:
+        self._hooks.append((hook, self.level, on_rollback))
+
+    def hooks(self) -> list[Hook]:
+        """Those that the end has made due, in the order given."""
+        return [hook for hook, level, on_rollback in self._hooks if level.undone is on_rollback]
 
 
 class Scope:
     """An open session, and the blocks that use it, the outermost first."""
 
-    def __init__(self, owner: Owner, session: AsyncSession) -> None:
+    def __init__(self, owner: Owner, session: AsyncSession, terms: Terms) -> None:
         self.owner = owner
         self.session = session
+        self.terms = terms
+        self.task = asyncio.current_task()
         self.blocks: list[Block] = []
         self.transaction: Transaction | None = None
+        self.connection: Connection | None = None  # of the transaction, once it has begun
+        self.last_error: Exception | None = None  # of an operation
         self.written = False  # since the last commit or rollback
         self.cut_off = False  # by the manager's close(): the connection is gone
         self._operation: object = None  # the greenlet of the one that is running
@@ -118,38 +203,35 @@ class Scope:
 
     def enter(self) -> Block:
         """Open a block, inside which this scope is the current one. Raises `ConcurrentSessionError`."""
-        self._check_caller()
-        block = Block(self, _open_block())
+        self.check_caller()
+        block = Block(self, _innermost_open())
         self.blocks.append(block)
-        _innermost.set(block)
+        innermost_block.set(block)
         return block
 
-    def leave(self, block: Block) -> None:
-        """End a block. With its outermost one the scope ends, and is nobody's current one any more."""
-        if self.blocks and block is self.blocks[0]:
-            self.end()
-        elif block in self.blocks:
-            self.blocks.remove(block)
-            block.scope = None
-        if _innermost.get() is block:
-            _innermost.set(_open_block())
+    def leave(self, block: Block, *, with_inner: bool = False) -> None:
+        """End a block, and with it those inside where they cannot do without it.
+
+        With its outermost one the scope ends: nobody finds it any more, nobody may use its session.
+        """
+        if block in self.blocks:
+            position = self.blocks.index(block)
+            until = len(self.blocks) if with_inner or position == 0 else position + 1
+            for ended in self.blocks[position:until]:
+                ended.scope = None
+            del self.blocks[position:until]
+        if innermost_block.get() is block:
+            innermost_block.set(_innermost_open())
 
     def end(self) -> None:
-        """End all blocks: nobody finds this scope any more, nobody may use its session."""
-        for block in self.blocks:
-            block.scope = None
-        self.blocks.clear()
+        """End all blocks."""
+        for block in self.blocks[:1]:
+            self.leave(block)
 
-    def _check_caller(self) -> None:
+    def check_caller(self) -> None:
         """With one block open, any task that has the session may use it; else only code inside the innermost one."""
-        if len(self.blocks) < 2:
-            return
-        block = _innermost.get()
-        while block is not None:
-            if block is self.blocks[-1]:
-                return
-            block = block.outer
-        raise _concurrent("a block that joined it in another task is still open")
+        if len(self.blocks) > 1 and all(block is not self.blocks[-1] for block, _ in open_blocks()):
+            raise _concurrent("a block that joined it in another task is still open")
 
     # Operations: the session serves one at a time
 
@@ -168,7 +250,7 @@ class Scope:
             )
         if self._operation is not None:
             raise _concurrent("another operation is running on it")
-        self._check_caller()
+        self.check_caller()
         self._operation = operation
         return True
 
@@ -178,18 +260,48 @@ class Scope:
             self._idle.set_result(None)
             self._idle = None
 
-    async def _run(self, function: Callable[[Session], None]) -> None:
-        """Run a method of SQLAlchemy's own session as the one operation, after that which a task left running."""
+    async def run(self, function: Callable[[Session], None]) -> None:
+        """Run a method of SQLAlchemy's own session as the one operation, after that which a task left running.
+
+        Cancelled while it waits for that one, it ends it together with the connection.
+        """
         while self._operation is not None:
             self._idle = self._idle or asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._idle)
+            try:
+                await asyncio.shield(self._idle)
+            except asyncio.CancelledError:
+                if self.connection is not None:
+                    self.owner.end_connection(self.connection)
         self._operation = function
+
+        def operate(session: Session) -> None:
+            self._operation = getcurrent()  # what it does in turn, as the flush before a commit, is part of it
+            function(session)
+
         try:
-            await self.session.run_sync(function)
+            await self.session.run_sync(operate)
         finally:
             self.finish()
 
     # Ends
+
+    @property
+    def failures(self) -> list[BaseException]:
+        """The statements that failed in the transaction, and were not undone by a savepoint."""
+        return failures(self.connection)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """The first of them, or the flush that failed and has rolled back already."""
+        if self.failures:
+            return self.failures[0]
+        return None if self.session.is_active else self.last_error
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether it is in a transaction that writes, which on SQLite excludes all others."""
+        begun = self.transaction is not None and not self.terms.read_only
+        return begun or (self.written and not self.terms.autocommit)
 
     @property
     def pending(self) -> bool:
@@ -197,23 +309,29 @@ class Scope:
         session = self.session.sync_session
         return bool(session.new or session.deleted or any(map(session.is_modified, session.dirty)))
 
+    async def flush(self) -> None:
+        """Send what is pending; what is dirty without a change too, which a commit would flush."""
+        session = self.session.sync_session
+        if session.new or session.dirty or session.deleted:
+            await self.session.flush()
+
     async def commit(self) -> None:
         """Send the COMMIT and wait for its answer, also while cancelled. What was pending has been flushed before.
 
         Raises `UnexpectedRollbackError`, `CommitOutcomeUnknownError`, and SQLAlchemy's errors.
         """
         if self.cut_off:
-            raise UnexpectedRollbackError("the manager was closed before this block ended: all was rolled back")
+            raise cut_off()
         if self._operation is not None:
             raise _concurrent("the block ended while another task still had an operation running on it")
         if not self.session.in_transaction():
+            if self.transaction is not None and self.transaction.has_begun:
+                raise UnexpectedRollbackError("the transaction was ended in its block, past the session: not kept")
             return
         try:
-            await finish_commit(self._run(Session.commit), self.owner.settings.commit_timeout)
+            await finish_commit(self.run(Session.commit), self.owner.settings.commit_timeout)
         except PendingRollbackError as error:
-            raise UnexpectedRollbackError(
-                "a flush had failed in this block, and its error was caught: all was rolled back"
-            ) from error
+            raise lost_after(self.last_error or error) from None
         self.written = False
 
     async def roll_back(self, error: BaseException | None) -> None:
@@ -223,11 +341,15 @@ class Scope:
             await self._undo(Session.rollback, error)
 
     async def close(self, error: BaseException | None) -> None:
-        """Roll back what was not committed, and give the connection back. What was loaded can still be read."""
+        """Roll back what was not committed, and give the connection back.
+
+        Where nothing was undone, what was loaded can still be read; else it is as before, for another attempt.
+        """
         self.end()
+        undone = self.written and not self.terms.autocommit
         try:
             if self.session.in_transaction():
-                await self._undo(Session.close, error)
+                await self._undo(Session.rollback if undone else Session.close, error)
         finally:
             Session.close(self.session.sync_session)
             self.owner.forget_scope(self)
@@ -240,56 +362,25 @@ class Scope:
                 Session.invalidate(session)
                 raise
 
-        await finish_rollback(self._run(undo_or_give_up), self.owner.settings.rollback_timeout, error)
+        await finish_rollback(self.run(undo_or_give_up), self.owner.settings.rollback_timeout, error)
+
+
+def _innermost_open() -> Block | None:
+    return next((block for block, _ in open_blocks()), None)
+
+
+def lost_after(reason: BaseException) -> UnexpectedRollbackError:
+    """What to raise where all seemed well, but a failure was caught on the way."""
+    error = UnexpectedRollbackError(
+        "all was rolled back, although this block ended well, because of a failure that was caught in it: "
+        f"{in_short(reason)}; what may fail and be caught belongs into transaction(Propagation.NESTED)"
+    )
+    error.__cause__ = reason
+    return error
 
 
 def _concurrent(reason: str) -> ConcurrentSessionError:
     return ConcurrentSessionError(
-        f"a session serves one operation at a time: {reason}; in a task of its own, work in a session() of its own"
+        f"a session serves one operation at a time: {reason}; in a task of its own, work in session() or in "
+        "transaction(Propagation.REQUIRES_NEW), or start it with transaction.detached()"
     )
-
-
-async def to_the_end(work: Coroutine[Any, Any, T], timeout: float) -> T:
-    """Do the work in a task of its own and wait for it, whatever is cancelled meanwhile; then let that go on.
-
-    Work that takes longer than `timeout` seconds is cancelled. Raises `TimeoutError`, and what the work raises; as the
-    cause of a `CancelledError` where there is one.
-    """
-    task = asyncio.ensure_future(work)
-    overdue = asyncio.get_running_loop().call_later(timeout, task.cancel)
-    cancellation: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait((task,))
-        except asyncio.CancelledError as error:
-            cancellation = error
-    overdue.cancel()
-    failure = TimeoutError(f"no answer within {timeout:g} s") if task.cancelled() else task.exception()
-    if cancellation is not None:
-        raise cancellation from failure
-    if failure is not None:
-        raise failure
-    return task.result()
-
-
-async def finish_commit(work: Coroutine[Any, Any, None], timeout: float) -> None:
-    """The same for a commit. Raises `CommitOutcomeUnknownError` where no answer comes in time."""
-    try:
-        await to_the_end(work, timeout)
-    except TimeoutError as error:
-        raise CommitOutcomeUnknownError(
-            "the commit was sent, and no answer came in time: look in the database before trying again"
-        ) from error
-
-
-async def finish_rollback(work: Coroutine[Any, Any, None], timeout: float, error: BaseException | None) -> None:
-    """The same for a rollback after `error`. What fails here is a note on that: the server undoes all the same."""
-    try:
-        await to_the_end(work, timeout)
-    except asyncio.CancelledError as cancellation:
-        raise cancellation from error
-    except Exception as trouble:
-        note = f"the rollback failed, and its connection was given up: {type(trouble).__name__}: {trouble}"
-        logger.warning(note)
-        if error is not None:
-            error.add_note(note)

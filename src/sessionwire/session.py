@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 import warnings
 from collections.abc import Callable
@@ -10,12 +11,17 @@ from types import TracebackType
 from typing import Any
 
 from greenlet import getcurrent
-from sqlalchemy import Executable, TextClause, event
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy import Connection, Executable, TextClause, event
+from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.util import await_only
 
+from .engine import Terms
 from .errors import ScopeOwnsTransactionError, UncommittedChangesWarning
-from .scope import Owner, Scope, require_scope
+from .failures import sqlstate
+from .scope import Owner, Scope, entered_twice, lost_after, require_scope, scopes_here
 
 WRITING_VERBS = ("INSERT", "UPDATE", "DELETE", "MERGE", "REPLACE", "TRUNCATE", "COPY")
 
@@ -37,10 +43,34 @@ def _guarded(name: str) -> Callable[..., Any]:
             return method(self, *args, **options)
         try:
             return method(self, *args, **options)
+        except Exception as error:
+            if not isinstance(error, PendingRollbackError):  # which only tells of an earlier one
+                scope.last_error = error
+            is_over = not self.is_active or getattr(error, "connection_invalidated", False)
+            if scope.terms.autocommit and is_over and not self.in_nested_transaction():
+                Session.rollback(self)  # what comes next stands alone
+            _explain_wait(scope, error)
+            raise
         finally:
             scope.finish()
 
     return guarded
+
+
+def _explain_wait(scope: Scope, error: Exception) -> None:
+    """Where the code that waited in vain holds itself what it waited for, say so."""
+    others = scopes_here(scope.owner) - {scope}
+    held = sum(other.session.in_transaction() for other in others)
+    if isinstance(error, PoolTimeoutError) and held:
+        pool = scope.owner.settings.pool
+        error.add_note(
+            f"this task waited for one more connection while it held {held}: with n tasks that do so at once, "
+            f"pool.size + pool.max_overflow must be at least n + {held}; it is {pool.size + pool.max_overflow}"
+        )
+    if sqlstate(getattr(error, "orig", None)).startswith("SQLITE_BUSY") and any(other.is_writer for other in others):
+        error.add_note(
+            "SQLite has one writer at a time, and it is the transaction around this block: write in that one"
+        )
 
 
 def _executing(name: str) -> Callable[..., Any]:
@@ -68,16 +98,24 @@ def _ending(name: str) -> Callable[..., Any]:
     @functools.wraps(end)
     def ending(self: ScopedSession, *args: Any, **options: Any) -> Any:
         if self.scope.transaction is not None and not options.get("nested"):
-            raise ScopeOwnsTransactionError(
-                f"{name}() inside transaction(), whose block does it: leave it to commit, raise to roll back; "
-                "in session() it is yours to call"
-            )
+            raise _owned(name)
+        if name == "commit" and (reason := self.scope.failure):
+            Session.rollback(self)
+            self.scope.written = False
+            raise lost_after(reason)
         result = end(self, *args, **options)
         if name != "begin":
             self.scope.written = False
         return result
 
     return ending
+
+
+def _owned(name: str) -> ScopeOwnsTransactionError:
+    return ScopeOwnsTransactionError(
+        f"{name}() inside transaction(), whose block does it: leave it to commit, raise or call "
+        "set_rollback_only() to roll back; Propagation.NESTED undoes a part; in session() it is yours to call"
+    )
 
 
 for _name in ("flush", "connection", "merge", "refresh", "begin_nested", "bulk_save_objects"):
@@ -93,14 +131,55 @@ def _note_written(session: ScopedSession, _context: Any) -> None:
     session.scope.written = True
 
 
+@event.listens_for(ScopedSession, "before_commit")
+def _check_commit(session: ScopedSession) -> None:
+    """The checks of `commit()`, for `session.begin()` and `get_transaction()`, which do without it."""
+    scope = session.scope
+    if session.in_nested_transaction():
+        return
+    if scope.transaction is None:
+        if reason := scope.failure:
+            raise lost_after(reason)
+    elif not scope.transaction.is_ending:
+        raise _owned("commit")
+
+
+@event.listens_for(ScopedSession, "after_commit")
+def _note_committed(session: ScopedSession) -> None:
+    if not session.in_nested_transaction():
+        session.scope.written = False
+
+
+@event.listens_for(ScopedSession, "after_begin")
+def _begun(session: ScopedSession, transaction: SessionTransaction, connection: Connection) -> None:
+    scope = session.scope
+    scope.connection = connection
+    if scope.terms.autocommit or transaction.nested:
+        return
+    if scope.transaction is not None:
+        scope.transaction.has_begun = True
+    try:
+        for hook in scope.owner.begin_hooks:
+            result = hook(AsyncConnection(AsyncEngine(connection.engine), connection))
+            if inspect.isawaitable(result):
+                await_only(result)
+    except BaseException:
+        connection.invalidate()  # nothing may go on in a transaction that lacks what must hold in it
+        raise
+
+
 class SessionBlock:
     """`async with manager.session()`: a session that commits nothing by itself."""
 
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
+        self._was_entered = False
 
     async def __aenter__(self) -> AsyncSession:
-        self._scope = self._owner.open_scope(writes=False)
+        if self._was_entered:
+            raise entered_twice()
+        self._was_entered = True
+        self._scope = self._owner.open_scope(Terms())
         self._block = self._scope.enter()
         return self._scope.session
 

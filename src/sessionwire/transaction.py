@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager
-from types import TracebackType
+import asyncio
+import inspect
+import logging
+import random
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar, TypeVarTuple, Unpack
 
-from sqlalchemy.ext.asyncio import AsyncSession
+from .block import TransactionBlock
+from .errors import TransactionRequiredError
+from .failures import in_short, is_retryable
+from .plan import BlockOptions, Propagation, plan
+from .scope import BeginHook, Hook, Owner, Transaction, current_scope, innermost_block
 
-from .errors import ConcurrentSessionError, UnexpectedRollbackError
-from .scope import Owner, Transaction, current_scope
+logger = logging.getLogger("sessionwire.retry")
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.01, 1.0  # seconds before a retry, doubled each time, with full jitter
 
 
 class TransactionManager:
@@ -20,12 +31,27 @@ class TransactionManager:
     def __init__(self, manager: Owner) -> None:
         self._owner = manager
 
-    def __call__(self) -> AbstractAsyncContextManager[AsyncSession]:
-        """Join the current transaction, or begin one, which commits when the block ends well, and else rolls back.
+    def __call__(
+        self,
+        propagation: Propagation = Propagation.REQUIRED,
+        **options: Unpack[BlockOptions],
+    ) -> TransactionBlock:
+        """A block that joins or begins a transaction, as `propagation` says.
 
-        In a bare `session()` it is that session's. Nothing is sent before the first statement.
+        The block that began one commits it when it ends well, and else rolls it back. Nothing is sent before the
+        first statement. Options:
+
+        - `isolation`: `"READ COMMITTED"`, `"REPEATABLE READ"`, `"SERIALIZABLE"`; SQLite always gives the last.
+        - `read_only`: the database refuses to write.
+        - `timeout`: a deadline for the block, up to its commit, in seconds or as a `timedelta`.
+        - `execution_options`: SQLAlchemy's, for the engine.
+
+        Raises `ValueError` for an isolation level that there is not. Entering the block raises
+        `TransactionRequiredError`, `TransactionForbiddenError`, `IncompatibleTransactionError`,
+        `ConcurrentSessionError`; leaving it `UnexpectedRollbackError`, `TransactionTimeoutError`,
+        `CommitOutcomeUnknownError`, and what the database says to the commit.
         """
-        return TransactionBlock(self._owner)
+        return TransactionBlock(self._owner, plan(propagation, **options))
 
     @property
     def active(self) -> bool:
@@ -33,67 +59,96 @@ class TransactionManager:
         scope = current_scope(self._owner)
         return scope is not None and scope.transaction is not None
 
+    def set_rollback_only(self) -> None:
+        """Let the current transaction, or savepoint, end in a rollback.
 
-class TransactionBlock:
-    """`async with transaction()`."""
+        Quiet where the block that began it asks; where one that joined it does, the beginner ends in
+        `UnexpectedRollbackError`. Raises `TransactionRequiredError`.
+        """
+        transaction = self._current()
+        if transaction is None:
+            raise TransactionRequiredError("set_rollback_only() is for the inside of transaction()")
+        transaction.set_rollback_only()
 
-    def __init__(self, owner: Owner) -> None:
-        self._owner = owner
+    def on_commit(self, function: Hook) -> None:
+        """Call it, sync or async, after the commit of the current transaction; with none, at once (sync only).
 
-    async def __aenter__(self) -> AsyncSession:
-        current = current_scope(self._owner)
-        self._opened = current is None
-        self._scope = current or self._owner.open_scope(writes=True)
-        self._block = self._scope.enter()
-        self._begun = self._scope.transaction is None
-        self._transaction = self._scope.transaction = self._scope.transaction or Transaction()
-        return self._scope.session
+        It is dropped where the savepoint that it was given in is rolled back. What it raises undoes nothing: the
+        others still run, then the block raises it.
+        """
+        transaction = self._current()
+        if transaction is not None:
+            transaction.add_hook(function, on_rollback=False)
+        elif inspect.isawaitable(result := function()):  # of which nothing has run yet
+            if inspect.iscoroutine(result):
+                result.close()
+            raise TransactionRequiredError("no transaction is current, so there is nothing to wait for: await it")
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._begun:
-            await self._end(error)
-        else:
-            self._leave(error)
+    def on_rollback(self, function: Hook) -> None:
+        """The same after a rollback, of a savepoint too: at the outermost end. Without a transaction it never runs."""
+        transaction = self._current()
+        if transaction is not None:
+            transaction.add_hook(function, on_rollback=True)
 
-    def _leave(self, error: BaseException | None) -> None:
-        """End of a block that had joined: a failure dooms the transaction, whatever becomes of the error."""
-        ended = self._block.scope is None
-        self._scope.leave(self._block)
-        if error is not None:
-            self._transaction.doom(error)
-        elif ended:
-            raise UnexpectedRollbackError("the transaction ended before this block, which had joined it: rolled back")
+    def _current(self) -> Transaction | None:
+        """Raises `ConcurrentSessionError` where a block of another task has it."""
+        scope = current_scope(self._owner)
+        if scope is None or scope.transaction is None:
+            return None
+        scope.check_caller()
+        return scope.transaction
 
-    async def _end(self, error: BaseException | None) -> None:
-        failure = error
-        if failure is None:
+    def on_begin(self, function: BeginHook) -> BeginHook:
+        """Call it with the `AsyncConnection` at the begin of every transaction of this manager, from now on.
+
+        For what must hold in each, such as `SET LOCAL` for row-level security; reads run in transactions too then.
+        """
+        self._owner.begin_hooks.append(function)
+        return function
+
+    async def detached(self, work: Coroutine[Any, Any, R]) -> R:
+        """Run a coroutine as if no scope were open: `create_task(transaction.detached(work()))`."""
+        around = innermost_block.get()
+        innermost_block.set(None)
+        try:
+            return await work
+        finally:
+            innermost_block.set(around)
+
+    async def run(
+        self,
+        function: Callable[[*Ts], Awaitable[R]],
+        *args: *Ts,
+        retries: int = 0,
+        propagation: Propagation = Propagation.REQUIRED,
+        **options: Unpack[BlockOptions],
+    ) -> R:
+        """Run a coroutine function in a block, again up to `retries` times where it is certain that nothing was done.
+
+        That is after a serialization failure, a deadlock (SQLSTATE 40001, 40P01; SQLite busy), and a connection lost
+        before the commit was sent; after a pause each time. Inside another scope it is one attempt. The options are
+        those of a block.
+        """
+        planned = plan(propagation, **options)
+        attempts = 1 if current_scope(self._owner) is not None else retries + 1
+        again = False
+
+        def is_repeated_after(outcome: BaseException | None) -> bool:
+            nonlocal again  # not so after the error of a hook, when all is committed, nor without a transaction
+            again = is_retryable(outcome)
+            return again
+
+        for attempt in range(1, attempts):
+            again = False
+            block = TransactionBlock(self._owner, planned)
+            block.is_repeated_after = is_repeated_after
             try:
-                await self._commit()
-            except BaseException as refused:
-                failure = refused
-        scope = self._scope
-        scope.leave(self._block)
-        scope.transaction = None
-        if self._opened:
-            await scope.close(failure)
-        elif failure is not None:
-            await scope.roll_back(failure)
-        if failure is not None and failure is not error:
-            raise failure
-
-    async def _commit(self) -> None:
-        scope = self._scope
-        if scope.blocks and scope.blocks[-1] is not self._block:
-            self._transaction.doom(ConcurrentSessionError("a block that joined in another task was still open"))
-        elif scope.pending:
-            await scope.session.flush()
-        if self._transaction.doomed_by is not None:
-            reason = self._transaction.doomed_by
-            raise UnexpectedRollbackError(
-                f"all was rolled back, although this block ended well: {type(reason).__name__}: {reason}; a block that "
-                "had joined it failed, and its error was caught"
-            ) from reason
-        scope.leave(self._block)
-        await scope.commit()
+                async with block:
+                    return await function(*args)
+            except Exception as error:
+                if not again:
+                    raise
+                logger.info("attempt %d of %d failed: %s", attempt, attempts, in_short(error))
+            await asyncio.sleep(random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(attempt, 20))))
+        async with TransactionBlock(self._owner, planned):
+            return await function(*args)

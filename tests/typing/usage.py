@@ -1,9 +1,15 @@
 """What users write, as type checkers see it: checked by mypy and pyright in strict mode, never run."""
 
+# pyright: reportUnnecessaryTypeIgnoreComment=true
+
 from __future__ import annotations
 
-from typing import assert_type
+from collections.abc import Awaitable, Callable, Coroutine
+from datetime import timedelta
+from typing import Any, assert_type
 
+from dependency_injector.wiring import Provide, inject
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from sessionwire import (
@@ -11,7 +17,9 @@ from sessionwire import (
     DatabaseSessionManager,
     DatabaseSettings,
     PoolSettings,
+    Propagation,
     TransactionManager,
+    read_only,
     sessionmanager,
     transactional,
 )
@@ -25,10 +33,104 @@ class ShopSettings(BaseSettings):
 class Service:
     def __init__(self, session: AsyncSession, transaction: TransactionManager) -> None:
         self.transaction = transaction
+        self.archive = transaction
 
     @transactional
     async def price(self, item: int, *, currency: str = "EUR") -> float:
         return 1.0
+
+    @transactional()
+    async def with_parentheses(self, item: int, *, currency: str = "EUR") -> float:
+        return 1.0
+
+    @transactional(Propagation.NESTED, isolation="SERIALIZABLE", timeout=timedelta(seconds=1), retries=5, of="archive")
+    async def with_options(self, item: int, *, currency: str = "EUR") -> float:
+        return 1.0
+
+    @read_only
+    async def names(self, *items: int) -> list[str]:
+        return []
+
+    @read_only()
+    async def names_with_parentheses(self, *items: int) -> list[str]:
+        return []
+
+    @read_only(of="archive")
+    async def names_of_the_archive(self, *items: int) -> list[str]:
+        return []
+
+    @classmethod
+    @transactional
+    async def of_the_class(cls, item: int) -> str:
+        return ""
+
+    @staticmethod
+    @transactional
+    async def of_nobody(item: int, transaction: TransactionManager) -> str:
+        return ""
+
+
+@inject
+@transactional(retries=1)
+async def over(item: int, transaction: TransactionManager = Provide["db.transaction"]) -> str:
+    return ""
+
+
+@transactional
+@inject
+async def under(item: int, transaction: TransactionManager = Provide["db.transaction"]) -> str:
+    return ""
+
+
+async def use_decorated(service: Service, transaction: TransactionManager) -> None:
+    assert_type(await service.price(1, currency="CHF"), float)
+    assert_type(await service.with_parentheses(1, currency="CHF"), float)
+    assert_type(await service.with_options(item=1), float)
+    assert_type(await service.names(1, 2), list[str])
+    assert_type(await service.names_with_parentheses(1, 2), list[str])
+    assert_type(await service.names_of_the_archive(), list[str])
+    assert_type(await Service.of_the_class(1), str)
+    assert_type(await Service.of_nobody(1, transaction), str)
+    assert_type(await over(1), str)
+    assert_type(await under(1, transaction=transaction), str)
+    unbound: Callable[[Service, int], Coroutine[Any, Any, float]] = Service.with_parentheses
+    assert_type(await unbound(service, 1), float)
+
+
+async def use_wrongly(service: Service) -> None:
+    """Each of these is an error to both type checkers: a comment that silences nothing would be one too."""
+    await service.price("1")  # type: ignore[arg-type]
+    await service.with_parentheses(1, "CHF")  # type: ignore[call-arg]
+    await service.with_options(1, price=1)  # type: ignore[call-arg]
+    await service.names("1")  # type: ignore[arg-type]
+    await service.names_of_the_archive("1")  # type: ignore[arg-type]
+    await over("1")  # type: ignore[arg-type]
+    transactional(isolation_level="SERIALIZABLE")  # type: ignore[call-overload]
+    read_only(retries=1)  # type: ignore[call-overload]
+
+
+async def add(first: int, second: str) -> bytes:
+    return b""
+
+
+async def use_transactions(transaction: TransactionManager) -> None:
+    assert_type(await transaction.run(add, 1, "2", retries=3, timeout=1.5), bytes)
+    assert_type(await transaction.detached(add(1, "2")), bytes)
+    await transaction.run(add, "1", "2")  # type: ignore[arg-type]
+    async with transaction(Propagation.REQUIRES_NEW, read_only=True, timeout=timedelta(seconds=1)) as session:
+        assert_type(session, AsyncSession)
+    transaction.on_commit(lambda: print("done"))
+    transaction.on_commit(lambda: add(1, "2"))
+    transaction.on_rollback(lambda: None)
+
+    @transaction.on_begin
+    async def set_tenant(connection: AsyncConnection) -> None:
+        await connection.execute(select(1))
+
+    assert_type(set_tenant, Callable[[AsyncConnection], Awaitable[object] | None])
+    transaction.on_begin(lambda connection: None)
+    assert_type(transaction.active, bool)
+    transaction.set_rollback_only()
 
 
 async def use(manager: DatabaseSessionManager) -> None:

@@ -1,0 +1,97 @@
+"""Ends that a cancellation cannot cut short: how a commit or a rollback is waited for, and what its answer means."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from sqlalchemy.exc import DBAPIError, InterfaceError
+
+from .errors import CommitOutcomeUnknownError
+from .failures import in_short
+
+T = TypeVar("T")
+logger = logging.getLogger("sessionwire")
+
+
+async def to_the_end(work: Coroutine[Any, Any, T], timeout: float) -> T:
+    """Do the work in a task of its own and wait for it, whatever is cancelled meanwhile; then let that go on.
+
+    Work that takes longer than `timeout` seconds is cancelled. Raises `TimeoutError`, and what the work raises; as the
+    cause of a `CancelledError` where there is one.
+    """
+    task = asyncio.ensure_future(work)
+    overdue = asyncio.get_running_loop().call_later(timeout, task.cancel)
+    cancellation: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError as error:
+            cancellation = error
+    overdue.cancel()
+    failure = TimeoutError(f"no answer within {timeout:g} s") if task.cancelled() else task.exception()
+    if cancellation is not None:
+        raise cancellation from failure
+    if failure is not None:
+        raise failure
+    return task.result()
+
+
+async def finish_commit(work: Coroutine[Any, Any, None], timeout: float) -> None:
+    """The same for a commit. Raises `CommitOutcomeUnknownError` where its answer was lost or does not come in time."""
+    try:
+        await to_the_end(_committing(work), timeout)
+    except TimeoutError as error:
+        raise _unknown("no answer came in time") from error
+    except asyncio.CancelledError as cancellation:
+        if isinstance(cancellation.__cause__, TimeoutError):
+            cancellation.__cause__ = _unknown("no answer came in time")
+        raise
+
+
+async def finish_rollback(
+    work: Coroutine[Any, Any, None], timeout: float, error: BaseException | None
+) -> Exception | None:
+    """The same for a rollback after `error`. What fails is returned, and a note on that: the server undoes anyway."""
+    try:
+        await to_the_end(work, timeout)
+    except asyncio.CancelledError as cancellation:
+        raise cancellation from error
+    except Exception as trouble:
+        note = f"the rollback failed, and its connection was given up: {in_short(trouble)}"
+        logger.warning(note)
+        if error is not None:
+            error.add_note(note)
+        return trouble
+    return None
+
+
+async def _committing(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        await work
+    except DBAPIError as error:
+        if _was_refused(error):
+            raise
+        raise _unknown("the connection was lost before its answer came") from error
+
+
+def _was_refused(error: DBAPIError) -> bool:
+    """Whether it is certain that this commit was not carried out.
+
+    An `InterfaceError` was not sent. An answer of severity ERROR is a refusal; one of severity FATAL may follow a
+    commit that was carried out (PostgreSQL, "Message Formats", field V).
+    """
+    cause = error.orig.__cause__ if error.orig is not None and error.orig.__cause__ is not None else error.orig
+    if isinstance(error, InterfaceError) or isinstance(cause, sqlite3.Error):
+        return True
+    severity = getattr(cause, "severity_en", None) or getattr(cause, "severity", None)
+    return severity == "ERROR" if hasattr(cause, "sqlstate") else not error.connection_invalidated
+
+
+def _unknown(reason: str) -> CommitOutcomeUnknownError:
+    return CommitOutcomeUnknownError(
+        f"the commit was sent, and {reason}: look in the database whether it was carried out, before trying again"
+    )

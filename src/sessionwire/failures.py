@@ -1,0 +1,92 @@
+"""Statements that failed in a transaction: no block may end as if nothing had happened, whoever caught the error.
+
+PostgreSQL aborts such a transaction, and answers its COMMIT with ROLLBACK, which SQLAlchemy and asyncpg take for
+success; SQLite goes on without the one statement. Here they mean the same: only a savepoint undoes a failure.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
+
+from .errors import UnexpectedRollbackError
+
+CONNECTION_LOST = ("08", "57P01", "57P02", "57P03")  # SQLSTATEs, or their classes
+IN_FAILED_TRANSACTION = "25P02"
+RETRYABLE = ("40001", "40P01", "SQLITE_BUSY")  # serialization failure, deadlock, no lock in time
+
+
+class _Failures:
+    """Of one connection's transaction."""
+
+    def __init__(self) -> None:
+        self.errors: list[BaseException] = []
+        self.savepoints: list[int] = []  # how many errors there were before each
+
+
+_failures: weakref.WeakKeyDictionary[Connection, _Failures] = weakref.WeakKeyDictionary()
+
+
+def failures(connection: Connection | None) -> list[BaseException]:
+    """What failed in the transaction of this connection, and was not undone."""
+    found = _failures.get(connection) if connection is not None else None
+    return found.errors if found else []
+
+
+def sqlstate(error: BaseException | None) -> str:
+    """The driver's SQLSTATE, or SQLite's name for the error, or nothing."""
+    return getattr(error, "sqlstate", None) or getattr(error, "sqlite_errorname", None) or ""
+
+
+def in_short(error: BaseException) -> str:
+    """Its type and first line: the lines after it, of SQLAlchemy's errors, are SQL and its parameters."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def is_retryable(error: BaseException | None) -> bool:
+    """Whether nothing was done for certain, and another attempt may succeed. Not for an unknown outcome of a commit."""
+    if isinstance(error, UnexpectedRollbackError):
+        error = error.__cause__
+    if isinstance(error, DBAPIError):
+        return error.connection_invalidated or sqlstate(error.orig).startswith(RETRYABLE)
+    return sqlstate(error).startswith(RETRYABLE)  # as the driver raises it, from a cursor
+
+
+def origin(error: BaseException | None, first: BaseException | None) -> BaseException | None:
+    """Of an error that says no more than that an earlier one has ended the transaction: that one."""
+    is_echo = isinstance(error, PendingRollbackError) or sqlstate(getattr(error, "orig", None)) == IN_FAILED_TRANSACTION
+    return first if is_echo and first is not None else error
+
+
+def watch_failures(engine: Engine) -> None:
+    """Take note of them in all transactions of this engine."""
+
+    @event.listens_for(engine, "handle_error")
+    def failed(context: ExceptionContext) -> None:
+        if sqlstate(context.original_exception).startswith(CONNECTION_LOST):
+            context.is_disconnect = True  # which SQLAlchemy would learn only from the next statement
+        if context.connection is not None and isinstance(context.sqlalchemy_exception, DBAPIError):
+            found = _failures.setdefault(context.connection, _Failures())
+            found.errors.append(context.sqlalchemy_exception)
+
+    @event.listens_for(engine, "savepoint")
+    def begun(connection: Connection, _name: Any) -> None:
+        found = _failures.setdefault(connection, _Failures())
+        found.savepoints.append(len(found.errors))
+
+    @event.listens_for(engine, "release_savepoint")
+    def released(connection: Connection, _name: Any, _context: Any) -> None:
+        _failures[connection].savepoints.pop()
+
+    @event.listens_for(engine, "rollback_savepoint")
+    def undone(connection: Connection, _name: Any, _context: Any) -> None:
+        found = _failures[connection]
+        del found.errors[found.savepoints.pop() :]
+
+    @event.listens_for(engine, "rollback")
+    def ended(connection: Connection) -> None:
+        _failures.pop(connection, None)

@@ -1,0 +1,669 @@
+"""Every propagation mode in every state around it, with every way out of both blocks: the design's table, in full."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from time import monotonic
+from typing import Any, NamedTuple
+
+import pytest
+from sqlalchemy import delete, insert, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, PendingRollbackError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from sessionwire import (
+    ConcurrentSessionError,
+    CurrentSession,
+    DatabaseSessionManager,
+    DatabaseSettings,
+    IncompatibleTransactionError,
+    PoolSettings,
+    Propagation,
+    UncommittedChangesWarning,
+    UnexpectedRollbackError,
+    read_only,
+    transactional,
+)
+
+from .conftest import Postgres, checked_out, notes
+from .tables import Note
+
+# What a block is, by its mode and by what is around it.
+MODES = """
+                | nothing  | transaction  | savepoint    | session    | autocommit | read scope   | read-only
+REQUIRED        | begins   | joins        | joins        | takes over | begins     | incompatible | incompatible
+REQUIRES_NEW    | begins   | begins       | begins       | begins     | begins     | begins       | begins
+NESTED          | begins   | savepoint    | savepoint    | takes over | begins     | incompatible | incompatible
+MANDATORY       | required | joins        | joins        | required   | required   | required     | incompatible
+SUPPORTS        | without  | joins        | joins        | shares     | without    | incompatible | incompatible
+NOT_SUPPORTED   | without  | without      | without      | without    | without    | without      | without
+NEVER           | without  | forbidden    | forbidden    | shares     | without    | incompatible | forbidden
+"""
+
+# What differs on SQLite, where the one around it has written: one writer excludes another.
+ON_SQLITE = """
+                | transaction  | savepoint    | session
+REQUIRES_NEW    | incompatible | incompatible | incompatible
+NOT_SUPPORTED   | locked       | locked       | locked
+"""
+
+# What becomes of it, by what happens in it. Its row is kept, is undone, or shares the lot of the rows around it;
+# `unexpected` is undone too, and told by the block itself; what `dooms` is told by the block around it, all undone.
+ENDS = """
+                | all is well | it fails | a statement fails | a flush fails | set_rollback_only
+begins          | kept        | undone   | unexpected        | unexpected    | undone
+takes over      | kept        | undone   | unexpected        | unexpected    | undone
+savepoint       | shared      | undone   | unexpected        | unexpected    | undone
+joins           | shared      | dooms    | dooms             | dooms         | dooms
+shares          | shared      | shared   | dooms             | dooms         | required, shared
+without         | kept        | kept     | kept              | kept          | required, kept
+locked          | locked      | locked   | locked            | locked        | locked
+incompatible    | refused     | refused  | refused           | refused       | refused
+required        | refused     | refused  | refused           | refused       | refused
+forbidden       | refused     | refused  | refused           | refused       | refused
+"""
+
+AROUND: dict[str, Callable[[DatabaseSessionManager], AbstractAsyncContextManager[AsyncSession | None]]] = {
+    "nothing": lambda _: nullcontext(),
+    "transaction": lambda manager: manager.transaction(),
+    "savepoint": lambda manager: manager.transaction(Propagation.NESTED),  # in a transaction with a row of its own
+    "session": lambda manager: manager.session(),  # committed at its end
+    "autocommit": lambda manager: manager.transaction(Propagation.NOT_SUPPORTED),
+    "read scope": lambda manager: manager.transaction(Propagation.SUPPORTS, read_only=True),
+    "read-only": lambda manager: manager.transaction(read_only=True),
+}
+WRITING = ("transaction", "savepoint", "session", "autocommit")
+
+REFUSALS = {
+    "incompatible": "IncompatibleTransactionError",
+    "required": "TransactionRequiredError",
+    "forbidden": "TransactionForbiddenError",
+    "locked": "OperationalError",
+}
+FAILURES = {
+    "it fails": "ValueError",
+    "a statement fails": "IntegrityError",
+    "a flush fails": "IntegrityError",
+    "set_rollback_only": "TransactionError",
+}
+
+
+class Case(NamedTuple):
+    around: str
+    happens: str  # in the inner block
+    caught: bool  # what comes out of it, by the outer one
+    outer_fails: bool
+
+
+class Seen(NamedTuple):
+    rows: list[str]
+    inner: str | None  # the error that came out of it
+    outer: str | None
+
+
+def table(drawn: str) -> dict[tuple[str, str], str]:
+    """The cells, by the names of row and column."""
+    head, *rows = ([cell.strip() for cell in line.split("|")] for line in drawn.strip("\n").splitlines())
+    return {(row[0], column): cell for row in rows for column, cell in zip(head[1:], row[1:], strict=True)}
+
+
+CASES = [
+    Case(around, happens, caught, outer_fails)
+    for around in AROUND
+    for happens in ("all is well", *FAILURES)
+    for caught in (True, False)
+    for outer_fails in (False, True)
+    if caught or (happens == "it fails" and not outer_fails)
+]
+
+
+def expected(mode: Propagation, case: Case, backend: str) -> Seen:
+    """What the tables say."""
+    cells = table(MODES) | (table(ON_SQLITE) if backend == "sqlite" else {})
+    kind = cells[mode.name, case.around]
+    fate = table(ENDS)[kind, case.happens]
+
+    inner = "ValueError" if case.happens == "it fails" else None
+    if fate in ("refused", "locked"):
+        inner = REFUSALS[kind]
+    elif fate == "unexpected":
+        inner = f"UnexpectedRollbackError from {FAILURES[case.happens]}"
+    elif fate.startswith("required"):
+        inner = "TransactionRequiredError"
+
+    outer = None
+    if inner is not None and not case.caught:
+        outer = inner
+    elif case.outer_fails and case.around != "nothing":
+        outer = "RuntimeError"
+    elif fate == "dooms":
+        outer = f"UnexpectedRollbackError from {FAILURES[case.happens]}"
+
+    before = after = case.around in WRITING and outer is None
+    if case.around == "autocommit":
+        before, after = True, case.caught
+    elif kind == "takes over":  # and ends what was done before with itself
+        before = fate == "kept"
+    rows = {
+        "root": case.around == "savepoint",
+        "before": before,
+        "inner": fate.endswith("kept") or (fate.endswith("shared") and outer is None),
+        "after": after,
+    }
+    return Seen(sorted(row for row, is_kept in rows.items() if is_kept), inner, outer)
+
+
+async def seen(manager: DatabaseSessionManager, mode: Propagation, case: Case) -> Seen:
+    """What the library does."""
+    if case.around == "savepoint":
+        async with manager.transaction() as session:
+            await write(session, "root")
+            inner, outer = await outer_block(manager, mode, case)
+    else:
+        inner, outer = await outer_block(manager, mode, case)
+    async with manager.connect() as connection:
+        rows = await connection.scalars(delete(Note).where(Note.text != "taken").returning(Note.text))
+        return Seen(sorted(rows), told(inner), told(outer))
+
+
+async def outer_block(
+    manager: DatabaseSessionManager, mode: Propagation, case: Case
+) -> tuple[Exception | None, Exception | None]:
+    """Run the two blocks; what came out of each."""
+    inner: Exception | None = None
+    try:
+        async with AROUND[case.around](manager) as session:
+            if session is not None:
+                await write(session, "before") if case.around in WRITING else await session.execute(select(Note))
+            try:
+                await inner_block(manager, mode, case.happens)
+            except Exception as error:
+                inner = error
+                if not case.caught:
+                    raise
+            if session is not None and case.around in WRITING:
+                with suppress(DBAPIError, PendingRollbackError):  # where no more can be done after a failure
+                    await write(session, "after")
+            if session is not None and case.outer_fails:
+                raise RuntimeError("outer")
+            if session is not None and case.around == "session":
+                await session.commit()
+    except Exception as error:
+        return inner, error
+    return inner, None
+
+
+async def inner_block(manager: DatabaseSessionManager, mode: Propagation, happens: str) -> None:
+    async with manager.transaction(mode) as session:
+        if manager.engine.name == "sqlite" and not manager.transaction.active:
+            await session.execute(text("PRAGMA busy_timeout = 0"))  # the block around it won't let go of a lock
+        await write(session, "inner")
+        if happens == "it fails":
+            raise ValueError("inner")
+        if happens == "a statement fails":
+            with pytest.raises(IntegrityError):
+                await session.execute(insert(Note).values(text="taken"))
+        if happens == "a flush fails":
+            with pytest.raises(IntegrityError):
+                session.add(Note(text="taken"))
+                await session.flush()
+        if happens == "set_rollback_only":
+            manager.transaction.set_rollback_only()
+
+
+async def write(session: AsyncSession, text: str) -> None:
+    await session.execute(insert(Note).values(text=text))
+
+
+def told(error: BaseException | None) -> str | None:
+    if isinstance(error, UnexpectedRollbackError):
+        return f"UnexpectedRollbackError from {type(error.__cause__).__name__}"
+    return None if error is None else type(error).__name__
+
+
+@pytest.mark.parametrize("mode", Propagation, ids=lambda mode: mode.name)
+async def test_the_table_holds(manager: DatabaseSessionManager, backend: str, mode: Propagation) -> None:
+    async with manager.transaction() as session:
+        await write(session, "taken")
+    wrong = []
+    for case in CASES:
+        is_so, should_be = await seen(manager, mode, case), expected(mode, case, backend)
+        if is_so != should_be:
+            wrong.append(f"{case}:\n  {is_so}, not\n  {should_be}")
+    assert not wrong, "\n".join(wrong)
+
+
+class TestSavepoints:
+    async def test_a_joined_block_that_fails_dooms_up_to_the_innermost_savepoint(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        transaction = manager.transaction
+        async with transaction() as session:
+            await write(session, "transaction")
+            async with transaction(Propagation.NESTED):
+                await write(session, "savepoint")
+                with pytest.raises(UnexpectedRollbackError, match="ValueError: deep"):
+                    async with transaction(Propagation.NESTED), transaction():
+                        await write(session, "lost")
+                        with pytest.raises(ValueError, match="deep"):
+                            async with transaction():
+                                raise ValueError("deep")
+        assert await notes(manager) == ["savepoint", "transaction"]
+
+    async def test_set_rollback_only_from_a_joined_block_reaches_the_innermost_savepoint(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        transaction = manager.transaction
+        async with transaction() as session:
+            await write(session, "kept")
+            with pytest.raises(UnexpectedRollbackError, match=r"set_rollback_only\(\)"):
+                async with transaction(Propagation.NESTED):
+                    await write(session, "lost")
+                    async with transaction():
+                        transaction.set_rollback_only()
+        assert await notes(manager) == ["kept"]
+
+    @pytest.mark.parametrize("mode", [Propagation.NESTED, Propagation.REQUIRED], ids=lambda mode: mode.name)
+    async def test_one_that_ends_before_a_block_of_another_task_inside_it_ends_that_too_and_says_so(
+        self, manager: DatabaseSessionManager, mode: Propagation
+    ) -> None:
+        transaction = manager.transaction
+        inside, go_on = asyncio.Event(), asyncio.Event()
+
+        async def work() -> None:
+            async with transaction(mode) as session:
+                await write(session, "child")
+                inside.set()
+                await go_on.wait()
+                await write(session, "child, half")
+
+        ran: list[str] = []
+        with pytest.raises(UnexpectedRollbackError):
+            async with transaction() as session:
+                await write(session, "outer")
+                with pytest.raises(ZeroDivisionError):
+                    async with transaction(Propagation.NESTED):
+                        child = asyncio.create_task(work())
+                        await inside.wait()
+                        raise ZeroDivisionError
+                go_on.set()
+                with pytest.raises(UnexpectedRollbackError, match="ended before"):
+                    await child
+                transaction.on_rollback(lambda: ran.append("told"))
+        assert ran == ["told"]
+        assert await notes(manager) == []
+
+    async def test_they_may_end_in_any_order_and_none_ends_quietly(self, manager: DatabaseSessionManager) -> None:
+        transaction = manager.transaction
+        with pytest.raises(UnexpectedRollbackError):
+            async with transaction():
+                outer, inner = transaction(Propagation.NESTED), transaction(Propagation.NESTED)
+                await write(await outer.__aenter__(), "outer")
+                await write(await inner.__aenter__(), "inner")
+                with pytest.raises(UnexpectedRollbackError):
+                    await outer.__aexit__(None, None, None)
+                with pytest.raises(UnexpectedRollbackError):
+                    await inner.__aexit__(None, None, None)
+        assert await notes(manager) == []
+
+    async def test_the_wish_and_the_hooks_of_one_task_do_not_go_to_the_savepoint_of_another(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        transaction = manager.transaction
+        inside, go_on = asyncio.Event(), asyncio.Event()
+
+        async def work() -> None:
+            async with transaction(Propagation.NESTED):
+                inside.set()
+                await go_on.wait()
+
+        async with transaction() as session:
+            await write(session, "lost")
+            child = asyncio.create_task(work())
+            await inside.wait()
+            for act in (
+                transaction.set_rollback_only,
+                lambda: transaction.on_commit(print),
+                lambda: transaction.on_rollback(print),
+            ):
+                with pytest.raises(ConcurrentSessionError):
+                    act()
+            go_on.set()
+            await child
+            transaction.set_rollback_only()
+        assert await notes(manager) == []
+
+    async def test_what_one_has_undone_dooms_nobody(self, manager: DatabaseSessionManager) -> None:
+        async with manager.transaction() as session:
+            for name in ("taken", "taken", "free"):
+                with suppress(IntegrityError):
+                    async with manager.transaction(Propagation.NESTED):
+                        await write(session, name)
+        assert await notes(manager) == ["free", "taken"]
+
+
+class TestRefusedAtEntry:
+    """A block that cannot be joined dooms nothing, whoever catches its error."""
+
+    @pytest.mark.parametrize(
+        ("terms", "refused"),
+        [
+            ({"isolation": "SERIALIZABLE"}, {"isolation": "READ COMMITTED"}),
+            ({}, {"isolation": "SERIALIZABLE"}),
+            ({}, {"execution_options": {"logging_token": "a"}}),
+            ({"execution_options": {"logging_token": "a"}}, {"execution_options": {"logging_token": "b"}}),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("mode", [Propagation.REQUIRED, Propagation.NESTED, Propagation.MANDATORY])
+    async def test_it_asks_for_what_the_transaction_has_not(
+        self, manager: DatabaseSessionManager, mode: Propagation, terms: dict[str, Any], refused: dict[str, Any]
+    ) -> None:
+        (name,) = refused
+        async with manager.transaction(**terms) as session:
+            await write(session, "kept")
+            with pytest.raises(IncompatibleTransactionError, match=f"{name}=.*REQUIRES_NEW"):
+                async with manager.transaction(mode, **refused):
+                    raise AssertionError("it was let in")
+        assert await notes(manager) == ["kept"]
+
+    @pytest.mark.parametrize(
+        ("terms", "joining"),
+        [
+            ({"isolation": "SERIALIZABLE"}, {"isolation": "serializable"}),
+            ({"isolation": "SERIALIZABLE", "execution_options": {"logging_token": "a"}}, {}),
+            ({"execution_options": {"logging_token": "a"}}, {"execution_options": {"logging_token": "a"}}),
+            (
+                {"execution_options": {"schema_translate_map": {"shop": None}}},
+                {"execution_options": {"schema_translate_map": {"shop": None}}},
+            ),
+            ({}, {"read_only": True}),
+        ],
+        ids=str,
+    )
+    async def test_it_asks_for_no_more_than_the_transaction_has_and_joins(
+        self, manager: DatabaseSessionManager, terms: dict[str, Any], joining: dict[str, Any]
+    ) -> None:
+        async with manager.transaction(**terms) as outer:
+            await outer.execute(select(Note))
+            async with manager.transaction(**joining) as inner:
+                assert inner is outer
+
+    async def test_it_would_write_where_the_outer_call_is_read_only(self, manager: DatabaseSessionManager) -> None:
+        class Service:
+            transaction = manager.transaction
+
+            @transactional
+            async def write(self) -> None: ...
+
+            @read_only
+            async def read(self) -> None:
+                await self.write()
+
+        with pytest.raises(IncompatibleTransactionError, match="make the outer call transactional"):
+            await Service().read()
+
+    async def test_a_block_of_another_task_is_open_in_it(self, manager: DatabaseSessionManager) -> None:
+        joined, leave = asyncio.Event(), asyncio.Event()
+
+        async def join() -> None:
+            async with manager.transaction():
+                joined.set()
+                await leave.wait()
+
+        async with manager.transaction() as session:
+            await write(session, "kept")
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(join())
+                await joined.wait()
+                with pytest.raises(ConcurrentSessionError):
+                    await manager.transaction().__aenter__()
+                leave.set()
+        assert await notes(manager) == ["kept"]
+
+
+class TestIsolation:
+    @pytest.mark.parametrize("backend", ["sqlite"])
+    async def test_on_sqlite_one_writer_excludes_another_at_once(self, manager: DatabaseSessionManager) -> None:
+        start = monotonic()
+        async with manager.transaction() as session:
+            await write(session, "kept")
+            with pytest.raises(IncompatibleTransactionError, match="SQLite has one writer at a time"):
+                async with manager.transaction(Propagation.REQUIRES_NEW):
+                    raise AssertionError("it was let in")
+        assert monotonic() - start < 1
+        assert await notes(manager) == ["kept"]
+
+    @pytest.mark.parametrize("backend", ["sqlite"])
+    @pytest.mark.parametrize("by", ["transaction", "session"])
+    async def test_so_is_a_connection_and_a_write_elsewhere_is_told_whom_it_waits_for(
+        self, manager: DatabaseSessionManager, by: str
+    ) -> None:
+        async with getattr(manager, by)() as session:
+            await write(session, "lost")
+            with pytest.raises(IncompatibleTransactionError, match="SQLite has one writer at a time"):
+                async with manager.connect():
+                    raise AssertionError("it was let in")
+            with pytest.raises(OperationalError, match="locked") as refused:
+                async with manager.session() as another:
+                    await another.execute(text("PRAGMA busy_timeout = 0"))
+                    await write(another, "lost")
+            assert "the transaction around this block: write in that one" in refused.value.__notes__[0]
+            await session.rollback() if by == "session" else manager.transaction.set_rollback_only()
+        assert await notes(manager) == []
+
+    async def test_the_weakest_level_is_given_as_the_database_has_it(self, manager: DatabaseSessionManager) -> None:
+        async with manager.transaction(isolation="read uncommitted") as session:
+            await write(session, "kept")
+        assert await notes(manager) == ["kept"]
+
+    @pytest.mark.parametrize("backend", ["postgresql"])
+    @pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+    async def test_the_server_is_told_the_level_and_only_for_this_transaction(
+        self, manager: DatabaseSessionManager, level: str
+    ) -> None:
+        async def shown(session: AsyncSession, setting: str) -> object:
+            return await session.scalar(text(f"SHOW {setting}"))
+
+        async with manager.transaction(isolation=level, read_only=True) as session:
+            assert await shown(session, "transaction_isolation") == level.lower()
+            assert await shown(session, "transaction_read_only") == "on"
+        async with manager.transaction() as session:
+            assert await shown(session, "transaction_isolation") == "read committed"
+            assert await shown(session, "transaction_read_only") == "off"
+
+
+class TestReading:
+    @pytest.mark.parametrize("mode", [Propagation.REQUIRED, Propagation.SUPPORTS], ids=["transaction", "scope"])
+    @pytest.mark.parametrize("sql", ["INSERT INTO note (text) VALUES ('lost')", "DROP TABLE note"])
+    async def test_the_database_itself_refuses_a_write(
+        self, manager: DatabaseSessionManager, mode: Propagation, sql: str
+    ) -> None:
+        with pytest.raises(DBAPIError, match=r"read-?only"):
+            async with manager.transaction(mode, read_only=True) as session:
+                await session.execute(text(sql))
+        async with manager.transaction() as session:  # which may get the same connection
+            await write(session, "kept")
+        assert await notes(manager) == ["kept"]
+
+    @pytest.mark.parametrize("mode", [Propagation.REQUIRED, Propagation.SUPPORTS], ids=["transaction", "scope"])
+    async def test_the_database_refuses_a_flush_too(self, manager: DatabaseSessionManager, mode: Propagation) -> None:
+        with pytest.raises(DBAPIError, match=r"read-?only"):
+            async with manager.transaction(mode, read_only=True) as session:
+                session.add(Note(text="lost"))
+        assert await notes(manager) == []
+
+    async def test_methods_that_read_go_side_by_side_each_in_a_session_of_its_own(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        together = asyncio.Barrier(3)
+
+        class Service:
+            transaction = manager.transaction
+            session = CurrentSession(manager)
+
+            @read_only
+            async def count(self) -> object:
+                await self.session.scalar(select(1))
+                await together.wait()  # all of them are inside at the same moment
+                return self.session.sync_session
+
+            @read_only
+            async def report(self) -> list[object]:
+                await self.session.scalar(select(1))
+                counted = await asyncio.gather(*(self.count() for _ in range(3)))
+                return [self.session.sync_session, *counted]
+
+        sessions = await Service().report()
+        assert len({id(session) for session in sessions}) == 4
+
+    @pytest.mark.parametrize("backend", ["postgresql"])
+    async def test_a_read_scope_costs_no_begin_and_no_end(
+        self, manager: DatabaseSessionManager, postgres: Postgres
+    ) -> None:
+        async def activity(pid: object) -> tuple[str, str]:
+            (row,) = await postgres.execute("SELECT state, query FROM pg_stat_activity WHERE pid = $1", pid)
+            return row["state"], row["query"]
+
+        ask = "SELECT pg_backend_pid()"
+        async with manager.transaction() as session:
+            assert await activity(await session.scalar(text(ask))) == ("idle in transaction", ask)
+        async with manager.transaction(Propagation.SUPPORTS, read_only=True) as session:
+            pid = await session.scalar(text(ask))
+            assert await activity(pid) == ("idle", ask)
+        assert await activity(pid) == ("idle", ask)  # no ROLLBACK has come after it
+
+    @pytest.mark.parametrize("backend", ["sqlite"])
+    async def test_a_read_scope_sends_its_queries_and_nothing_else(self, manager: DatabaseSessionManager) -> None:
+        sent: list[str] = []
+        async with manager.transaction(Propagation.SUPPORTS, read_only=True) as session:
+            driver: Any = (await (await session.connection()).get_raw_connection()).driver_connection
+            await driver.set_trace_callback(sent.append)
+            assert await session.scalar(text("SELECT 1")) == 1
+            assert await session.scalar(text("SELECT 2")) == 2
+        assert sent == ["SELECT 1", "SELECT 2"]
+
+
+class TestPool:
+    """`REQUIRES_NEW` wants a second connection while the first is held."""
+
+    @pytest.mark.parametrize("size", [1, 3])
+    async def test_one_too_small_is_an_error_in_time_that_says_how_large_it_must_be(
+        self, settings: DatabaseSettings, manager: DatabaseSessionManager, size: int
+    ) -> None:
+        pool = PoolSettings(size=size, max_overflow=0, timeout=0.1)
+        everybody_holds_one = asyncio.Barrier(size)
+
+        async def hold_one_and_want_another() -> None:
+            async with small.transaction(read_only=True) as session:
+                await session.scalar(select(1))
+                await everybody_holds_one.wait()
+                async with small.transaction(Propagation.REQUIRES_NEW) as another:
+                    await another.execute(select(1))
+
+        async with DatabaseSessionManager(settings.model_copy(update={"pool": pool})) as small, asyncio.timeout(5):
+            ends = await asyncio.gather(*(hold_one_and_want_another() for _ in range(size)), return_exceptions=True)
+            errors = [end for end in ends if end is not None]  # who gives up first may let another one through
+            assert errors
+            for error in errors:
+                assert isinstance(error, PoolTimeoutError)
+                assert "while it held 1" in error.__notes__[0]
+                assert f"pool.size + pool.max_overflow must be at least n + 1; it is {size}" in error.__notes__[0]
+            assert checked_out(small) == 0
+            async with small.transaction() as session:
+                await write(session, "afterwards")
+        assert await notes(manager) == ["afterwards"]
+
+    async def test_one_large_enough_serves_both(self, settings: DatabaseSettings) -> None:
+        pool = PoolSettings(size=2, max_overflow=0, timeout=0.1)
+        async with (
+            DatabaseSessionManager(settings.model_copy(update={"pool": pool})) as manager,
+            manager.transaction(read_only=True) as outer,
+        ):
+            assert await outer.scalar(select(1)) == 1
+            async with manager.transaction(Propagation.REQUIRES_NEW) as inner:
+                assert await inner.scalar(text("SELECT 2")) == 2
+            assert await outer.scalar(text("SELECT 3")) == 3
+
+
+class TestWithoutBlocksOfItsOwn:
+    """A statement that failed and was caught is not lost quietly in `connect()` or a bare `session()` either."""
+
+    async def test_a_connection_does_not_commit_after_it(self, manager: DatabaseSessionManager) -> None:
+        with pytest.raises(UnexpectedRollbackError, match=r"(?s)IntegrityError.*Propagation\.NESTED") as raised:
+            async with manager.connect() as connection:
+                await connection.execute(insert(Note).values(text="twice"))
+                with pytest.raises(IntegrityError):
+                    await connection.execute(insert(Note).values(text="twice"))
+        assert isinstance(raised.value.__cause__, IntegrityError)
+        assert await notes(manager) == []
+
+    async def test_a_connection_commits_what_a_savepoint_has_saved(self, manager: DatabaseSessionManager) -> None:
+        async with manager.connect() as connection:
+            await connection.execute(insert(Note).values(text="twice"))
+            with pytest.raises(IntegrityError):
+                async with connection.begin_nested():
+                    await connection.execute(insert(Note).values(text="twice"))
+        assert await notes(manager) == ["twice"]
+
+    @pytest.mark.parametrize("by", ["a statement", "a flush"])
+    async def test_a_session_does_not_commit_after_it_and_can_begin_anew(
+        self, manager: DatabaseSessionManager, by: str
+    ) -> None:
+        async with manager.session() as session:
+            await write(session, "twice")
+            with pytest.raises(IntegrityError):
+                if by == "a flush":
+                    session.add(Note(text="twice"))
+                await (session.flush() if by == "a flush" else write(session, "twice"))
+            with pytest.raises(UnexpectedRollbackError, match="IntegrityError") as raised:
+                await session.commit()
+            assert isinstance(raised.value.__cause__, IntegrityError)
+            assert await notes(manager) == []
+            await write(session, "anew")
+            await session.commit()
+        assert await notes(manager) == ["anew"]
+
+    async def test_a_session_that_was_rolled_back_after_it_commits_what_follows(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        async with manager.session() as session:
+            with pytest.raises(IntegrityError):
+                await session.execute(insert(Note), [{"text": "twice"}, {"text": "twice"}])
+            await session.rollback()
+            await write(session, "kept")
+            await session.commit()
+        assert await notes(manager) == ["kept"]
+
+    async def test_nor_does_a_session_by_the_block_of_its_begin(self, manager: DatabaseSessionManager) -> None:
+        async with manager.session() as session, session.begin():
+            session.add(Note(text="kept"))
+        with pytest.raises(UnexpectedRollbackError, match="IntegrityError"):
+            async with manager.session() as session, session.begin():
+                await write(session, "lost")
+                with pytest.raises(IntegrityError):
+                    await write(session, "kept")
+        session_block = manager.session()
+        session = await session_block.__aenter__()
+        async with session.begin():
+            await write(session, "lost")
+            session.add(Note(text="kept"))
+            with pytest.raises(IntegrityError):
+                await session.flush()
+        with pytest.warns(UncommittedChangesWarning):  # which is all that SQLAlchemy lets one know of it
+            await session_block.__aexit__(None, None, None)
+        assert await notes(manager) == ["kept"]
+
+    async def test_a_session_whose_commit_was_refused_has_nothing_more_to_warn_of(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        async with manager.session() as session:
+            await write(session, "lost")
+            with pytest.raises(IntegrityError):
+                await write(session, "lost")
+            with pytest.raises(UnexpectedRollbackError):
+                await session.commit()
+        assert await notes(manager) == []
