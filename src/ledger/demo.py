@@ -2,8 +2,13 @@
 # pyright: reportUnknownMemberType=false
 # The providers of a nested container have no types in dependency-injector.
 
+import logging
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
+from logging.handlers import BufferingHandler
 from time import perf_counter
 
 from dependency_injector.wiring import Provide, inject
@@ -57,7 +62,7 @@ async def demo(
     orders = plan(options.transfers, opened)
     screen.opened(len(opened), OPENING, len(orders), options.workers)
 
-    with screen.progress(len(orders)) as answered:
+    with screen.progress(len(orders)) as answered, counted_retries() as retries:
         started = perf_counter()
         answers = await Client(orders, answered).send_all(options.workers)
         seconds = perf_counter() - started
@@ -66,8 +71,23 @@ async def demo(
     checks = prove(answers, before, opened, await read_books(opened))
     screen.proved(checks)
     right = before.agree and all(check.holds for check in checks)
-    screen.verdict(right, len(answers), seconds)
+    screen.verdict(right, len(answers), seconds, len(retries))
     return right
+
+
+@contextmanager
+def counted_retries() -> Generator[list[logging.LogRecord]]:
+    """What the library logs of the attempts that it repeats."""
+    handler = BufferingHandler(capacity=sys.maxsize)
+    logger = logging.getLogger("sessionwire.retry")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield handler.buffer
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 async def create_tables(manager: DatabaseSessionManager) -> None:

@@ -5,7 +5,8 @@ LedgerError
 ├── InsufficientFunds    it would be an overdraft
 ├── InvalidAmount        not a positive amount of whole cents, or a larger one than is booked here
 ├── InvalidTransfer      an account that pays itself, or a key that cannot be one
-└── IdempotencyConflict  the key belongs to another transfer already
+├── IdempotencyConflict  the key belongs to another transfer already
+└── Busy                 too many others at the same accounts, for now
 """
 
 from decimal import Decimal
@@ -39,6 +40,13 @@ class InvalidAmount(LedgerError):
 
 class InvalidTransfer(LedgerError):
     """Not a transfer, whatever the amount."""
+
+
+class Busy(LedgerError):
+    """Others got in the way of each attempt. The same transfer, with the same key, may be sent again later."""
+
+    def __init__(self, source: int, target: int) -> None:
+        super().__init__(f"too many transfers at accounts {source} and {target}: nothing was booked, send it again")
 
 
 class IdempotencyConflict(LedgerError):

@@ -45,12 +45,7 @@ class AccountRepository:
         The lock is the one that an UPDATE takes: it leaves alone who only refers to the account by a foreign key.
         """
         statement = (
-            select(Account)
-            .where(Account.id.in_(account_ids))
-            .order_by(Account.id)
-            .with_for_update(key_share=True)
-            # An account that this session has read before keeps what it read then, unless told otherwise.
-            .execution_options(populate_existing=True)
+            select(Account).where(Account.id.in_(account_ids)).order_by(Account.id).with_for_update(key_share=True)
         )
         return {account.id: account for account in await self.session.scalars(statement)}
 

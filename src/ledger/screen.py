@@ -78,9 +78,10 @@ class Screen:
         self.console.print(table)
         self._line()
 
-    def verdict(self, right: bool, calls: int, seconds: float) -> None:
+    def verdict(self, right: bool, calls: int, seconds: float, retries: int) -> None:
         said = ("Nothing lost.", "bold green") if right else (f"Something is wrong: see {self.bad} above.", "bold red")
-        self._line(said, f" {_many(calls, 'transfer')} in {seconds:.1f} s, {calls / seconds:,.0f} a second.")
+        took = f"{_many(calls, 'transfer')} in {seconds:.1f} s, {calls / seconds:,.0f} a second"
+        self._line(said, f" {took}; retries: {retries:,}.")
 
     def _line(self, *parts: str | tuple[str, str]) -> None:
         self.console.print(Text.assemble("  " if parts else "", *parts), soft_wrap=True)

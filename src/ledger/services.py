@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from decimal import Decimal
 
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from sessionwire import TransactionManager, transactional
+from sessionwire import TransactionManager, read_only, transactional
 
-from .errors import IdempotencyConflict, InsufficientFunds, InvalidAmount, InvalidTransfer, UnknownAccount
+from .errors import Busy, IdempotencyConflict, InsufficientFunds, InvalidAmount, InvalidTransfer, UnknownAccount
 from .models import CENT, KEY_LENGTH, LARGEST_AMOUNT, Account, Transfer
 from .repositories import AccountRepository, Audit, TransferRepository
+
+RETRIES = 20  # of a transfer that others got in the way of, each after a pause; many callers at one account need them
+IN_THE_WAY = ("40001", "40P01", "SQLITE_BUSY")  # what PostgreSQL and SQLite call it
 
 
 def check_amount(amount: Decimal) -> Decimal:
@@ -20,6 +23,12 @@ def check_amount(amount: Decimal) -> Decimal:
     if cents != amount:
         raise InvalidAmount(f"{amount} has more than two digits after the point")
     return cents
+
+
+def was_in_the_way(error: DBAPIError) -> bool:
+    """Whether the database ended a transaction for the sake of another one."""
+    code = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "sqlite_errorname", None) or ""
+    return code.startswith(IN_THE_WAY)
 
 
 class AccountService:
@@ -38,18 +47,18 @@ class AccountService:
             raise InvalidAmount(f"an account can't be opened with {opening}")
         return await self.accounts.add(Account(owner=owner, opening=opening, balance=opening))
 
-    @transactional
+    @read_only
     async def balance(self, account_id: int) -> Decimal:
         """Raises `UnknownAccount`."""
         return (await self._find(account_id)).balance
 
-    @transactional
+    @read_only
     async def statement(self, account_id: int, *, before: int | None = None, limit: int = 50) -> Sequence[Transfer]:
         """One page, the newest first; the next page is `before` the last of this one. Raises `UnknownAccount`."""
         await self._find(account_id)
         return await self.transfers.touching(account_id, before=before, limit=limit)
 
-    @transactional
+    @read_only
     async def audit(self) -> Audit:
         return await self.accounts.audit()
 
@@ -68,11 +77,10 @@ class TransferService:
         self.transfers = transfers
         self.transaction = transaction
 
-    @transactional
     async def transfer(self, source: int, target: int, amount: Decimal, key: str) -> Transfer:
         """Move money, once per key: sending the same again gives the transfer that was booked the first time.
 
-        Raises `InvalidAmount`, `InvalidTransfer`, `UnknownAccount`, `InsufficientFunds`, `IdempotencyConflict`.
+        Raises `InvalidAmount`, `InvalidTransfer`, `UnknownAccount`, `InsufficientFunds`, `IdempotencyConflict`, `Busy`.
         """
         amount = check_amount(amount)
         if amount <= 0:
@@ -82,8 +90,18 @@ class TransferService:
         if not 1 <= len(key) <= KEY_LENGTH or not key.isprintable():
             raise InvalidTransfer(f"an idempotency key is 1 to {KEY_LENGTH} printable characters")
 
-        # The lock comes before the look at the key: of two calls with the same content, the second waits here, and
-        # then finds what the first has booked. The other way round, both would find nothing.
+        try:
+            return await self._book(source, target, amount, key)
+        except DBAPIError as error:
+            # Inside a caller's transaction it is left as it is, for the caller to try again.
+            if self.transaction.active or not was_in_the_way(error):
+                raise
+            raise Busy(source, target) from error
+
+    @transactional(isolation="SERIALIZABLE", retries=RETRIES)
+    async def _book(self, source: int, target: int, amount: Decimal, key: str) -> Transfer:
+        # The lock comes before the look at the key: of two calls with the same content, the second waits here, is
+        # refused for what the first has booked meanwhile, and finds it in its next attempt.
         locked = await self.accounts.lock(source, target)
         booked = await self.transfers.find(key)
         if booked is not None:

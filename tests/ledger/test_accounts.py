@@ -5,12 +5,15 @@ from __future__ import annotations
 from decimal import Decimal
 
 import pytest
-from sqlalchemy import text
-from sqlalchemy.exc import IntegrityError
+from dependency_injector import providers
+from sqlalchemy import text, update
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from ledger.container import Container
 from ledger.errors import InvalidAmount, UnknownAccount
 from ledger.models import LARGEST_AMOUNT, Account
+from ledger.repositories import AccountRepository, Audit
+from sessionwire import IncompatibleTransactionError
 
 
 async def test_an_account_starts_with_its_opening_balance(container: Container, alice: Account) -> None:
@@ -96,3 +99,40 @@ async def test_the_database_itself_refuses_what_would_make_the_books_wrong(
         with subtests.test(statement), pytest.raises(IntegrityError):
             async with container.db.sessionmanager().connect() as connection:
                 await connection.execute(text(statement))
+
+
+class WritesWhereItReads(AccountRepository):
+    async def find(self, account_id: int) -> Account | None:
+        await self.session.execute(update(Account).values(balance=Decimal(0)))
+        return await super().find(account_id)
+
+    async def audit(self) -> Audit:
+        await self.session.execute(update(Account).values(balance=Decimal(0)))
+        return await super().audit()
+
+
+async def test_what_only_reads_cannot_write(container: Container, alice: Account, subtests: pytest.Subtests) -> None:
+    writing = providers.Factory(WritesWhereItReads, session=container.db.session)
+    with container.account_repository.override(writing):
+        accounts = container.accounts()
+    calls = {
+        "balance": lambda: accounts.balance(alice.id),
+        "statement": lambda: accounts.statement(alice.id),
+        "audit": accounts.audit,
+    }
+
+    for name, call in calls.items():
+        with subtests.test(name), pytest.raises(DBAPIError, match=r"read-?only"):
+            await call()
+
+    assert await container.accounts().balance(alice.id) == Decimal("100.00")
+
+
+async def test_no_transfer_is_made_inside_of_what_only_reads(
+    container: Container, alice: Account, bob: Account
+) -> None:
+    async with container.db.transaction()(read_only=True):
+        with pytest.raises(IncompatibleTransactionError, match="make the outer call transactional"):
+            await container.transfers().transfer(alice.id, bob.id, Decimal("1.00"), "rent")
+
+    assert (await container.accounts().audit()).transfers == 0

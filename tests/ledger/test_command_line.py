@@ -29,15 +29,15 @@ def test_without_any_argument_it_runs_from_any_directory_on_a_file_of_its_own(le
 def test_a_misspelt_key_is_explained(ledger: Ledger, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("database:\n  url: sqlite://\n  pol:\n    size: 5\n")
 
-    assert_explained(ledger.run("demo", "--config", "my.yaml"), "database.pol (my.yaml)", "did you mean 'pool'?")
+    assert_explained(ledger.run_here("demo", "--config", "my.yaml"), "database.pol (my.yaml)", "did you mean 'pool'?")
 
 
 def test_a_missing_file_is_explained(ledger: Ledger) -> None:
-    assert_explained(ledger.run("demo", "--config", "nowhere.yaml"), "nowhere.yaml: No such file or directory")
+    assert_explained(ledger.run_here("demo", "--config", "nowhere.yaml"), "nowhere.yaml: No such file or directory")
 
 
 def test_a_database_that_does_not_answer_is_explained_without_its_password(ledger: Ledger) -> None:
-    finished = ledger.on("postgresql://someone:secret@127.0.0.1:9/ledger").run("demo")
+    finished = ledger.on("postgresql://someone:secret@127.0.0.1:9/ledger").run_here("demo")
 
     assert_explained(finished, "'ledger'", "127.0.0.1:9", "user someone")
     assert "secret" not in finished.stderr
@@ -46,11 +46,11 @@ def test_a_database_that_does_not_answer_is_explained_without_its_password(ledge
 def test_a_number_that_makes_no_demo_is_explained(ledger: Ledger, subtests: pytest.Subtests) -> None:
     for option, number in [("--workers", "0"), ("--accounts", "1"), ("--transfers", "many")]:
         with subtests.test(option):
-            assert_explained(ledger.run("demo", option, number), f"argument {option}")
+            assert_explained(ledger.run_here("demo", option, number), f"argument {option}")
 
 
 def test_interrupted_it_ends_quietly_with_130(ledger: Ledger, database_url: str) -> None:
-    demo = ledger.on(database_url).start("demo", "--transfers", "100000", python=("-W", "error", "-X", "dev"))
+    demo = ledger.on(database_url).start("demo", "--transfers", "5000", python=("-W", "error", "-X", "dev"))
     assert demo.stdout is not None
     while "Sending" not in demo.stdout.readline():
         assert demo.poll() is None

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from decimal import Decimal
 
+import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from ledger.container import Container
-from ledger.errors import InsufficientFunds
+from ledger.errors import Busy, InsufficientFunds
 from ledger.models import Account, Transfer
+from ledger.services import RETRIES
+from ledger.settings import LedgerSettings
+from sessionwire import DatabaseSessionManager, DatabaseSettings, Lifespan, PoolSettings
 from tests.conftest import checked_out
 
 
 async def test_two_hundred_at_once_all_end_and_give_their_connection_back(container: Container) -> None:
     manager = container.db.sessionmanager()
-    numbers = [(await container.accounts().open(f"{number}", Decimal("100.00"))).id for number in range(6)]
+    numbers = [(await container.accounts().open(f"{number}", Decimal("100.00"))).id for number in range(20)]
 
     transfers = await asyncio.gather(
         *(
-            container.transfers().transfer(numbers[n % 6], numbers[(n + 1 + n // 6 % 5) % 6], Decimal("0.50"), f"{n}")
+            container.transfers().transfer(numbers[n % 20], numbers[(n + 1 + n // 20) % 20], Decimal("0.50"), f"{n}")
             for n in range(200)
         )
     )
@@ -40,8 +47,8 @@ async def test_opposite_directions_wait_for_each_other_and_never_deadlock(
     container: Container, alice: Account, bob: Account
 ) -> None:
     await asyncio.gather(
-        *(container.transfers().transfer(alice.id, bob.id, Decimal("1.00"), f"there-{n}") for n in range(50)),
-        *(container.transfers().transfer(bob.id, alice.id, Decimal("1.00"), f"back-{n}") for n in range(50)),
+        *(container.transfers().transfer(alice.id, bob.id, Decimal("1.00"), f"there-{n}") for n in range(20)),
+        *(container.transfers().transfer(bob.id, alice.id, Decimal("1.00"), f"back-{n}") for n in range(20)),
     )
 
     assert await container.accounts().balance(alice.id) == Decimal("100.00")
@@ -59,32 +66,80 @@ async def test_money_that_is_there_once_is_spent_once(container: Container, alic
     assert await container.accounts().balance(alice.id) == Decimal("10.00")
 
 
-async def test_an_account_read_before_in_the_same_transaction_is_booked_on_as_it_is_now(
-    container: Container, alice: Account, bob: Account
+async def test_an_account_that_another_changes_after_it_was_read_is_booked_on_in_the_callers_next_attempt(
+    container: Container, alice: Account, bob: Account, backend: str
 ) -> None:
-    """Where the isolation level lets somebody else come between; on SQLite nobody does."""
-    manager = container.db.sessionmanager()
-    async with container.db.transaction()():
-        assert await container.accounts().balance(alice.id) == Decimal("100.00")
-        if manager.engine.dialect.name == "postgresql":
-            async with manager.connect() as other:
-                await other.execute(text("UPDATE account SET opening = 4000, balance = 4000 WHERE owner = 'Alice'"))
-        await container.transfers().transfer(alice.id, bob.id, Decimal("10.00"), "rent")
+    """On SQLite nobody comes between."""
+    attempts: list[Decimal] = []
 
+    async def spend_half() -> None:
+        attempts.append(await container.accounts().balance(alice.id))
+        if backend == "postgresql" and len(attempts) == 1:
+            async with container.db.sessionmanager().connect() as other:
+                await other.execute(text("UPDATE account SET opening = 5000, balance = 5000 WHERE owner = 'Alice'"))
+        await container.transfers().transfer(alice.id, bob.id, attempts[-1] / 2, "half")
+
+    await container.db.transaction().run(spend_half, isolation="SERIALIZABLE", retries=1)
+
+    assert attempts == ([100, 50] if backend == "postgresql" else [100])
+    assert await container.accounts().balance(alice.id) == attempts[-1] / 2
     assert (await container.accounts().audit()).agree
+
+
+TRIGGER = (
+    "CREATE FUNCTION get_in_the_way() RETURNS trigger LANGUAGE plpgsql AS "
+    "$$BEGIN RAISE EXCEPTION 'somebody was faster' USING ERRCODE = 'serialization_failure'; END$$",
+    "CREATE TRIGGER in_the_way BEFORE UPDATE ON account FOR EACH ROW EXECUTE FUNCTION get_in_the_way()",
+)
+
+
+@asynccontextmanager
+async def somebody_in_the_way(manager: DatabaseSessionManager) -> AsyncIterator[None]:
+    """Of each transfer: on SQLite one who has the write lock, on PostgreSQL one who is always faster."""
+    if manager.engine.dialect.name == "sqlite":
+        async with manager.connect():
+            yield
+        return
+    async with manager.connect() as connection:
+        for statement in TRIGGER:
+            await connection.execute(text(statement))
+    yield
+    async with manager.connect() as connection:
+        await connection.execute(text("DROP TRIGGER in_the_way ON account"))
+
+
+async def test_a_transfer_that_others_get_in_the_way_of_each_time_is_refused_as_busy(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sessionwire.transaction.LONGEST_PAUSE", 0.001)
+    caplog.set_level(logging.INFO, "sessionwire.retry")
+    database = DatabaseSettings(url=database_url, pool=PoolSettings(timeout=0.1))
+    async with Lifespan(Container(settings=LedgerSettings(database=database))) as container:
+        manager = container.db.sessionmanager()
+        async with manager.connect() as connection:
+            await manager.create_all(connection)
+        alice, bob = [await container.accounts().open(name, Decimal("100.00")) for name in ("Alice", "Bob")]
+
+        async with somebody_in_the_way(manager):
+            with pytest.raises(Busy, match=f"accounts {alice.id} and {bob.id}: nothing was booked") as refused:
+                await container.transfers().transfer(alice.id, bob.id, Decimal("1.00"), "rent")
+
+        assert isinstance(refused.value.__cause__, DBAPIError)
+        assert len(caplog.records) == RETRIES
+        audit = await container.accounts().audit()
+        assert audit.agree
+        assert audit.transfers == 0
+        await container.transfers().transfer(alice.id, bob.id, Decimal("1.00"), "rent")  # sent again
 
 
 async def test_a_cancelled_transfer_moves_nothing_and_gives_its_connection_back(
     container: Container, alice: Account, bob: Account
 ) -> None:
-    manager = container.db.sessionmanager()
-    async with container.db.transaction()():
+    manager, transaction = container.db.sessionmanager(), container.db.transaction()
+    async with transaction(isolation="SERIALIZABLE"):
         await container.transfers().transfer(alice.id, bob.id, Decimal("1.00"), "first")
-        elsewhere = (
-            contextvars.Context()
-        )  # where this transaction isn't open; it waits for the locks that are held here
         second = container.transfers().transfer(alice.id, bob.id, Decimal("1.00"), "second")
-        waiting = asyncio.get_running_loop().create_task(second, context=elsewhere)
+        waiting = asyncio.create_task(transaction.detached(second))  # for the locks that are held here
         while checked_out(manager) < 2:
             await asyncio.sleep(0)
         waiting.cancel()

@@ -56,10 +56,10 @@ async def test_what_was_acknowledged_before_is_in_the_books_once(
 async def test_the_demo_started_again_finds_the_books_right(
     ledger: Ledger, container: Container, database_url: str
 ) -> None:
-    killed = ledger.on(database_url).start("demo", "--transfers", "100000")
+    killed = ledger.on(database_url).start("demo", "--transfers", "5000")
     await kill_in_the_middle(killed, container)
 
-    again = await asyncio.to_thread(ledger.run, "demo", "--transfers", "20")
+    again = await asyncio.to_thread(ledger.run_here, "demo", "--transfers", "20")
 
     assert_right_again(again)
 
@@ -75,7 +75,7 @@ async def test_so_it_does_on_the_embedded_server_which_was_the_killed_demos_own(
     ledger: Ledger, directory: Path
 ) -> None:
     settings = LedgerSettings(database=DatabaseSettings(url=f"embedded:{directory}"))
-    killed = ledger.on(str(settings.database.url)).start("demo", "--transfers", "100000")
+    killed = ledger.on(str(settings.database.url)).start("demo", "--transfers", "5000")
     assert killed.stdout is not None
     while "Sending" not in await asyncio.to_thread(killed.stdout.readline):
         assert killed.poll() is None

@@ -25,7 +25,7 @@ def test_it_proves_that_nothing_is_lost_and_does_so_again(ledger: Ledger, databa
     ledger.on(database_url)
 
     first = ledger.run("demo", "--transfers", "60", python=("-W", "error", "-X", "dev"))
-    second = ledger.run("demo", "--transfers", "40", "--accounts", "3", "--workers", "2")
+    second = ledger.run_here("demo", "--transfers", "40", "--accounts", "3", "--workers", "2")
 
     assert first.returncode == 0, first.stderr
     assert "Warning" not in first.stderr
@@ -34,10 +34,25 @@ def test_it_proves_that_nothing_is_lost_and_does_so_again(ledger: Ledger, databa
     assert re.search(r"✔ sum of all balances +0.00 \+ 10,000.00 opened = 10,000.00", first.stdout)
     assert re.search(r"✔ acknowledged, booked once +48 of 48", first.stdout)
     assert re.search(r"✔ refused, not booked +12 of 12", first.stdout)
-    assert "Nothing lost. 60 transfers in" in first.stdout
+    assert re.search(r"Nothing lost. 60 transfers in .*; retries: \d+\.", first.stdout)
     assert second.returncode == 0, second.stderr
     assert "Earlier runs left 10 accounts and 45 transfers: the books are right." in second.stdout
     assert "10,000.00 + 3,000.00 opened = 13,000.00" in second.stdout
+
+
+async def test_fifty_callers_at_five_accounts_are_each_acknowledged_or_refused_and_the_retries_are_told(
+    container: Container, backend: str
+) -> None:
+    output = io.StringIO()
+    container.wire(modules=["ledger.demo", "ledger.traffic"])
+
+    right = await demo(Options(transfers=200, workers=50, accounts=5), Screen(Console(file=output, width=120)))
+
+    container.unwire()
+    assert right, output.getvalue()  # an answer that is no LedgerError would be found wrong
+    told = re.search(r"Nothing lost. 200 transfers in .*; retries: ([\d,]+)\.", output.getvalue())
+    assert told is not None
+    assert (told[1] == "0") is (backend == "sqlite")  # where transfers take turns
 
 
 def test_two_at_the_same_time_on_one_empty_database_are_both_right(ledger: Ledger, database_url: str) -> None:
@@ -56,7 +71,7 @@ async def test_books_that_are_wrong_already_are_said_to_be_and_exit_with_1(
     async with container.db.sessionmanager().connect() as connection:
         await connection.execute(text(f"UPDATE account SET balance = balance + 1 WHERE id = {account.id}"))
 
-    finished = await asyncio.to_thread(ledger.on(database_url).run, "demo", "--transfers", "20")
+    finished = await asyncio.to_thread(ledger.on(database_url).run_here, "demo", "--transfers", "20")
 
     assert finished.returncode == 1
     assert "the books are WRONG." in finished.stdout

@@ -6,8 +6,6 @@ import asyncio
 from decimal import Decimal
 
 import pytest
-from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
 
 from ledger.container import Container
 from ledger.errors import IdempotencyConflict, InsufficientFunds
@@ -78,26 +76,3 @@ async def test_one_key_raced_for_by_transfers_that_share_no_account_goes_to_one(
     audit = await container.accounts().audit()
     assert audit.agree
     assert audit.transfers == 1
-
-
-async def test_where_the_server_serializes_one_key_is_booked_once_and_who_lost_is_told(
-    container: Container, alice: Account, bob: Account
-) -> None:
-    manager = container.db.sessionmanager()
-    if manager.engine.dialect.name == "postgresql":  # SQLite always does
-        async with manager.connect() as connection:
-            name = await connection.scalar(text("SELECT current_database()"))
-            await connection.execute(text(f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'"))
-        await manager.engine.dispose()  # the next connections begin with it
-
-    answers = await asyncio.gather(
-        *(container.transfers().transfer(alice.id, bob.id, Decimal("10.00"), "rent") for _ in range(20)),
-        return_exceptions=True,
-    )
-
-    booked = {answer.id for answer in answers if isinstance(answer, Transfer)}
-    errors = [answer for answer in answers if not isinstance(answer, Transfer)]
-    assert len(booked) == 1
-    assert {getattr(error.orig, "sqlstate", None) for error in errors if isinstance(error, DBAPIError)} <= {"40001"}
-    assert all(isinstance(error, DBAPIError) for error in errors)
-    assert await container.accounts().balance(alice.id) == Decimal("90.00")

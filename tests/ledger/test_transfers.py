@@ -61,7 +61,7 @@ async def test_two_transfers_in_one_transaction_are_booked_together_or_not_at_al
     container: Container, alice: Account, bob: Account
 ) -> None:
     async def there_and_back(there: str, back: str) -> None:
-        async with container.db.transaction()():
+        async with container.db.transaction()(isolation="SERIALIZABLE"):
             await container.transfers().transfer(alice.id, bob.id, Decimal(there), f"there {there}")
             await container.transfers().transfer(bob.id, alice.id, Decimal(back), f"back {back}")
 
