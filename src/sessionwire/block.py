@@ -193,7 +193,8 @@ class TransactionBlock:
         if self._act is _Act.JOIN or (self._act is _Act.GO_WITHOUT and not self._opened):
             return
         if scope.blocks[-1] is not self._block:
-            raise lost_after(ConcurrentSessionError("a block that had joined in another task was still open"))
+            reason = "a block inside this one, which had joined it, was still open: end it first"
+            raise lost_after(ConcurrentSessionError(reason))
         if level is None:
             await scope.flush()
             return

@@ -115,9 +115,14 @@ def require_scope(owner: Owner) -> Scope:
     scope = current_scope(owner)
     if scope is None:
         mix_up = "one of another database is, was the right one injected? " if any(open_blocks()) else ""
-        raise NoSessionError(
+        error = NoSessionError(
             f"no session is open here: {mix_up}wrap the call in transaction(), @transactional or session()"
         )
+        error.add_note(
+            "What outlives the block around it opens session() inside itself: the generator of a streamed body, a "
+            "background task. A request's transaction ends when its response begins."
+        )
+        raise error
     return scope
 
 

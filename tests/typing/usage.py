@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import timedelta
-from typing import Any, assert_type
+from typing import Annotated, Any, assert_type
 
 from dependency_injector.wiring import Provide, inject
+from fastapi import Depends, FastAPI
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
@@ -24,6 +25,8 @@ from sessionwire import (
     transactional,
 )
 from sessionwire import Settings as BaseSettings
+from sessionwire import fastapi as web
+from sessionwire.asgi import ASGIApp, TransactionMiddleware
 
 
 class ShopSettings(BaseSettings):
@@ -145,3 +148,34 @@ async def use(manager: DatabaseSessionManager) -> None:
         assert_type(connection, AsyncConnection)
     async with manager as opened:
         assert_type(opened, DatabaseSessionManager)
+
+
+app = FastAPI()
+
+
+@app.get("/short")
+@web.inject
+async def short(item: int, service: Annotated[Service, web.Provide["service"]]) -> float:
+    return await service.price(item)
+
+
+@app.get("/depends")
+@web.inject
+async def depends(item: int, service: Annotated[Service, Depends(web.Provide["service"])]) -> float:
+    return await service.price(item)
+
+
+@app.get("/default")
+@web.inject
+async def default(item: int, service: Service = Depends(web.Provide["service"])) -> float:  # noqa: B008  # as FastAPI has it
+    return await service.price(item)
+
+
+async def use_web(service: Service, transaction: TransactionManager, other: ASGIApp) -> None:
+    assert_type(await short(1, service), float)
+    assert_type(await default(1), float)
+    await short("1", service)  # type: ignore[arg-type]
+    app.add_middleware(TransactionMiddleware, transaction=transaction, isolation="SERIALIZABLE", timeout=1.5)
+    TransactionMiddleware(app, transaction=transaction, read_only=True)
+    TransactionMiddleware(other, transaction=transaction, timeout=timedelta(seconds=1))
+    TransactionMiddleware(app, transaction=transaction, retries=1)  # type: ignore[call-arg]
