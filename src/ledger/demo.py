@@ -12,12 +12,11 @@ from logging.handlers import BufferingHandler
 from time import perf_counter
 
 from dependency_injector.wiring import Provide, inject
-from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from sessionwire import DatabaseSessionManager, Lifespan
 
 from .container import Container
-from .models import Account, Transfer
+from .models import Account, Transfer, create_tables
 from .proof import Books, prove
 from .screen import Screen
 from .services import AccountService
@@ -88,16 +87,6 @@ def counted_retries() -> Generator[list[logging.LogRecord]]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-
-
-async def create_tables(manager: DatabaseSessionManager) -> None:
-    try:
-        async with manager.connect() as connection:
-            await manager.create_all(connection)
-    except (IntegrityError, ProgrammingError):
-        # PostgreSQL's answer where another demo creates the same tables at this moment. Now they are there.
-        async with manager.connect() as connection:
-            await manager.create_all(connection)
 
 
 @inject

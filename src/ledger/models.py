@@ -4,9 +4,10 @@ from datetime import UTC, datetime
 from decimal import Decimal
 
 from sqlalchemy import BigInteger, CheckConstraint, DateTime, Dialect, ForeignKey, Integer, String, TypeDecorator
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 from sqlalchemy.orm import Mapped, mapped_column
 
-from sessionwire import Base
+from sessionwire import Base, DatabaseSessionManager
 
 KEY_LENGTH = 200
 CENT = Decimal("0.01")
@@ -79,3 +80,14 @@ class Transfer(Base):
     target_id: Mapped[int] = mapped_column(ForeignKey(Account.id), index=True)
     amount: Mapped[Decimal] = mapped_column(Money)
     booked_at: Mapped[datetime] = mapped_column(Moment, default=lambda: datetime.now(UTC))
+
+
+async def create_tables(manager: DatabaseSessionManager) -> None:
+    """Those that are not there yet."""
+    try:
+        async with manager.connect() as connection:
+            await manager.create_all(connection)
+    except (IntegrityError, ProgrammingError):
+        # PostgreSQL's answer where another process creates the same tables at this moment. Now they are there.
+        async with manager.connect() as connection:
+            await manager.create_all(connection)

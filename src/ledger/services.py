@@ -11,7 +11,7 @@ from .errors import Busy, IdempotencyConflict, InsufficientFunds, InvalidAmount,
 from .models import CENT, KEY_LENGTH, LARGEST_AMOUNT, Account, Transfer
 from .repositories import AccountRepository, Audit, TransferRepository
 
-RETRIES = 20  # of a transfer that others got in the way of, each after a pause; many callers at one account need them
+RETRIES = 40  # of a transfer that others got in the way of, each after a pause; many callers at one account need them
 IN_THE_WAY = ("40001", "40P01", "SQLITE_BUSY")  # what PostgreSQL and SQLite call it
 
 

@@ -113,7 +113,7 @@ async def test_a_transfer_that_others_get_in_the_way_of_each_time_is_refused_as_
 ) -> None:
     monkeypatch.setattr("sessionwire.transaction.LONGEST_PAUSE", 0.001)
     caplog.set_level(logging.INFO, "sessionwire.retry")
-    database = DatabaseSettings(url=database_url, pool=PoolSettings(timeout=0.1))
+    database = DatabaseSettings(url=database_url, pool=PoolSettings(timeout=0.05))
     async with Lifespan(Container(settings=LedgerSettings(database=database))) as container:
         manager = container.db.sessionmanager()
         async with manager.connect() as connection:

@@ -1,0 +1,46 @@
+"""What both implementations write: payments, and who has paid before."""
+
+from pydantic import BaseModel
+from sqlalchemy import ForeignKey
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+ACCOUNTS = range(1, 6)  # there are no others
+LARGEST_REFUND = 100
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Account(Base):
+    __tablename__ = "account"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+class Payer(Base):
+    """Who has paid before."""
+
+    __tablename__ = "payer"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+
+
+class Payment(Base):
+    """A refund is a negative one."""
+
+    __tablename__ = "payment"
+
+    key: Mapped[str] = mapped_column(primary_key=True)
+    payer: Mapped[str]
+    account: Mapped[int] = mapped_column(ForeignKey(Account.id, deferrable=True, initially="DEFERRED"))
+    amount: Mapped[int]
+
+
+class Order(BaseModel):
+    """The body of a request."""
+
+    key: str
+    payer: str
+    account: int
+    amount: int
