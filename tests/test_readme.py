@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import get_args
+from urllib.request import urlopen
 
 import pytest
 from annotated_types import Ge, Gt
@@ -29,7 +30,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from sqlalchemy import make_url
 
-import sessionwire
+import sessionwire.asgi
+import sessionwire.fastapi
 from sessionwire import DatabaseContainer, DatabaseSettings, Propagation, Settings, errors
 from sessionwire.plan import BlockOptions
 
@@ -53,6 +55,11 @@ class Block:
         return first[1] if first else ""
 
     @property
+    def excerpt_of(self) -> str:
+        first = re.match(r"# from (\S+)\n", self.text)
+        return first[1] if first else ""
+
+    @property
     def is_for_postgresql(self) -> bool:
         return self.text.startswith("# PostgreSQL only\n")
 
@@ -67,7 +74,7 @@ BLOCKS = [
     for found in re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 ]
 PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
-PROMPT = [block for block in BLOCKS if block.language == "python" and not block.file]
+PROMPT = [block for block in BLOCKS if block.language == "python" and not block.file and not block.excerpt_of]
 FILES = {block.file: block for block in BLOCKS if block.file}
 COMMANDS = [line for block in BLOCKS if block.language == "sh" for line in block.text.splitlines()]
 CODE = re.findall(r"`([^`]+)`", PROSE)
@@ -96,6 +103,15 @@ def test_no_block_is_of_a_kind_that_nobody_runs() -> None:
         assert known.get(block.language), f"README.md:{block.line}: nobody runs this {block.language!r}"
 
 
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.excerpt_of], ids=lambda block: block.excerpt_of)
+def test_an_excerpt_is_what_the_file_says(block: Block) -> None:
+    lines = iter((CHECKOUT / block.excerpt_of).read_text(encoding="utf-8").splitlines())
+    for line in block.text.splitlines()[1:]:
+        assert line in lines, (
+            f"README.md:{block.line}: {line!r} is not in {block.excerpt_of}, or not after the one before"
+        )
+
+
 def test_each_file_is_used_by_a_command_or_a_snippet() -> None:
     for name, block in FILES.items():
         used = any(name in command.split() for command in COMMANDS) or any(f'"{name}"' in b.text for b in PROMPT)
@@ -122,9 +138,12 @@ asyncio.run(main())
 
 # The web application is started, answers a request, and is stopped.
 REQUEST = """
-async def request(method, path):
+async def request(app, method, path):
+    received = iter([{"type": "http.request", "body": b"", "more_body": False}])
     async def receive():
-        return {"type": "http.request", "body": b"", "more_body": False}
+        for message in received:
+            return message
+        await asyncio.Event().wait()  # the client stays
 
     sent = []
     async def send(message):
@@ -136,10 +155,26 @@ async def request(method, path):
     return sent[0]["status"], sent[1]["body"]
 
 async with app.router.lifespan_context(app):
-    status, body = await request("POST", "/orders/tea")
+    status, body = await request(app, "POST", "/orders/tea")
     assert status == 200 and int(body) > 1, (status, body)
 """
-AFTER = {"FastAPI(": REQUEST, "secrets_dir=": "assert settings.database.url.database == 'of-the-secret'"}
+MIDDLEWARE = """
+async with manager:
+    assert await request(site, "POST", "/sets") == (200, b"sold")
+"""
+STREAM = """
+async with manager:
+    site = Starlette(routes=[Route("/journal", journal)])
+    site.add_middleware(TransactionMiddleware, transaction=transaction)
+    status, body = await request(site, "GET", "/journal")
+    assert status == 200 and body, (status, body)
+"""
+AFTER = {
+    "FastAPI(": REQUEST,
+    "Starlette(": MIDDLEWARE,
+    "StreamingResponse(": STREAM,
+    "secrets_dir=": "assert settings.database.url.database == 'of-the-secret'",
+}
 
 
 class Reader:
@@ -225,6 +260,13 @@ def test_the_program_prints_what_it_says(reader: Reader) -> None:
     assert reader.run("shop.py").splitlines() == FILES["shop.py"].prints
 
 
+def test_workers_do_their_work_with_the_same_container(reader: Reader) -> None:
+    reader.run("shop.py")
+    for name in ("worker.py", "tasks.py"):
+        assert f"python {name}" in COMMANDS
+        assert reader.run(name).splitlines() == FILES[name].prints
+
+
 def test_the_container_with_its_test_is_under_forty_lines() -> None:
     files = [FILES[name].text.splitlines() for name in ("shop.py", "test_shop.py")]
     assert len(files[0]) < 40
@@ -250,7 +292,7 @@ def clone() -> Iterator[Path]:
         yield Path(directory)
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if "-m ledger" in command])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "-m ledger demo" in command])
 def test_a_demo_proves_what_the_page_shows(command: str, clone: Path) -> None:
     environment, python, *arguments = shlex.split(command)
     assert (environment, python) == (".ci/env", "python")
@@ -259,6 +301,30 @@ def test_a_demo_proves_what_the_page_shows(command: str, clone: Path) -> None:
 
     (shown_here,) = (block for block in BLOCKS if block.language == "text" and "✔" in block.text)
     assert shape(printed) >= shape(shown_here.text)
+
+
+def test_the_server_starts_answers_and_ends(clone: Path) -> None:
+    (command,) = (command for command in COMMANDS if "-m ledger serve" in command)
+    arguments = [sys.executable, *shlex.split(command)[2:], "--port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(clone / "src")}
+
+    with subprocess.Popen(arguments, cwd=clone, env=environment, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        address = server.stdout.readline().split()[-1]
+        with urlopen(f"{address}/health/ready") as answer:
+            assert answer.status == 200
+        server.terminate()
+    assert server.returncode == 0
+
+
+def test_the_comparison_has_the_rows_that_the_page_shows_and_finds_nothing_against_us(clone: Path) -> None:
+    (command,) = (command for command in COMMANDS if "-m ledger compare" in command)
+
+    printed = run(clone, "-W", "error", *shlex.split(command)[2:], "--requests", "60", PYTHONPATH=str(clone / "src"))
+
+    (shown_here,) = (block for block in BLOCKS if block.language == "text" and "usual recipe" in block.text)
+    assert shape(printed) >= shape(shown_here.text)
+    assert all(line.endswith(" 0") for line in printed.splitlines() if re.search(r"\d$", line))
 
 
 def shape(output: str) -> set[str]:
@@ -303,7 +369,7 @@ def test_no_command_is_left_out() -> None:
         r"\.ci/env python -m ledger .+",
         r"\.ci/env pytest",
         "pip install .+",
-        r"python shop\.py",
+        r"python (shop|worker|tasks)\.py",
         r"pytest test_shop\.py",
     )
     for command in COMMANDS:
@@ -403,7 +469,13 @@ def test_each_part_of_the_mission_names_what_is_there() -> None:
     names = {name for row in rows("What is where") for name in code_in(row[2])}
     providers = set(DatabaseContainer.providers)
     assert providers <= names
-    assert names <= providers | set(sessionwire.__all__) | {"override()", "python -m ledger demo"}
+    web = {
+        f"{module.__name__}.{name}"
+        for module in (sessionwire.asgi, sessionwire.fastapi)
+        for name, thing in vars(module).items()
+        if getattr(thing, "__module__", "") == module.__name__
+    }
+    assert names <= providers | set(sessionwire.__all__) | web | {"override()", "python -m ledger demo"}
 
 
 def slug(heading: str) -> str:
