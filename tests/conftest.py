@@ -34,6 +34,13 @@ class Postgres:
         finally:
             await connection.close()
 
+    async def run(self, script: str, database: str) -> None:
+        connection = await asyncpg.connect(host=self.host, user="postgres", database=database)
+        try:
+            await connection.execute(script)
+        finally:
+            await connection.close()
+
     def url(self, database: str) -> str:
         return f"postgresql://postgres@/{database}?host={self.host}"
 
@@ -70,12 +77,9 @@ async def database_url(server: Postgres | None, tmp_path: Path) -> AsyncIterator
     if server is None:
         yield f"sqlite:///{tmp_path / 'test.db'}"
         return
-    for statement in (
-        "DROP SCHEMA IF EXISTS public CASCADE",
-        "CREATE SCHEMA public",
-        "GRANT USAGE ON SCHEMA public TO PUBLIC",  # as a new database has it
-    ):
-        await server.execute(statement, database=DATABASE)
+    # the grant is what a new database has
+    anew = "DROP SCHEMA IF EXISTS public CASCADE; CREATE SCHEMA public; GRANT USAGE ON SCHEMA public TO PUBLIC"
+    await server.run(anew, DATABASE)
     yield server.url(DATABASE)
     async with asyncio.timeout(5):
         while left := await server.execute("SELECT query, state FROM pg_stat_activity WHERE datname = $1", DATABASE):

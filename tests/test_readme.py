@@ -159,13 +159,13 @@ async with app.router.lifespan_context(app):
     assert status == 200 and int(body) > 1, (status, body)
 """
 MIDDLEWARE = """
-async with manager:
+async with site.router.lifespan_context(site):
     assert await request(site, "POST", "/sets") == (200, b"sold")
 """
 STREAM = """
-async with manager:
-    site = Starlette(routes=[Route("/journal", journal)])
-    site.add_middleware(TransactionMiddleware, transaction=transaction)
+site = Starlette(routes=[Route("/journal", journal)], lifespan=Lifespan(container))
+site.add_middleware(TransactionMiddleware, transaction=container.db.transaction())
+async with site.router.lifespan_context(site):
     status, body = await request(site, "GET", "/journal")
     assert status == 200 and body, (status, body)
 """

@@ -22,7 +22,8 @@ def main() -> int:
     try:
         return int(arguments.command(arguments))
     except KeyboardInterrupt:
-        print("\ninterrupted: what was acknowledged is in the books, the rest never happened", file=sys.stderr)
+        told = ": what was acknowledged is in the books, the rest never happened" if arguments.command is demo else ""
+        print(f"\ninterrupted{told}", file=sys.stderr)
         return 130
 
 

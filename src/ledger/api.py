@@ -35,7 +35,7 @@ Manager = Annotated[DatabaseSessionManager, Provide[Container.db.sessionmanager]
 
 
 class Request(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)  # where money moves, true is not account 1
 
 
 class NewAccount(Request):

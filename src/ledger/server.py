@@ -48,13 +48,25 @@ async def serve(settings: LedgerSettings, host: str, port: int) -> bool:
         )
         server = uvicorn.Server(config)
         # uvicorn raises again what it was stopped by, which would end the process before the database is closed.
+        this = asyncio.current_task()
+        assert this is not None
+
+        def stop() -> None:
+            server.should_exit = True
+            if not server.started:
+                this.cancel()  # nothing was accepted yet, and the database may not answer
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, setattr, server, "should_exit", True)
-        async with app.router.lifespan_context(app):
-            listener.listen(BACKLOG)
-            host, port = listener.getsockname()[:2]
-            print(f"ledger: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-            await server.serve(sockets=[listener])
+            asyncio.get_running_loop().add_signal_handler(number, stop)
+        try:
+            async with app.router.lifespan_context(app):
+                listener.listen(BACKLOG)
+                host, port = listener.getsockname()[:2]
+                print(f"ledger: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+                await server.serve(sockets=[listener])
+        except asyncio.CancelledError:
+            if not server.should_exit:
+                raise
     return True
 
 
@@ -63,8 +75,8 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise OSError(f"can't listen on {host}:{port}: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:
+        raise OSError(f"can't listen on {host}:{port}: {getattr(error, 'strerror', None) or error}") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after a restart, too
         listener.bind(address)

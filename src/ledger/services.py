@@ -22,7 +22,7 @@ def check_amount(amount: Decimal) -> Decimal:
     cents = amount.quantize(CENT)
     if cents != amount:
         raise InvalidAmount(f"{amount} has more than two digits after the point")
-    return cents
+    return cents + 0  # which makes 0 of -0
 
 
 def was_in_the_way(error: DBAPIError) -> bool:

@@ -70,11 +70,32 @@ async def serving(ledger: Ledger, *python: str) -> AsyncIterator[Service]:
 
 @pytest.mark.parametrize("backend", ["sqlite"])
 async def test_it_answers_until_an_interrupt_ends_it_quietly(ledger: Ledger, database_url: str) -> None:
-    async with serving(ledger.on(database_url), "-W", "error", "-X", "dev") as service:
+    async with serving(ledger.on(database_url), "-W", "error") as service:
         assert (await service.client.get("/health/live")).status_code == 200
         assert (await service.client.get("/health/ready")).status_code == 200
         # the connection is kept, and does not hold up the end
         finished = await asyncio.wait_for(service.stop(signal.SIGINT), 5)
+
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_stopped_while_it_starts_it_ends_at_once(ledger: Ledger, number: signal.Signals) -> None:
+    asked = asyncio.Event()
+
+    async def never_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(never_answer, "127.0.0.1", 0) as silent:
+        port = silent.sockets[0].getsockname()[1]
+        process = ledger.on(f"postgresql://nobody@127.0.0.1:{port}/nothing?sslmode=disable").start(
+            "serve", "--port", "0"
+        )
+        await asyncio.wait_for(asked.wait(), 30)
+        process.send_signal(number)
+        finished = await asyncio.wait_for(asyncio.to_thread(ledger.finish, process), 5)  # connect_timeout is 10
 
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
 

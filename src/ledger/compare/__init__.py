@@ -5,8 +5,8 @@ Each answer is held against the books. `usual.py` and `ours.py` are the two serv
 
 from pathlib import Path
 
-from .run import Findings, compare
 from .screen import progress, show
+from .trial import Findings, compare
 
 DIRECTORY = Path("var", "compare")  # of the PostgreSQL that both write to
 

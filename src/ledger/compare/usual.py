@@ -35,7 +35,8 @@ async def pay(order: Order, session: Annotated[AsyncSession, Depends(get_session
     session.add(Payment(**order.model_dump()))
     await session.flush()
     with suppress(IntegrityError):  # has paid before
-        await session.execute(insert(Payer).values(name=order.payer))
+        async with session.begin_nested():
+            await session.execute(insert(Payer).values(name=order.payer))
 
 
 @app.post("/refunds", status_code=201)
