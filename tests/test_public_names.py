@@ -96,11 +96,15 @@ def run(code: str) -> set[str]:
 
 
 def test_importing_it_imports_no_framework_and_no_driver() -> None:
-    report = "print(*{name.partition('.')[0] for name in sys.modules})"
-    imported = run(f"import sessionwire; {report}")
-    by_others = run(f"import dependency_injector.containers; {report}")  # which looks for web frameworks by itself
-    assert "sqlalchemy" in imported - by_others
-    assert not (imported - by_others) & set(OPTIONAL)
+    imported = run("import sessionwire; print(*{name.partition('.')[0] for name in sys.modules})")
+    assert "sqlalchemy" in imported
+    assert not imported & {*OPTIONAL, "dependency_injector"}  # the last one looks for web frameworks by itself
+
+
+def test_what_is_imported_late_is_there_all_the_same() -> None:
+    assert {"DatabaseContainer", "Lifespan"} <= run("from sessionwire import *; print(*globals())")
+    with pytest.raises(AttributeError, match="has no attribute 'Databasecontainer'"):
+        _ = sessionwire.Databasecontainer
 
 
 def test_it_can_be_imported_without_any_framework_and_driver() -> None:

@@ -1,6 +1,8 @@
 """Async SQLAlchemy sessions and transactions, delivered through dependency-injector containers."""
 
-from .containers import DatabaseContainer
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from .decorators import read_only, transactional
 from .errors import (
     AlreadyInitializedError,
@@ -22,12 +24,18 @@ from .errors import (
     UncommittedChangesWarning,
     UnexpectedRollbackError,
 )
-from .lifespan import Lifespan
 from .manager import Base, DatabaseSessionManager, sessionmanager
 from .plan import Propagation
 from .session import CurrentSession
 from .settings import DatabaseSettings, PoolSettings, Settings
 from .transaction import TransactionManager
+
+if TYPE_CHECKING:
+    from .containers import DatabaseContainer
+    from .lifespan import Lifespan
+
+# what stands on dependency-injector, which imports web frameworks where it finds them
+_IMPORTED_WHEN_ASKED_FOR = {"DatabaseContainer": ".containers", "Lifespan": ".lifespan"}
 
 __all__ = [
     "AlreadyInitializedError",
@@ -62,3 +70,10 @@ __all__ = [
     "sessionmanager",
     "transactional",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _IMPORTED_WHEN_ASKED_FOR:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_IMPORTED_WHEN_ASKED_FOR[name], __name__), name)
+    return value
