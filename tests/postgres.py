@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 from sqlalchemy import make_url, text
 
-from sessionwire import DatabaseSessionManager, DatabaseSettings
+from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
 
 from .conftest import Postgres
 
@@ -61,8 +61,15 @@ class Network:
         self.cuts_at: bytes | None = None  # closes the connection on which the client sends this, instead of sending it
         self.cuts_answer_to: bytes | None = None  # sends it on, and closes once the server has answered
         self.asked = b""  # what a client has sent last
+        self.questions = 0  # that were sent since it was set to 0, each with an answer to wait for
         self._host = ""
         self._carriers: set[asyncio.Task[None]] = set()
+        self._dead: set[asyncio.StreamWriter] = set()
+        self._open: set[asyncio.StreamWriter] = set()
+
+    def swallow_what_is_open(self) -> None:
+        """What is sent on the connections that are open now goes nowhere from now on."""
+        self._dead |= self._open
 
     @asynccontextmanager
     async def before(self, server: Postgres) -> AsyncIterator[str]:
@@ -78,34 +85,49 @@ class Network:
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         from_server, to_server = await asyncio.open_unix_connection(f"{self._host}/.s.PGSQL.5432")
         asked = asyncio.Event()
+        self._open.add(writer)
 
         async def carry_questions() -> None:
-            while data := await reader.read(65536):
-                self.asked = data
-                if self.cuts_at is not None and self.cuts_at in data:
-                    writer.close()
-                    break
-                if self.cuts_answer_to is not None and self.cuts_answer_to in data:
-                    asked.set()
-                if not self.swallows:
-                    to_server.write(data)
-            to_server.close()
+            try:
+                while data := await reader.read(65536):
+                    self.asked = data
+                    self.questions += questions_in(data)
+                    if self.cuts_at is not None and self.cuts_at in data:
+                        writer.close()
+                        break
+                    if self.cuts_answer_to is not None and self.cuts_answer_to in data:
+                        asked.set()
+                    if not self.swallows and writer not in self._dead:
+                        to_server.write(data)
+            finally:
+                to_server.close()
 
         async def carry_answers() -> None:
-            while data := await from_server.read(65536):
-                if asked.is_set():
-                    break
-                if not self.swallows:
-                    writer.write(data)
-            writer.close()
+            try:
+                while data := await from_server.read(65536):
+                    if asked.is_set():
+                        break
+                    if not self.swallows:
+                        writer.write(data)
+            finally:
+                writer.close()
 
         for carry in (carry_questions, carry_answers):
             self._carriers.add(asyncio.create_task(carry()))
 
 
+def questions_in(data: bytes) -> int:
+    """How many of its messages end a question: Query and Sync (PostgreSQL, "Message Formats")."""
+    count = 0
+    while len(data) >= 5:
+        count += data[:1] in (b"Q", b"S")
+        data = data[1 + int.from_bytes(data[1:5]) :]
+    return count
+
+
 @asynccontextmanager
 async def through(
-    network: Network, server: Postgres, database_url: str, **settings: float
+    network: Network, server: Postgres, database_url: str, **settings: float | PoolSettings
 ) -> AsyncIterator[DatabaseSessionManager]:
     """A manager that reaches its database through this network."""
     async with network.before(server) as address, asyncio.timeout(30):

@@ -109,13 +109,13 @@ def test_sections_are_merged_key_by_key_from_all_sources(sources: Sources) -> No
     sources.secret(shop_database__url="sqlite:///of-secrets.db\n", shop_database__pool__max_overflow="2")
     sources.environment(SHOP_DATABASE__POOL__TIMEOUT="3", SHOP_DATABASE__POOL__MAX_OVERFLOW="3")
     loaded = ShopSettings.load(
-        sources.path, secrets_dir=sources.secrets, database={"pool": {"recycle": 4}, "application_name": "shop"}
+        sources.path, secrets_dir=sources.secrets, database={"pool": {"max_lifetime": 4}, "application_name": "shop"}
     ).database
     assert loaded == DatabaseSettings(
         url="sqlite:///of-secrets.db",
         echo=True,
         application_name="shop",
-        pool=PoolSettings(size=1, max_overflow=3, timeout=3, recycle=4),
+        pool=PoolSettings(size=1, max_overflow=3, timeout=3, max_lifetime=4),
     )
 
 
@@ -181,7 +181,7 @@ WRONG_FILES = {
     "a key like no other": (
         "database: {url: 'sqlite://', pool: {colour: 1}}",
         "database.pool.colour (",
-        "there are max_overflow, recycle, size, timeout",
+        "there are max_lifetime, max_overflow, ping_after, size, timeout",
     ),
     "a key that is no text": ("1: x\ndatabase: {url: 'sqlite://'}", "1 (", "there is no such key"),
     "a wrong type": ("database: {url: 'sqlite://', pool: {size: many}}", "database.pool.size (", "valid integer"),
@@ -191,7 +191,7 @@ WRONG_FILES = {
     "a section with all its keys commented out": (
         "database: {url: 'sqlite://', pool: }",
         "database.pool (",
-        "a section, with keys below it: size, max_overflow, timeout, recycle",
+        "a section, with keys below it: size, max_overflow, timeout, ping_after, max_lifetime",
     ),
     "a wrong URL": ("database: {url: localhost}", "database.url (", "looks like postgresql://user@host/database"),
     "an optional section": ("database: {url: 'sqlite://'}\narchive: {ulr: x}", "archive.ulr (", "mean 'url'?"),

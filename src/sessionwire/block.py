@@ -140,7 +140,7 @@ class TransactionBlock:
     def _terms_of_new(self) -> Terms:
         terms = self._terms
         if self._act is _Act.GO_WITHOUT:
-            in_transaction = terms.read_only and bool(self._owner.begin_hooks)  # what must hold, holds for reads too
+            in_transaction = terms.read_only and self._owner.reads_in_transactions
             return replace(terms, autocommit=not in_transaction, writes=False, isolation=None)
         if terms.writes:
             refuse_second_writer(self._owner)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import random
 import sqlite3
 import tempfile
 import uuid
@@ -20,6 +21,8 @@ from urllib.parse import urlencode
 from sqlalchemy import URL, AdaptedConnection, Connection, event, make_url
 from sqlalchemy.exc import DisconnectionError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.util import await_only
 
 from .embedded import EmbeddedServer
 from .errors import ConfigurationError, UnexpectedRollbackError
@@ -27,6 +30,8 @@ from .failures import sqlstate, watch_failures
 from .settings import DatabaseSettings
 from .url import LIBPQ_KEYS, DatabaseURL
 
+LAST_USED, EXPIRES = "sessionwire_last_used", "sessionwire_expires"  # of a pooled connection, by the monotonic clock
+JITTER = 0.2  # of its lifetime
 TERMS = "sessionwire_terms"  # the execution option that tells a connection its terms
 
 
@@ -104,6 +109,8 @@ class Engines:
         else:
             engine = self._create(self._url, read_only, {})
         event.listen(engine.sync_engine, "connect", self._connected)
+        event.listen(engine.sync_engine, "checkout", self._replace_aged)
+        event.listen(engine.sync_engine, "checkin", self._returned)
         event.listen(engine.sync_engine, "close", self._closed)
         watch_failures(engine.sync_engine)
         return engine
@@ -118,7 +125,6 @@ class Engines:
             pool_size=pool.size,
             max_overflow=pool.max_overflow,
             pool_timeout=pool.timeout,
-            pool_recycle=pool.recycle or -1,
             pool_use_lifo=True,  # idle connections stay idle, and age out
             connect_args=arguments,
             **options,
@@ -151,9 +157,11 @@ class Engines:
                 parameters["host"] = server.socket_directory
 
         @event.listens_for(engine.sync_engine, "checkout")
-        def replace_closed(connection: AdaptedConnection, _record: Any, _proxy: Any) -> None:
+        def check(connection: AdaptedConnection, record: ConnectionPoolEntry, _proxy: Any) -> None:
             if connection.driver_connection.is_closed():  # known without asking the server
                 raise DisconnectionError("the server closed this connection")
+            if monotonic() - record.info[LAST_USED] > self._settings.pool.ping_after:
+                self._ping(connection.driver_connection)
 
         return engine
 
@@ -205,8 +213,26 @@ class Engines:
         dialect.do_terminate = self.end
         return engine
 
-    def _connected(self, connection: AdaptedConnection, _record: Any) -> None:
+    def _connected(self, connection: AdaptedConnection, record: ConnectionPoolEntry) -> None:
         self._connections.add(connection)
+        lifetime = self._settings.pool.max_lifetime or float("inf")
+        # with a jitter, or a pool that was filled at once would be renewed at once
+        record.info[EXPIRES] = monotonic() + lifetime * random.uniform(1 - JITTER, 1)
+        record.info[LAST_USED] = monotonic()
+
+    def _replace_aged(self, _connection: AdaptedConnection, record: ConnectionPoolEntry, _proxy: Any) -> None:
+        if monotonic() > record.info[EXPIRES]:
+            raise DisconnectionError("this connection has reached pool.max_lifetime")
+
+    def _returned(self, _connection: AdaptedConnection | None, record: ConnectionPoolEntry) -> None:
+        record.info[LAST_USED] = monotonic()
+
+    def _ping(self, driver: Any) -> None:
+        """One message; SQLAlchemy's own ping is three. Raises `DisconnectionError`, and the pool takes another one."""
+        try:
+            await_only(driver.execute("SELECT 1", timeout=self._settings.connect_timeout))
+        except Exception as error:
+            raise DisconnectionError("the server does not answer on this connection") from error
 
     def _closed(self, connection: AdaptedConnection, _record: Any) -> None:
         self._connections.discard(connection)

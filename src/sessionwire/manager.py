@@ -240,6 +240,11 @@ class DatabaseSessionManager:
     def is_sqlite(self) -> bool:
         return self._initialized().is_sqlite
 
+    @property
+    def reads_in_transactions(self) -> bool:
+        # what must hold at the begin of each transaction must hold for reads too
+        return bool(self.begin_hooks) or not self.settings.read_only_connections
+
     def open_scope(self, terms: Terms) -> Scope:
         engine = self._admit().on(terms)
         session = AsyncSession(engine, sync_session_class=ScopedSession, expire_on_commit=False)

@@ -45,6 +45,11 @@ class Owner(Protocol):
     @property
     def is_sqlite(self) -> bool: ...
 
+    @property
+    def reads_in_transactions(self) -> bool:
+        """Whether what only reads cannot go without a transaction here."""
+        ...
+
     def open_scope(self, terms: Terms) -> Scope:
         """A new scope with a session of its own. Raises `NotInitializedError`, `OwnershipError`."""
         ...

@@ -23,6 +23,7 @@ from .errors import ScopeOwnsTransactionError, UncommittedChangesWarning
 from .failures import sqlstate
 from .scope import Owner, Scope, entered_twice, lost_after, require_scope, scopes_here
 
+NO_TRANSACTION = "25P01"  # SQLSTATE no_active_sql_transaction
 WRITING_VERBS = ("INSERT", "UPDATE", "DELETE", "MERGE", "REPLACE", "TRUNCATE", "COPY")
 
 
@@ -49,7 +50,7 @@ def _guarded(name: str) -> Callable[..., Any]:
             is_over = not self.is_active or getattr(error, "connection_invalidated", False)
             if scope.terms.autocommit and is_over and not self.in_nested_transaction():
                 Session.rollback(self)  # what comes next stands alone
-            _explain_wait(scope, error)
+            _explain(scope, error)
             raise
         finally:
             scope.finish()
@@ -57,8 +58,8 @@ def _guarded(name: str) -> Callable[..., Any]:
     return guarded
 
 
-def _explain_wait(scope: Scope, error: Exception) -> None:
-    """Where the code that waited in vain holds itself what it waited for, say so."""
+def _explain(scope: Scope, error: Exception) -> None:
+    """Say so where the code that waited in vain holds itself what it waited for, or needs another kind of scope."""
     others = scopes_here(scope.owner) - {scope}
     held = sum(other.session.in_transaction() for other in others)
     if isinstance(error, PoolTimeoutError) and held:
@@ -67,6 +68,8 @@ def _explain_wait(scope: Scope, error: Exception) -> None:
             f"this task waited for one more connection while it held {held}: with n tasks that do so at once, "
             f"pool.size + pool.max_overflow must be at least n + {held}; it is {pool.size + pool.max_overflow}"
         )
+    if sqlstate(getattr(error, "orig", None) or error) == NO_TRANSACTION:
+        error.add_note("a cursor, as of stream(), needs a transaction: for reading, transaction(read_only=True)")
     if sqlstate(getattr(error, "orig", None)).startswith("SQLITE_BUSY") and any(other.is_writer for other in others):
         error.add_note(
             "SQLite has one writer at a time, and it is the transaction around this block: write in that one"

@@ -88,7 +88,10 @@ class PoolSettings(_Model):
     size: int = Field(5, ge=1, description="connections that are kept open")
     max_overflow: int = Field(10, ge=0, description="further connections under load, closed when given back")
     timeout: float = Field(30, gt=0, description="how long to wait for a connection; on SQLite, for the write lock too")
-    recycle: float | None = Field(None, gt=0, description="the age at which a connection is replaced; none: never")
+    ping_after: float = Field(1, ge=0, description="one that idled longer is asked whether it lives; PostgreSQL")
+    max_lifetime: float | None = Field(
+        None, gt=0, description="the age by which a connection is replaced, some a little earlier; none: never"
+    )
 
 
 class DatabaseSettings(_Model):
@@ -102,6 +105,9 @@ class DatabaseSettings(_Model):
     drain_timeout: float = Field(10, ge=0, description="how long close() waits for open scopes")
     commit_timeout: float = Field(10, gt=0, description="how long a commit that was sent is waited for")
     rollback_timeout: float = Field(5, gt=0, description="a rollback that takes longer costs the connection")
+    read_only_connections: bool = Field(
+        True, description="read scopes have connections of their own; false: READ ONLY transactions, as a pooler needs"
+    )
     echo: bool = Field(False, description="log each statement")
     application_name: str | None = Field(None, description="the name shown in PostgreSQL's pg_stat_activity")
 
