@@ -75,12 +75,12 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after a restart, too
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
     except (OSError, UnicodeError) as error:
         raise OSError(f"can't listen on {host}:{port}: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after a restart, too
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        raise OSError(f"can't listen on {host}:{port}: {error.strerror}") from error
     return listener

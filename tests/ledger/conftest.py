@@ -109,3 +109,11 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     for process in ledger.started:
         process.kill()
         process.communicate()
+
+
+def assert_explained(finished: Finished, *says: str) -> None:
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    assert "Traceback" not in finished.stderr
+    for words in says:
+        assert words in finished.stderr

@@ -7,15 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Finished, Ledger
-
-
-def assert_explained(finished: Finished, *says: str) -> None:
-    assert finished.returncode == 2
-    assert finished.stdout == ""
-    assert "Traceback" not in finished.stderr
-    for words in says:
-        assert words in finished.stderr
+from .conftest import Ledger, assert_explained
 
 
 def test_without_any_argument_it_runs_from_any_directory_on_a_file_of_its_own(ledger: Ledger, tmp_path: Path) -> None:

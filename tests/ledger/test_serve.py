@@ -24,7 +24,7 @@ from ledger.models import Account, Transfer
 from sessionwire.embedded import EmbeddedServer
 from tests.postgres import until
 
-from .conftest import Finished, Ledger
+from .conftest import Finished, Ledger, assert_explained
 
 
 class Service:
@@ -236,14 +236,6 @@ async def test_while_the_database_is_away_it_lives_and_is_not_ready_and_recovers
     assert finished.returncode == 0
     assert "Traceback" not in finished.stderr
     assert "secret" not in finished.stderr
-
-
-def assert_explained(finished: Finished, *says: str) -> None:
-    assert finished.returncode == 2
-    assert finished.stdout == ""
-    assert "Traceback" not in finished.stderr
-    for words in says:
-        assert words in finished.stderr
 
 
 def test_settings_that_cannot_work_are_explained(ledger: Ledger, tmp_path: Path) -> None:
