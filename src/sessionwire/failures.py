@@ -38,8 +38,9 @@ def failures(connection: Connection | None) -> list[BaseException]:
 
 
 def sqlstate(error: BaseException | None) -> str:
-    """The driver's SQLSTATE, or SQLite's name for the error, or nothing."""
-    return getattr(error, "sqlstate", None) or getattr(error, "sqlite_errorname", None) or ""
+    """The driver's SQLSTATE, or SQLite's name for the error, or nothing; of SQLAlchemy's error, that of its cause."""
+    raised = getattr(error, "orig", None) or error
+    return getattr(raised, "sqlstate", None) or getattr(raised, "sqlite_errorname", None) or ""
 
 
 def in_short(error: BaseException) -> str:
@@ -51,15 +52,14 @@ def is_retryable(error: BaseException | None) -> bool:
     """Whether nothing was done for certain, and another attempt may succeed. Not for an unknown outcome of a commit."""
     if isinstance(error, UnexpectedRollbackError):
         error = error.__cause__
-    if isinstance(error, DBAPIError):
-        return error.connection_invalidated or sqlstate(error.orig).startswith(RETRYABLE)
-    return sqlstate(error).startswith(RETRYABLE)  # as the driver raises it, from a cursor
+    is_lost = isinstance(error, DBAPIError) and error.connection_invalidated
+    return is_lost or sqlstate(error).startswith(RETRYABLE)
 
 
 def origin(error: BaseException | None, first: BaseException | None) -> BaseException | None:
     """Of an error that says no more than that an earlier one has ended the transaction: that one."""
-    is_echo = isinstance(error, PendingRollbackError) or sqlstate(getattr(error, "orig", None)) == IN_FAILED_TRANSACTION
-    return first if is_echo and first is not None else error
+    is_refusal = isinstance(error, DBAPIError) and sqlstate(error) == IN_FAILED_TRANSACTION
+    return first if (is_refusal or isinstance(error, PendingRollbackError)) and first is not None else error
 
 
 def watch_failures(engine: Engine) -> None:

@@ -68,9 +68,9 @@ def _explain(scope: Scope, error: Exception) -> None:
             f"this task waited for one more connection while it held {held}: with n tasks that do so at once, "
             f"pool.size + pool.max_overflow must be at least n + {held}; it is {pool.size + pool.max_overflow}"
         )
-    if sqlstate(getattr(error, "orig", None) or error) == NO_TRANSACTION:
+    if sqlstate(error) == NO_TRANSACTION:
         error.add_note("a cursor, as of stream(), needs a transaction: for reading, transaction(read_only=True)")
-    if sqlstate(getattr(error, "orig", None)).startswith("SQLITE_BUSY") and any(other.is_writer for other in others):
+    if sqlstate(error).startswith("SQLITE_BUSY") and any(other.is_writer for other in others):
         error.add_note(
             "SQLite has one writer at a time, and it is the transaction around this block: write in that one"
         )
