@@ -172,11 +172,11 @@ class TransactionBlock:
         failure = await self._at_deadline(failure)
         if self._act is _Act.BEGIN:
             failure = await self._end_transaction(failure)
-        elif self._savepoint is not None:
-            failure = await self._end_savepoint(self._savepoint, failure)
+        elif self._savepoint is not None and self._level is not None and not self._level.has_ended:
+            failure = await self._end_savepoint(self._savepoint, self._level, failure)
         elif self._opened:
             await self._scope.close(failure)
-        else:
+        else:  # it had joined, or is a savepoint that ended with the one around it
             self._scope.leave(self._block)
             if failure is not None and self._level is not None:
                 self._level.doom(failure)
@@ -224,15 +224,11 @@ class TransactionBlock:
         return failure
 
     async def _end_savepoint(
-        self, savepoint: AsyncSessionTransaction, failure: BaseException | None
+        self, savepoint: AsyncSessionTransaction, level: Level, failure: BaseException | None
     ) -> BaseException | None:
-        scope, level = self._scope, self._level
-        assert level is not None
+        scope = self._scope
         assert level.outer is not None
         assert scope.transaction is not None
-        if level.has_ended:  # with the one around it, which ended first
-            level.doom(failure or UnexpectedRollbackError("the savepoint around this block ended before it"))
-            return failure
         try:
             if failure is None and not level.rollback_only:
                 await savepoint.commit()

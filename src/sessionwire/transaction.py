@@ -7,12 +7,13 @@ import inspect
 import logging
 import random
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 from .block import TransactionBlock
 from .errors import TransactionRequiredError
 from .failures import in_short, is_retryable
-from .plan import BlockOptions, Propagation, plan
+from .plan import BlockOptions, Plan, Propagation, plan
 from .scope import BeginHook, Hook, Owner, Transaction, current_scope, innermost_block
 
 logger = logging.getLogger("sessionwire.retry")
@@ -129,7 +130,10 @@ class TransactionManager:
         before the commit was sent; after a pause each time. Inside another scope it is one attempt. The options are
         those of a block.
         """
-        planned = plan(propagation, **options)
+        return await self.run_planned(plan(propagation, **options), retries, partial(function, *args))
+
+    async def run_planned(self, planned: Plan, retries: int, function: Callable[[], Awaitable[R]]) -> R:
+        """The same, of what a decorator has planned before."""
         attempts = 1 if current_scope(self._owner) is not None else retries + 1
         again = False
 
@@ -144,11 +148,11 @@ class TransactionManager:
             block.is_repeated_after = is_repeated_after
             try:
                 async with block:
-                    return await function(*args)
+                    return await function()
             except Exception as error:
                 if not again:
                     raise
                 logger.info("attempt %d of %d failed: %s", attempt, attempts, in_short(error))
             await asyncio.sleep(random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(attempt, 20))))
         async with TransactionBlock(self._owner, planned):
-            return await function(*args)
+            return await function()
