@@ -26,7 +26,7 @@ from sqlalchemy.util import await_only
 
 from .embedded import EmbeddedServer
 from .errors import ConfigurationError, UnexpectedRollbackError
-from .failures import sqlstate, watch_failures
+from .failures import sqlstate, watch_disconnects, watch_failures
 from .settings import DatabaseSettings
 from .url import LIBPQ_KEYS, DatabaseURL
 
@@ -88,18 +88,20 @@ class Engines:
         return variant
 
     def _variant(self, terms: Terms) -> AsyncEngine:
-        options: dict[str, Any] = {**dict(terms.execution_options), TERMS: terms}
-        if terms.autocommit and terms.read_only:
-            return self._reading.execution_options(**options)
-        isolation = "AUTOCOMMIT" if terms.autocommit else terms.isolation
-        if self.primary.dialect.name == "postgresql":
-            if terms.read_only:
-                options["postgresql_readonly"] = True
-            if isolation == "READ UNCOMMITTED":
-                isolation = "READ COMMITTED"  # as the server itself takes it; the driver doesn't know the other name
-        if isolation and not self.is_sqlite:  # there, the driver's own isolation level is in the way
-            options["isolation_level"] = isolation
-        return self.primary.execution_options(**options)
+        engine = self._reading if terms.autocommit and terms.read_only else self.primary
+        options = dict(terms.execution_options)
+        if self.is_sqlite:  # where the driver's own isolation level is in the way
+            options[TERMS] = terms
+        elif engine is self.primary:
+            isolation = "AUTOCOMMIT" if terms.autocommit else terms.isolation
+            if engine.dialect.name == "postgresql":
+                if terms.read_only:
+                    options["postgresql_readonly"] = True
+                if isolation == "READ UNCOMMITTED":
+                    isolation = "READ COMMITTED"  # as the server itself takes it; the driver doesn't know the other
+            if isolation:
+                options["isolation_level"] = isolation
+        return engine.execution_options(**options) if options else engine
 
     def _make(self, *, read_only: bool) -> AsyncEngine:
         if self._url.get_backend_name() == "sqlite":
@@ -112,13 +114,15 @@ class Engines:
         event.listen(engine.sync_engine, "checkout", self._replace_aged)
         event.listen(engine.sync_engine, "checkin", self._returned)
         event.listen(engine.sync_engine, "close", self._closed)
-        watch_failures(engine.sync_engine)
+        watch_disconnects(engine.sync_engine)
+        if not read_only:  # whose connections have no transactions
+            watch_failures(engine.sync_engine)
         return engine
 
     def _create(self, url: URL, read_only: bool, arguments: dict[str, Any], **options: Any) -> AsyncEngine:
         pool = self._settings.pool
         if read_only and url.get_backend_name() != "sqlite":
-            options["isolation_level"] = "AUTOCOMMIT"
+            options |= {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
         return create_async_engine(
             DatabaseURL._make(url),
             echo=self._settings.echo,

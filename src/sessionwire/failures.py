@@ -62,13 +62,20 @@ def origin(error: BaseException | None, first: BaseException | None) -> BaseExce
     return first if (is_refusal or isinstance(error, PendingRollbackError)) and first is not None else error
 
 
+def watch_disconnects(engine: Engine) -> None:
+    """Let SQLAlchemy know at once of a connection that was lost, which it would learn only from the next statement."""
+
+    @event.listens_for(engine, "handle_error")
+    def failed(context: ExceptionContext) -> None:
+        if sqlstate(context.original_exception).startswith(CONNECTION_LOST):
+            context.is_disconnect = True
+
+
 def watch_failures(engine: Engine) -> None:
     """Take note of them in all transactions of this engine."""
 
     @event.listens_for(engine, "handle_error")
     def failed(context: ExceptionContext) -> None:
-        if sqlstate(context.original_exception).startswith(CONNECTION_LOST):
-            context.is_disconnect = True  # which SQLAlchemy would learn only from the next statement
         if context.connection is not None and isinstance(context.sqlalchemy_exception, DBAPIError):
             found = _failures.setdefault(context.connection, _Failures())
             found.errors.append(context.sqlalchemy_exception)
