@@ -139,9 +139,8 @@ class TransactionBlock:
 
     def _terms_of_new(self) -> Terms:
         terms = self._terms
-        if self._act is _Act.GO_WITHOUT:
-            in_transaction = terms.read_only and self._owner.reads_in_transactions
-            return replace(terms, autocommit=not in_transaction, writes=False, isolation=None)
+        if terms.autocommit and terms.read_only and self._owner.reads_in_transactions:
+            return replace(terms, autocommit=False)
         if terms.writes:
             refuse_second_writer(self._owner)
         return terms

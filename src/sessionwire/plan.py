@@ -61,8 +61,10 @@ def plan(
     for name, instead in REPLACED_OPTIONS.items():
         if name in (execution_options or {}):
             raise ValueError(f"execution_options: {name!r} is not for a block to set: {instead}")
+    goes_without = propagation in MAY_GO_WITHOUT
     terms = Terms(
-        writes=not read_only,
+        autocommit=goes_without,
+        writes=not (read_only or goes_without),
         read_only=read_only,
         isolation=_isolation(isolation, propagation),
         execution_options=tuple(sorted((execution_options or {}).items())),
