@@ -85,12 +85,19 @@ def open_blocks() -> Iterator[tuple[Block, Scope]]:
         block = block.outer
 
 
+def _innermost_open() -> Block | None:
+    block = innermost_block.get()
+    while block is not None and block.scope is None:
+        block = block.outer
+    return block
+
+
 def current_scope(owner: Owner) -> Scope | None:
     """The innermost open scope of this manager in this context."""
-    for _, scope in open_blocks():
-        if scope.owner is owner:
-            return scope
-    return None
+    block = innermost_block.get()
+    while block is not None and (block.scope is None or block.scope.owner is not owner):
+        block = block.outer
+    return block.scope if block is not None else None
 
 
 def scopes_here(owner: Owner) -> set[Scope]:
@@ -363,6 +370,7 @@ class Scope:
         finally:
             Session.close(self.session.sync_session)
             self.owner.forget_scope(self)
+            del self.session  # which knows its scope: one that is done with is freed without the garbage collector
 
     async def _undo(self, undo: Callable[[Session], None], error: BaseException | None) -> None:
         def undo_or_give_up(session: Session) -> None:
@@ -373,10 +381,6 @@ class Scope:
                 raise
 
         await finish_rollback(self.run(undo_or_give_up), self.owner.settings.rollback_timeout, error)
-
-
-def _innermost_open() -> Block | None:
-    return next((block for block, _ in open_blocks()), None)
 
 
 def lost_after(reason: BaseException) -> UnexpectedRollbackError:
