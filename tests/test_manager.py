@@ -160,15 +160,19 @@ class TestOpen:
             await manager.close()
 
     async def test_a_server_that_does_not_answer_is_given_up_in_time(self) -> None:
+        hung_up = asyncio.Event()
+
         async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.read()
             writer.close()
+            hung_up.set()
 
         async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
             port = server.sockets[0].getsockname()[1]
             settings = DatabaseSettings(url=f"postgresql://a@127.0.0.1:{port}/b", connect_timeout=0.2)
             with pytest.raises(ConnectionFailedError, match=r"0\.2 s"):
                 await DatabaseSessionManager(settings).open()
+            await asyncio.wait_for(hung_up.wait(), timeout=5)
 
     async def test_it_can_be_tried_again_after_it_failed(self, tmp_path: Path) -> None:
         (tmp_path / "taken").write_text("this is no database, and long enough for SQLite to see that it is none")

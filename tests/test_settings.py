@@ -430,7 +430,10 @@ class FakeServer:
 
 @asynccontextmanager
 async def fake_server() -> AsyncIterator[FakeServer]:
+    serving: set[asyncio.Task[Any] | None] = set()
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        serving.add(asyncio.current_task())
         try:
             said = await reader.read(1024)
             fake.heard.append(said)
@@ -445,6 +448,7 @@ async def fake_server() -> AsyncIterator[FakeServer]:
     fake = FakeServer(server.sockets[0].getsockname()[1])
     async with server:
         yield fake
+        await asyncio.gather(*filter(None, serving))
 
 
 SSL_MODES = {

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+import types
+from collections.abc import Coroutine, Generator
+from functools import partial
+from typing import Any, TypeVar, cast
 
 from sqlalchemy.exc import DBAPIError, InterfaceError
 
@@ -18,12 +20,16 @@ logger = logging.getLogger("sessionwire")
 
 
 async def to_the_end(work: Coroutine[Any, Any, T], timeout: float) -> T:
-    """Do the work in a task of its own and wait for it, whatever is cancelled meanwhile; then let that go on.
+    """Do the work and wait for it, whatever is cancelled meanwhile; then let that go on.
 
     Work that takes longer than `timeout` seconds is cancelled. Raises `TimeoutError`, and what the work raises; as the
     cause of a `CancelledError` where there is one.
     """
-    task = asyncio.ensure_future(work)
+    try:
+        awaited = work.send(None)
+    except StopIteration as done:  # nothing had to be waited for
+        return cast(T, done.value)
+    task = asyncio.ensure_future(_go_on(work, awaited))  # which is what a cancellation of this one doesn't reach
     overdue = asyncio.get_running_loop().call_later(timeout, task.cancel)
     cancellation: asyncio.CancelledError | None = None
     while not task.done():
@@ -38,6 +44,22 @@ async def to_the_end(work: Coroutine[Any, Any, T], timeout: float) -> T:
     if failure is not None:
         raise failure
     return task.result()
+
+
+@types.coroutine
+def _go_on(work: Coroutine[Any, Any, T], awaited: Any) -> Generator[Any, Any, T]:
+    """The rest of work that has begun."""
+    while True:
+        try:
+            answer = yield awaited
+        except BaseException as error:
+            step = partial(work.throw, error)
+        else:
+            step = partial(work.send, answer)
+        try:
+            awaited = step()
+        except StopIteration as done:
+            return cast(T, done.value)
 
 
 async def finish_commit(work: Coroutine[Any, Any, None], timeout: float) -> None:
