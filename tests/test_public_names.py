@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import sessionwire
+import sessionwire.testing
 from sessionwire import SessionwireError, errors
 
 NAMES = [
@@ -24,6 +25,7 @@ NAMES = [
     "DatabaseContainer",
     "DatabaseSessionManager",
     "DatabaseSettings",
+    "ImplicitIOError",
     "IncompatibleTransactionError",
     "Lifespan",
     "NoSessionError",
@@ -46,15 +48,22 @@ NAMES = [
     "sessionmanager",
     "transactional",
 ]
+FOR_TESTS = ["SentStatement", "count_statements", "overriding"]
 
 
 def test_these_are_the_public_names() -> None:
     assert sessionwire.__all__ == NAMES
+    assert sessionwire.testing.__all__ == FOR_TESTS
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_public_name_says_what_it_is(name: str) -> None:
     assert inspect.getdoc(getattr(sessionwire, name))
+
+
+@pytest.mark.parametrize("name", FOR_TESTS)
+def test_each_public_name_for_tests_says_what_it_is(name: str) -> None:
+    assert inspect.getdoc(getattr(sessionwire.testing, name))
 
 
 ERRORS = {
@@ -99,6 +108,12 @@ def test_importing_it_imports_no_framework_and_no_driver() -> None:
     imported = run("import sessionwire; print(*{name.partition('.')[0] for name in sys.modules})")
     assert "sqlalchemy" in imported
     assert not imported & {*OPTIONAL, "dependency_injector"}  # the last one looks for web frameworks by itself
+
+
+def test_what_tests_need_comes_without_a_test_framework() -> None:
+    imported = run("import sessionwire.testing; print(*{name.partition('.')[0] for name in sys.modules})")
+    assert "sessionwire" in imported
+    assert "pytest" not in imported
 
 
 def test_what_is_imported_late_is_there_all_the_same() -> None:

@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Any
 from urllib.parse import urlencode
 
-from sqlalchemy import URL, AdaptedConnection, Connection, event, make_url
+from sqlalchemy import URL, AdaptedConnection, Connection, Engine, event, make_url
 from sqlalchemy.exc import DisconnectionError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -76,6 +76,10 @@ class Engines:
     @property
     def is_sqlite(self) -> bool:
         return self.primary.dialect.name == "sqlite"
+
+    def owns(self, engine: Engine) -> bool:
+        """Whether it is one of these, or a variant of one, which shares its pool."""
+        return engine.pool in (self.primary.pool, self._reading.pool)
 
     def on(self, terms: Terms) -> AsyncEngine:
         """The engine to bind a session to, so that its connection is on these terms."""

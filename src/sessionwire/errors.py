@@ -9,7 +9,8 @@
     ├── ScopeError
     │   ├── NoSessionError            no scope is open here, or the session's scope has ended
     │   ├── ConcurrentSessionError    two at the same moment on one session
-    │   └── ScopeOwnsTransactionError commit(), rollback(), … inside a block that does it itself
+    │   ├── ScopeOwnsTransactionError commit(), rollback(), … inside a block that does it itself
+    │   └── ImplicitIOError           what is not loaded was used without await; a MissingGreenlet too
     └── TransactionError
         ├── TransactionRequiredError      MANDATORY where no transaction is current
         ├── TransactionForbiddenError     NEVER where one is
@@ -22,6 +23,8 @@
 
 Errors of the database stay SQLAlchemy's own.
 """
+
+from sqlalchemy.exc import MissingGreenlet
 
 
 class SessionwireError(Exception):
@@ -70,6 +73,10 @@ class ConcurrentSessionError(ScopeError):
 
 class ScopeOwnsTransactionError(ScopeError):
     """Inside `transaction()` the block begins, commits, rolls back and closes; nobody else does."""
+
+
+class ImplicitIOError(ScopeError, MissingGreenlet):
+    """What is not loaded was used without await: the message names the attribute, and what loads it."""
 
 
 class TransactionError(SessionwireError):

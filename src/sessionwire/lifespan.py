@@ -31,7 +31,7 @@ class Lifespan(Generic[C]):
 
     async def __aenter__(self) -> C:
         self.container.check_dependencies()
-        for database in _databases(self.container):
+        for database in databases(self.container):
             _check_overrides(database)
         self._started.clear()
         try:
@@ -103,7 +103,8 @@ def _in_order(container: containers.Container) -> Iterator[AnyResource]:
         yield from visit(resource)
 
 
-def _databases(container: Any) -> Iterator[Any]:
+def databases(container: Any) -> Iterator[Any]:
+    """The `DatabaseContainer`s in it, itself included."""
     nested: list[Any] = list(container.traverse(types=[providers.Container]))
     for candidate in (container, *(provider.container for provider in nested)):
         declared = getattr(candidate, "declarative_parent", None)

@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from types import TracebackType
 from typing import Self, cast
 
-from sqlalchemy import URL, Connection, MetaData, make_url, text
+from sqlalchemy import URL, Connection, Engine, MetaData, make_url, text
 from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase
 
@@ -226,6 +226,10 @@ class DatabaseSessionManager:
     def engine(self) -> AsyncEngine:
         """The `AsyncEngine` of the primary. Raises `NotInitializedError`."""
         return self._initialized().primary
+
+    def owns(self, engine: Engine) -> bool:
+        """Whether it leads to this manager's database, for those who listen to SQLAlchemy's events."""
+        return self._engines is not None and self._engines.owns(engine)
 
     # For scopes: what `scope.Owner` asks for
 

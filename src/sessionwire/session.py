@@ -7,19 +7,20 @@ import inspect
 import operator
 import warnings
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
-from greenlet import getcurrent
+from greenlet import getcurrent, greenlet
 from sqlalchemy import Connection, Executable, TextClause, event
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.orm import InstrumentedAttribute, RelationshipProperty, Session, SessionTransaction
+from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.util import await_only
 
 from .engine import Terms
-from .errors import ScopeOwnsTransactionError, UncommittedChangesWarning
+from .errors import ImplicitIOError, ScopeOwnsTransactionError, UncommittedChangesWarning
 from .failures import sqlstate
 from .scope import Owner, Scope, entered_twice, lost_after, require_scope, scopes_here
 
@@ -33,14 +34,21 @@ class ScopedSession(Session):
     scope: Scope
 
 
-def _guarded(name: str) -> Callable[..., Any]:
-    """The method as one operation of the scope."""
+def _guarded(name: str, *, sends: bool = False) -> Callable[..., Any]:
+    """The method as one operation of the scope. One that `sends` a statement is refused where nothing can be awaited.
+
+    That is before it does anything: what it would do first, such as an autoflush or a BEGIN, ends the transaction
+    where it fails half-way.
+    """
     method = getattr(Session, name)
 
     @functools.wraps(method)
     def guarded(self: ScopedSession, *args: Any, **options: Any) -> Any:
         scope = self.scope
-        if not scope.start(getcurrent()):
+        operation = getcurrent()
+        if sends and operation.__class__ is greenlet:  # SQLAlchemy's own, in which it awaits, is a subclass
+            raise _implicit_io()
+        if not scope.start(operation):
             return method(self, *args, **options)
         try:
             return method(self, *args, **options)
@@ -56,6 +64,35 @@ def _guarded(name: str) -> Callable[..., Any]:
             scope.finish()
 
     return guarded
+
+
+# where code that uses an attribute comes in
+ACCESSES = {getattr(InstrumentedAttribute, name).__code__ for name in ("__get__", "__set__", "__delete__")}
+
+
+def _implicit_io() -> ImplicitIOError:
+    """Names the attribute that the running code is about, and what would load it."""
+    frame: FrameType | None = inspect.currentframe()
+    while frame is not None and frame.f_code not in ACCESSES:
+        frame = frame.f_back
+    if frame is None:
+        return ImplicitIOError(
+            "this would send a statement without await: call the AsyncSession's own methods, or call this in "
+            "a function that is given to session.run_sync()"
+        )
+    attribute, instance = frame.f_locals["self"], frame.f_locals["instance"]
+    key, name = attribute.key, f"{type(instance).__name__}.{attribute.key}"
+    is_relationship = isinstance(attribute.property, RelationshipProperty)
+    remedies: list[str] = []
+    if is_relationship:
+        remedies.append(f"selectinload({name}) in the query")
+    elif key not in instance_state(instance).expired_attributes:
+        remedies.append(f"undefer({name}) in the query")
+    if isinstance(instance, AsyncAttrs):
+        remedies.append(f"await obj.awaitable_attrs.{key}")
+    if not is_relationship or not attribute.property.mapper.common_parent(attribute.property.parent):
+        remedies.append(f'await session.refresh(obj, ["{key}"])')  # which leaves a self-referential one as it is
+    return ImplicitIOError(f"{name} is not loaded, and this would load it without await: use {', or '.join(remedies)}")
 
 
 def _explain(scope: Scope, error: Exception) -> None:
@@ -78,7 +115,7 @@ def _explain(scope: Scope, error: Exception) -> None:
 
 def _executing(name: str) -> Callable[..., Any]:
     """The guarded method, which takes note of statements that write."""
-    execute = _guarded(name)
+    execute = _guarded(name, sends=True)
 
     @functools.wraps(execute)
     def executing(self: ScopedSession, statement: Executable, *args: Any, **options: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from datetime import timedelta
 from typing import Annotated, Any, assert_type
 
+from dependency_injector import containers, providers
 from dependency_injector.wiring import Provide, inject
 from fastapi import Depends, FastAPI
 from sqlalchemy import select
@@ -27,6 +28,7 @@ from sessionwire import (
 from sessionwire import Settings as BaseSettings
 from sessionwire import fastapi as web
 from sessionwire.asgi import ASGIApp, TransactionMiddleware
+from sessionwire.testing import SentStatement, count_statements, overriding
 
 
 class ShopSettings(BaseSettings):
@@ -179,3 +181,18 @@ async def use_web(service: Service, transaction: TransactionManager, other: ASGI
     TransactionMiddleware(app, transaction=transaction, read_only=True)
     TransactionMiddleware(other, transaction=transaction, timeout=timedelta(seconds=1))
     TransactionMiddleware(app, transaction=transaction, retries=1)  # type: ignore[call-arg]
+
+
+class Container(containers.DeclarativeContainer):
+    service = providers.Dependency(instance_of=Service)
+
+
+def use_testing(manager: DatabaseSessionManager, service: Service) -> None:
+    with overriding(Container(), service=service) as container, overriding(Container, service=service) as declared:
+        assert_type(container, Container)
+        assert_type(declared, type[Container])
+    with count_statements(manager, at_most=3) as sent, count_statements(container):
+        assert_type(sent, list[SentStatement])
+        assert_type(sent[0].where, str)
+    with overriding(service):  # type: ignore[type-var]
+        pass

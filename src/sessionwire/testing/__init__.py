@@ -1,0 +1,6 @@
+"""For the tests of applications; needs no test framework."""
+
+from .overrides import overriding
+from .statements import SentStatement, count_statements
+
+__all__ = ["SentStatement", "count_statements", "overriding"]

@@ -1,0 +1,263 @@
+"""`overriding`: what is overridden in a block, what is built from it inside, and that all is as before after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dependency_injector import containers, providers
+from dependency_injector.wiring import Provide, inject
+
+from sessionwire import ConfigurationError, DatabaseSessionManager, DatabaseSettings, Lifespan
+from sessionwire.testing import overriding
+from tests import services
+from tests.conftest import notes
+
+numbers = count()
+
+
+class Clock:
+    time = "real"
+
+
+class FakeClock(Clock):
+    time = "fake"
+
+
+class Mailer:
+    def __init__(self, clock: Clock, sender: str = "") -> None:
+        self.clock, self.sender = clock, sender
+        self.number = next(numbers)
+
+
+class Shop:
+    def __init__(self, mailer: Mailer) -> None:
+        self.mailer = mailer
+
+
+class Office(containers.DeclarativeContainer):
+    config = providers.Configuration()
+    clock = providers.Factory(Clock)
+    mailer = providers.Singleton(Mailer, clock, sender=config.mail.sender)
+    archive = providers.Singleton(object)
+
+
+class Application(containers.DeclarativeContainer):
+    office = providers.Container(Office)
+    shop = providers.Singleton(Shop, office.mailer)
+    unrelated = providers.Singleton(object)
+
+
+@pytest.fixture
+def container() -> Application:
+    container = Application()
+    container.office.config.from_dict({"mail": {"sender": "real"}})
+    return container
+
+
+# What is overridden
+
+
+def test_several_providers_are_overridden_inside_and_are_as_before_after_it(container: Application) -> None:
+    shop = Shop(Mailer(FakeClock()))
+    with overriding(container, shop=shop, office__clock=providers.Factory(FakeClock)) as same:
+        assert same is container
+        assert container.shop() is shop
+        assert isinstance(container.office.clock(), FakeClock)
+        assert container.office.clock() is not container.office.clock()
+    assert container.shop() is not shop
+    assert type(container.office.clock()) is Clock
+    assert not container.shop.overridden
+
+
+def test_they_are_as_before_after_an_error_too(container: Application) -> None:
+    with pytest.raises(ZeroDivisionError), overriding(container, office__clock=FakeClock()):
+        raise ZeroDivisionError
+    assert container.office.clock().time == container.shop().mailer.clock.time == "real"
+
+
+def test_what_was_overridden_before_is_so_again_and_what_was_left_overridden_inside_is_not(
+    container: Application,
+) -> None:
+    container.office.clock.override(FakeClock())
+    with overriding(container, office__clock=Clock()):
+        container.office.clock.override(None)
+        assert container.office.clock() is None
+    assert container.office.clock().time == "fake"
+    with overriding(container, office__clock=Clock()):
+        container.office.clock.reset_override()
+    assert container.office.clock().time == "fake"
+
+
+def test_blocks_can_be_nested(container: Application) -> None:
+    with overriding(container, office__clock=FakeClock()):
+        outer = container.shop()
+        with overriding(container, office__clock=Clock()):
+            assert container.shop().mailer.clock.time == "real"
+        assert container.shop() is outer
+        assert outer.mailer.clock.time == "fake"
+    assert container.shop().mailer.clock.time == "real"
+
+
+class OfficeWithoutTime(containers.DeclarativeContainer):
+    clock = providers.Object(None)
+
+
+def test_a_nested_container_can_be_overridden_in_part(container: Application) -> None:
+    container.office.archive.override("of before")
+    with overriding(container, office=OfficeWithoutTime()):
+        assert container.office.clock() is container.shop().mailer.clock is None
+        assert container.office.archive() == "of before"
+    assert container.shop().mailer.clock.time == "real"
+    assert container.office.archive() == "of before"
+
+
+def test_a_class_of_containers_can_be_overridden(container: Application) -> None:
+    with overriding(Application, office__clock=FakeClock()) as same:
+        assert same is Application
+        assert Application().office.clock().time == "fake"
+    assert Application().office.clock().time == container.office.clock().time == "real"
+
+
+class Stubborn(providers.Factory[Any]):
+    def reset_last_overriding(self) -> None:
+        super().reset_last_overriding()
+        raise ZeroDivisionError
+
+
+def test_one_that_cannot_be_taken_back_does_not_keep_the_others(container: Application) -> None:
+    container.stubborn = Stubborn(object)
+    with pytest.raises(ZeroDivisionError), overriding(container, shop=None, stubborn=None, unrelated=None):
+        assert container.shop() is container.stubborn() is container.unrelated() is None
+    assert container.shop() is not None
+    assert container.unrelated() is not None
+
+
+def test_one_that_cannot_be_overridden_so_leaves_nothing_overridden(container: Application) -> None:
+    with pytest.raises(Exception, match="only by providers container"), overriding(container, shop=None, office=1):
+        pass
+    assert container.shop() is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("shopp", "Application has no provider 'shopp': did you mean 'shop'? It has office, office__archive, "),
+        ("office__clok", "Application has no provider 'office__clok': did you mean 'office__clock'? It has "),
+        ("xyz", "Application has no provider 'xyz'. It has office, office__archive, office__clock, office__config, "),
+    ],
+)
+@pytest.mark.parametrize("of", [Application, Application()], ids=["the class", "an instance"])
+def test_an_unknown_name_is_refused_before_anything_is_overridden(
+    of: Application | type[Application], name: str, message: str
+) -> None:
+    with pytest.raises(ConfigurationError) as refused, overriding(of, shop=None, **{name: None}):
+        pass
+    assert str(refused.value).startswith(message)
+    assert not of.shop.overridden
+
+
+# What is built from it
+
+SINGLETONS: list[Callable[..., providers.BaseSingleton[Any]]] = [
+    providers.Singleton,
+    providers.ThreadSafeSingleton,
+    providers.ThreadLocalSingleton,
+    providers.ContextLocalSingleton,
+]
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["built before", "not built before"])
+@pytest.mark.parametrize("singleton", SINGLETONS)
+def test_a_singleton_that_depends_on_it_is_built_anew_inside_and_is_the_former_one_after(
+    container: Application, singleton: Callable[..., providers.BaseSingleton[Any]], built: bool
+) -> None:
+    container.door = singleton(Shop, mailer=container.office.mailer)
+    before = container.door() if built else None
+    with overriding(container, office__clock=FakeClock()):
+        inside = container.door()
+        assert inside.mailer.clock.time == "fake"
+        assert container.door() is inside
+        assert container.office.mailer() is inside.mailer
+    after = container.door()
+    assert after.mailer.clock.time == "real"
+    assert after is not inside
+    if built:
+        assert after is before
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["built before", "not built before"])
+def test_a_singleton_that_does_not_depend_on_it_is_the_same_one_inside_and_after(
+    container: Application, built: bool
+) -> None:
+    before = container.unrelated() if built else None
+    with overriding(container, office__clock=FakeClock()):
+        inside = container.unrelated()
+    assert container.unrelated() is inside
+    if built:
+        assert inside is before
+
+
+def test_an_option_of_an_overridden_configuration_counts(container: Application) -> None:
+    before = container.shop()
+    with overriding(container, office__config={"mail": {"sender": "fake"}}):
+        assert container.shop().mailer.sender == "fake"
+    assert container.shop() is before
+    assert before.mailer.sender == "real"
+
+
+def test_an_attribute_of_what_is_overridden_counts(container: Application) -> None:
+    container.time = providers.Singleton(str, container.office.clock.provided.time)
+    assert container.time() == "real"
+    with overriding(container, office__clock=FakeClock()):
+        assert container.time() == "fake"
+    assert container.time() == "real"
+
+
+def test_a_singleton_in_the_place_of_another_counts(container: Application) -> None:
+    container.shop.override(providers.Singleton(Shop, container.office.mailer))
+    before = container.shop()
+    with overriding(container, office__clock=FakeClock()):
+        assert container.shop().mailer.clock.time == "fake"
+    assert container.shop() is before
+
+
+# With a database
+
+
+@inject
+async def write(text: str, notebook: services.Notebook = Provide[services.Container.notebook]) -> None:
+    await notebook.write(text)
+
+
+async def test_services_work_with_the_overriding_manager(manager: DatabaseSessionManager, tmp_path: Path) -> None:
+    container = services.Container(settings=DatabaseSettings(url=f"sqlite:///{tmp_path / 'own.db'}"))
+    container.wire(modules=[__name__])
+    async with services.started(container):
+        await write("own")
+        with overriding(container, db__sessionmanager=manager):
+            await write("instead")
+        await write("own again")
+        assert await notes(container.db.sessionmanager()) == ["own", "own again"]
+    container.unwire()
+    assert await notes(manager) == ["instead"]
+
+
+async def test_of_overridden_settings_a_manager_is_made_and_opened_inside(
+    settings: DatabaseSettings, tmp_path: Path
+) -> None:
+    container = services.Container(settings=DatabaseSettings(url=f"sqlite:///{tmp_path / 'own.db'}"))
+    own = container.db.sessionmanager()
+    with overriding(container, settings=settings):
+        assert container.db.sessionmanager() is not own
+        async with services.started(container):
+            await container.notebook().write("instead")
+    assert container.db.sessionmanager() is own
+    async with services.started(container):
+        assert await container.notebook().read() == []
+    with overriding(container, settings=settings):
+        async with Lifespan(container):
+            assert await container.notebook().read() == ["instead"]

@@ -1,0 +1,244 @@
+"""`count_statements`: what a block sends, the line that sends it, and a test that fails where it is too much."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+
+import pytest
+from dependency_injector import containers, providers
+from sqlalchemy import insert, select, text
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from sessionwire import (
+    ConfigurationError,
+    CurrentSession,
+    DatabaseContainer,
+    DatabaseSessionManager,
+    DatabaseSettings,
+    PoolSettings,
+    Propagation,
+    TransactionManager,
+    read_only,
+)
+from sessionwire.testing import count_statements
+from tests.services import create_tables
+from tests.tables import Note
+
+
+class Notebook:
+    def __init__(self, session: AsyncSession, transaction: TransactionManager) -> None:
+        self.session, self.transaction = session, transaction
+
+    @read_only
+    async def read(self) -> list[str]:
+        ids = (await self.session.scalars(select(Note.id).order_by(Note.id))).all()
+        return [await self.text_of(note) for note in ids]
+
+    async def text_of(self, note: int) -> str:
+        return str(await self.session.scalar(select(Note.text).where(Note.id == note)))
+
+
+@pytest.fixture
+async def notebook(manager: DatabaseSessionManager) -> Notebook:
+    """With three notes."""
+    async with manager.transaction() as session:
+        session.add_all([Note(text=text) for text in ("secret 1", "secret 2", "secret 3")])
+    return Notebook(CurrentSession(manager), manager.transaction)
+
+
+def line_of(function: Callable[..., object], part: str) -> int:
+    """The first line of a function that has this part."""
+    lines, first = inspect.getsourcelines(inspect.unwrap(function))
+    return next(number for number, line in enumerate(lines, first) if part in line)
+
+
+# What counts
+
+
+async def test_each_statement_is_recorded_with_the_line_that_sent_it(
+    notebook: Notebook, manager: DatabaseSessionManager
+) -> None:
+    with count_statements(manager) as sent:
+        await notebook.read()
+    assert len(sent) == 4  # the first of connections that only read too, with nothing that SQLAlchemy asks them
+    assert sent[0].sql.startswith("SELECT note.id")
+    assert [statement.sql.startswith("SELECT note.text") for statement in sent] == [False, True, True, True]
+    assert sent[0].where.startswith("test_statements.py:")
+    assert sent[0].where.endswith(" in Notebook.read")
+    line = line_of(Notebook.text_of, "self.session.scalar")
+    assert {statement.where for statement in sent[1:]} == {f"test_statements.py:{line} in Notebook.text_of"}
+
+
+async def test_what_a_block_sends_at_its_end_is_of_the_line_that_has_the_block(manager: DatabaseSessionManager) -> None:
+    async def write() -> None:
+        async with manager.transaction() as session:
+            session.add(Note(text="a"))
+
+    async def write_with_a_stack() -> None:
+        async with AsyncExitStack() as stack:
+            session = await stack.enter_async_context(manager.transaction())
+            session.add(Note(text="b"))
+
+    for function in (write, write_with_a_stack):
+        with count_statements(manager) as sent:
+            await function()
+        line = line_of(function, "async with")
+        assert [statement.where for statement in sent] == [f"test_statements.py:{line} in {function.__qualname__}"]
+
+
+async def test_a_lazy_load_is_of_the_line_that_awaits_it(notebook: Notebook, manager: DatabaseSessionManager) -> None:
+    async with manager.session() as session:
+        note = (await session.scalars(select(Note))).first()
+        assert note is not None
+        session.expire(note)
+        with count_statements(manager) as sent:
+            await note.awaitable_attrs.text
+    here = test_a_lazy_load_is_of_the_line_that_awaits_it
+    line = line_of(here, "await note.awaitable_attrs")
+    assert [statement.where for statement in sent] == [f"test_statements.py:{line} in {here.__name__}"]
+
+
+async def test_begin_commit_and_savepoints_do_not_count(manager: DatabaseSessionManager) -> None:
+    with count_statements(manager) as sent:
+        async with manager.transaction() as session:
+            async with manager.transaction(Propagation.NESTED):
+                session.add(Note(text="a"))
+            async with session.begin_nested() as savepoint:
+                await session.execute(text("SELECT 1"))
+                await savepoint.rollback()
+        async with manager.session() as session:
+            await session.execute(text("SELECT 2"))
+            await session.rollback()
+    assert [statement.sql[:8] for statement in sent] == ["INSERT I", "SELECT 1", "SELECT 2"]
+
+
+async def test_it_counts_whatever_the_terms_of_the_connection(manager: DatabaseSessionManager) -> None:
+    with count_statements(manager) as sent:
+        for options in ({"isolation": "SERIALIZABLE"}, {"read_only": True}, {"execution_options": {"a": 1}}):
+            async with manager.transaction(**options) as session:
+                await session.execute(select(1))
+        async with manager.transaction(Propagation.NOT_SUPPORTED, read_only=True) as session:
+            await session.execute(select(1))
+        async with manager.connect() as connection:
+            await connection.execute(select(1))
+        async with manager.engine.execution_options(a=2).connect() as connection:
+            await connection.execute(select(1))
+    assert len(sent) == 6
+
+
+async def test_a_check_of_an_idle_connection_does_not_count(settings: DatabaseSettings) -> None:
+    always = settings.model_copy(update={"pool": PoolSettings(ping_after=0)})
+    async with DatabaseSessionManager(always) as manager:
+        with count_statements(manager) as sent:
+            for _ in range(2):
+                async with manager.session() as session:
+                    await session.execute(select(1))
+    assert len(sent) == 2
+
+
+async def test_other_managers_do_not_count(manager: DatabaseSessionManager, settings: DatabaseSettings) -> None:
+    async with DatabaseSessionManager(settings) as other:
+        with count_statements(manager) as sent, count_statements(other) as sent_by_other:
+            async with other.session() as session:
+                await session.execute(select(1))
+            assert (len(sent), len(sent_by_other)) == (0, 1)
+            async with manager.session() as session:
+                await session.execute(select(1))
+    assert (len(sent), len(sent_by_other)) == (1, 1)
+
+
+async def test_what_other_tasks_send_meanwhile_counts(notebook: Notebook, manager: DatabaseSessionManager) -> None:
+    with count_statements(manager) as sent:
+        await asyncio.gather(*(notebook.read() for _ in range(3)))
+    assert len(sent) == 12
+
+
+async def test_after_the_block_nothing_is_recorded(notebook: Notebook, manager: DatabaseSessionManager) -> None:
+    with count_statements(manager) as sent:
+        await notebook.read()
+    with pytest.raises(ZeroDivisionError), count_statements(manager) as failed:
+        raise ZeroDivisionError
+    await notebook.read()
+    assert (len(sent), len(failed)) == (4, 0)
+
+
+async def test_a_manager_may_be_opened_inside(settings: DatabaseSettings) -> None:
+    manager = DatabaseSessionManager(settings)
+    with count_statements(manager) as sent:
+        async with manager, manager.session() as session:
+            await session.execute(text("SELECT 2"))
+    assert [statement.sql for statement in sent] == ["SELECT 1", "SELECT 2"]  # the first shows that it answers
+
+
+class Two(containers.DeclarativeContainer):
+    here = providers.Container(DatabaseContainer)
+    there = providers.Container(DatabaseContainer)
+
+
+async def test_of_a_container_all_databases_count(manager: DatabaseSessionManager, settings: DatabaseSettings) -> None:
+    container = Two()
+    container.here.sessionmanager.override(manager)
+    container.there.settings.override(settings)
+    async with container.there.sessionmanager() as other:
+        await create_tables(other)
+        with count_statements(container) as sent:
+            for each in (manager, other):
+                async with each.session() as session:
+                    await session.execute(select(1))
+        with count_statements(container.there.container) as sent_there:
+            async with manager.session() as session, other.session() as session_there:
+                await session.execute(select(1))
+                await session_there.execute(select(2))
+    assert (len(sent), len(sent_there)) == (2, 1)
+
+
+def test_a_container_without_a_database_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="give the manager"), count_statements(containers.DynamicContainer()):
+        pass
+
+
+# How many are allowed
+
+
+async def test_too_many_fail_the_test_with_the_repeated_one_first_and_no_parameter(
+    notebook: Notebook, manager: DatabaseSessionManager
+) -> None:
+    with pytest.raises(AssertionError) as failed, count_statements(manager, at_most=3):
+        await notebook.read()
+    first = line_of(Notebook.read, "select(Note.id)")
+    second = line_of(Notebook.text_of, "self.session.scalar")
+    number = {"sqlite": "?", "postgresql": "$1::INTEGER"}[manager.engine.dialect.name]
+    assert str(failed.value).splitlines() == [
+        "at most 3 statements were to be sent, and 4 were:",
+        f"    3 × SELECT note.text FROM note WHERE note.id = {number} — "  # noqa: RUF001
+        f"test_statements.py:{second} in Notebook.text_of",
+        f"    1 × SELECT note.id FROM note ORDER BY note.id — "  # noqa: RUF001
+        f"test_statements.py:{first} in Notebook.read",
+    ]
+
+
+async def test_neither_parameters_nor_a_long_statement_are_shown(manager: DatabaseSessionManager) -> None:
+    with pytest.raises(AssertionError) as failed, count_statements(manager, at_most=0) as sent:
+        async with manager.transaction() as session:
+            await session.execute(insert(Note).values([{"text": f"secret {number}"} for number in range(50)]))
+    assert len(sent) == 1
+    assert "secret" not in f"{failed.value} {sent}"
+    assert len(str(failed.value)) < 400
+
+
+async def test_as_many_as_allowed_are_well(notebook: Notebook, manager: DatabaseSessionManager) -> None:
+    with count_statements(manager, at_most=4):
+        await notebook.read()
+    with count_statements(manager, at_most=0):
+        pass
+
+
+async def test_the_error_of_the_block_is_the_one_that_is_raised(
+    notebook: Notebook, manager: DatabaseSessionManager
+) -> None:
+    with pytest.raises(ZeroDivisionError), count_statements(manager, at_most=0):
+        await notebook.read()
+        raise ZeroDivisionError
