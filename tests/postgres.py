@@ -117,10 +117,10 @@ class Network:
 
 
 def questions_in(data: bytes) -> int:
-    """How many of its messages end a question: Query and Sync (PostgreSQL, "Message Formats")."""
+    """How many of its messages end a question: Query, Sync and Flush (PostgreSQL, "Message Formats")."""
     count = 0
     while len(data) >= 5:
-        count += data[:1] in (b"Q", b"S")
+        count += data[:1] in (b"Q", b"S", b"H")
         data = data[1 + int.from_bytes(data[1:5]) :]
     return count
 

@@ -327,6 +327,17 @@ def test_the_comparison_has_the_rows_that_the_page_shows_and_finds_nothing_again
     assert all(line.endswith(" 0") for line in printed.splitlines() if re.search(r"\d$", line))
 
 
+def test_the_messages_that_the_page_counts_are_those_on_the_wire(tmp_path: Path) -> None:
+    (command,) = (command for command in COMMANDS if "-m tests.benchmarks" in command)
+
+    run(CHECKOUT, *shlex.split(command)[2:], "messages", "--output", str(tmp_path))
+
+    (counted,) = json.loads((tmp_path / "results.json").read_text())["tables"]
+    assert {name: counts for name, *counts in rows("How fast")} == {
+        name: [f"{count:g}" for count in counts[:3]] for name, counts in counted["rows"].items()
+    }
+
+
 def shape(output: str) -> set[str]:
     """The lines, whatever the figures."""
     return {re.sub(r"[\d.,]*\d", "0", " ".join(line.split())) for line in output.splitlines()}
@@ -367,6 +378,7 @@ def test_each_extra_has_its_command() -> None:
 def test_no_command_is_left_out() -> None:
     known = (
         r"\.ci/env python -m ledger .+",
+        r"\.ci/env python -m tests\.benchmarks",
         r"\.ci/env pytest",
         "pip install .+",
         r"python (shop|worker|tasks)\.py",

@@ -1,0 +1,51 @@
+"""How many messages to the server, each with an answer to wait for, a unit of work takes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from .report import Table
+from .variants import KEY, TEXT, VARIANTS, items
+from .wire import Wire, url
+
+UNITS = 10
+IDLE = 1.2  # seconds; longer than sessionwire's `pool.ping_after`
+
+
+async def run(server_socket_directory: str, rounds: int, progress: Callable[[str], None]) -> list[Table]:
+    table = Table(
+        "messages to the server",
+        ["read", "read after idling", "write", "first read", "first write"],
+        note="A first one opens a connection and prepares its statement; asyncpg's pool resets a connection each time.",
+    )
+    wire = Wire(server_socket_directory)
+    async with items(server_socket_directory) as database, wire.open() as port:
+
+        async def count(unit: Callable[[], Awaitable[object]], times: int = 1) -> float:
+            before = wire.messages
+            for _ in range(times):
+                await unit()
+            return (wire.messages - before) / times
+
+        for name, variant in VARIANTS.items():
+            progress(name)
+            async with variant(url("127.0.0.1", port)) as work:
+
+                async def read(work=work) -> None:
+                    assert await work.read(KEY) == TEXT
+
+                first_read, _ = await count(read), await count(read)
+                warm_read = await count(read, UNITS)
+                await asyncio.sleep(IDLE)
+                idle_read = await count(read)
+            async with variant(url("127.0.0.1", port)) as work:
+
+                async def write(work=work, text=name) -> None:
+                    key = await work.write(text)
+                    assert await database.fetchval("SELECT text FROM item WHERE id = $1", key) == text
+
+                first_write, _ = await count(write), await count(write)
+                warm_write = await count(write, UNITS)
+            table.rows[name] = [warm_read, idle_read, warm_write, first_read, first_write]
+    return [table]

@@ -1,0 +1,121 @@
+"""What a benchmark found, and how it is shown: as a table, as JSON, and as plots in SVG."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from html import escape
+from pathlib import Path
+from statistics import median
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as Screen
+
+
+class NotInstalledError(FileNotFoundError):
+    """A benchmark is to be left out, since a program that it runs is missing; the message says which."""
+
+
+@dataclass
+class Table:
+    """Medians over interleaved rounds. Ratios are against the `base` row; absolute times are never shown."""
+
+    name: str
+    columns: list[str]
+    rows: dict[str, list[float]] = field(default_factory=dict)
+    base: str | None = None
+    note: str = ""
+
+    def shown(self, value: float) -> str:
+        return f"{value:.2f}" if self.base else f"{value:,g}"
+
+
+Times = dict[str, dict[str, list[float]]]
+"""By column and row, one for each round."""
+
+
+def ratios(name: str, times: Times, base: str, note: str = "") -> Table:
+    """The medians of each round's time against that of the base."""
+    rows = dict.fromkeys([base, *next(iter(times.values()))])
+    return Table(
+        name,
+        list(times),
+        {row: [median(map(float.__truediv__, of[row], of[base])) for of in times.values()] for row in rows},
+        base,
+        note,
+    )
+
+
+def show(tables: list[Table], console: Console) -> None:
+    for table in tables:
+        screen = Screen(title=table.name, title_justify="left", box=box.SIMPLE)
+        screen.add_column("", no_wrap=True)
+        for column in table.columns:
+            screen.add_column(column, justify="right")
+        for row, values in table.rows.items():
+            style = "dim" if row == table.base else "bold" if is_ours(row) else ""
+            screen.add_row(row, *map(table.shown, values), style=style)
+        console.print(screen, table.note, "")
+
+
+def write(tables: list[Table], about: dict[str, object], directory: Path) -> None:
+    """`results.json`, and a plot for each table."""
+    directory.mkdir(parents=True, exist_ok=True)
+    results = {**about, "tables": [asdict(table) for table in tables]}
+    (directory / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    for table in tables:
+        name = "-".join(re.findall(r"\w+", table.name.lower()))
+        (directory / f"{name}.svg").write_text(plot(table), encoding="utf-8")
+
+
+def is_ours(row: str) -> bool:
+    return row.startswith("sessionwire")
+
+
+WIDTH, LABELS, BAR, LINE, GAP = 720, 260, 380, 20, 34  # pixels: the drawing, its names, its longest bar, a row, a title
+NOTE = 120  # characters that fit in a line
+OURS, OTHERS, INK = "#2563eb", "#b6bcc6", "#1f2328"
+
+
+def plot(table: Table) -> str:
+    """A block of bars for each column; in those with a base, a line where it is."""
+    top = len(table.columns) * (len(table.rows) * LINE + GAP) + GAP - 12
+    note = textwrap.wrap(table.note, NOTE)
+    height = top + len(note) * LINE
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" '
+            f'font-size="12" fill="{INK}">',
+            f"<title>{escape(table.name)}</title>",
+            '<rect width="100%" height="100%" fill="white"/>',
+            *_bars(table),
+            *(
+                f'<text x="8" y="{top + number * LINE}" font-size="11">{escape(line)}</text>'
+                for number, line in enumerate(note)
+            ),
+            "</svg>\n",
+        ]
+    )
+
+
+def _bars(table: Table) -> Iterator[str]:
+    top = 0
+    for number, column in enumerate(table.columns):
+        top += GAP
+        longest = max(values[number] for values in table.rows.values()) or 1
+        yield f'<text x="8" y="{top - 10}" font-weight="bold">{escape(f"{table.name}: {column}")}</text>'
+        started = top
+        for row, values in table.rows.items():
+            length = BAR * values[number] / longest
+            color = OURS if is_ours(row) else OTHERS
+            yield f'<text x="{LABELS - 8}" y="{top + 14}" text-anchor="end">{escape(row)}</text>'
+            yield f'<rect x="{LABELS}" y="{top + 2}" width="{length:.1f}" height="{LINE - 4}" fill="{color}"/>'
+            yield f'<text x="{WIDTH - 8}" y="{top + 14}" text-anchor="end">{table.shown(values[number])}</text>'
+            top += LINE
+        if table.base:
+            x = f"{LABELS + BAR * table.rows[table.base][number] / longest:.1f}"
+            yield f'<line x1="{x}" x2="{x}" y1="{started}" y2="{top}" stroke="{INK}" stroke-dasharray="2 3"/>'

@@ -1,0 +1,189 @@
+"""The same two pieces of work, a read by primary key and a write of one row, as each library has them written."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, NamedTuple
+
+import asyncpg
+from sqlalchemy import URL
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from sessionwire import (
+    CurrentSession,
+    DatabaseSessionManager,
+    DatabaseSettings,
+    PoolSettings,
+    Propagation,
+    TransactionManager,
+    read_only,
+    transactional,
+)
+
+KEY, TEXT = 1, "the one that is read"
+POOL = PoolSettings()  # of the size that SQLAlchemy's own has by default
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Item(Base):
+    __tablename__ = "item"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str]
+
+
+class Work(NamedTuple):
+    read: Callable[[int], Awaitable[str]]  # the text of an item
+    write: Callable[[str], Awaitable[int]]  # the id of a new one
+
+
+async def text_of(session: AsyncSession, key: int) -> str:
+    return (await session.get_one(Item, key)).text
+
+
+def add(session: AsyncSession, text: str) -> Item:
+    session.add(item := Item(text=text))
+    return item
+
+
+def new_asyncpg_pool(url: URL, pool: PoolSettings) -> asyncpg.Pool[Any]:
+    address = {"host": url.query.get("host", url.host), "port": url.port, "database": url.database}
+    return asyncpg.create_pool(**address, user=url.username, min_size=0, max_size=pool.size + pool.max_overflow)
+
+
+def new_engine(url: URL, pool: PoolSettings, **options: Any) -> AsyncEngine:
+    sizes = {"pool_size": pool.size, "max_overflow": pool.max_overflow, "pool_timeout": pool.timeout}
+    return create_async_engine(url, **sizes, **options)
+
+
+@asynccontextmanager
+async def new_manager(url: URL, pool: PoolSettings) -> AsyncIterator[DatabaseSessionManager]:
+    manager = DatabaseSessionManager()
+    manager.init(DatabaseSettings(url=url, pool=pool))  # and not open(), which would connect: the others haven't either
+    yield manager
+    await manager.close()
+
+
+@asynccontextmanager
+async def raw_asyncpg(url: URL, pool: PoolSettings = POOL) -> AsyncIterator[Work]:
+    async with new_asyncpg_pool(url, pool) as connections:
+
+        async def read(key: int) -> str:
+            async with connections.acquire() as connection:
+                return str((await connection.fetchrow("SELECT id, text FROM item WHERE id = $1", key))["text"])
+
+        async def write(text: str) -> int:
+            async with connections.acquire() as connection, connection.transaction():
+                return int(await connection.fetchval("INSERT INTO item (text) VALUES ($1) RETURNING id", text))
+
+        yield Work(read, write)
+
+
+@asynccontextmanager
+async def _sqlalchemy(
+    url: URL, pool: PoolSettings, for_reading: dict[str, Any] | None = None, **options: Any
+) -> AsyncIterator[Work]:
+    engine = new_engine(url, pool, **options)
+    reading_engine = engine if for_reading is None else new_engine(url, pool, **for_reading)
+    sessions = async_sessionmaker(engine, expire_on_commit=False)
+    reading_sessions = async_sessionmaker(reading_engine, expire_on_commit=False)
+
+    async def read(key: int) -> str:
+        async with reading_sessions() as session:
+            return await text_of(session, key)
+
+    async def write(text: str) -> int:
+        async with sessions.begin() as session:
+            item = add(session, text)
+        return item.id
+
+    yield Work(read, write)
+    await engine.dispose()
+    await reading_engine.dispose()
+
+
+def bare(url: URL, pool: PoolSettings = POOL) -> AbstractAsyncContextManager[Work]:
+    return _sqlalchemy(url, pool)
+
+
+def with_ping(url: URL, pool: PoolSettings = POOL) -> AbstractAsyncContextManager[Work]:
+    return _sqlalchemy(url, pool, pool_pre_ping=True)
+
+
+def by_an_expert(url: URL, pool: PoolSettings = POOL) -> AbstractAsyncContextManager[Work]:
+    """Reads need no transaction, and thus no reset; and nobody asks whether a connection lives."""
+    return _sqlalchemy(url, pool, for_reading={"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None})
+
+
+@asynccontextmanager
+async def blocks(url: URL, pool: PoolSettings = POOL) -> AsyncIterator[Work]:
+    async with new_manager(url, pool) as manager:
+
+        async def read(key: int) -> str:
+            async with manager.transaction(Propagation.SUPPORTS, read_only=True) as session:
+                return await text_of(session, key)
+
+        async def write(text: str) -> int:
+            async with manager.transaction() as session:
+                item = add(session, text)
+            return item.id
+
+        yield Work(read, write)
+
+
+class Items:
+    def __init__(self, session: AsyncSession, transaction: TransactionManager) -> None:
+        self.session = session
+        self.transaction = transaction
+
+    @read_only
+    async def text(self, key: int) -> str:
+        return await text_of(self.session, key)
+
+    @transactional
+    async def add(self, text: str) -> Item:
+        return add(self.session, text)
+
+
+@asynccontextmanager
+async def service(url: URL, pool: PoolSettings = POOL) -> AsyncIterator[Work]:
+    async with new_manager(url, pool) as manager:
+        items = Items(CurrentSession(manager), manager.transaction)
+
+        async def write(text: str) -> int:
+            return (await items.add(text)).id
+
+        yield Work(items.text, write)
+
+
+BARE, EXPERT, ASYNCPG = "SQLAlchemy", "SQLAlchemy, by an expert", "asyncpg"
+SERVICE = "sessionwire, a service"
+VARIANTS: dict[str, Callable[..., AbstractAsyncContextManager[Work]]] = {
+    BARE: bare,
+    "SQLAlchemy, pool_pre_ping": with_ping,
+    EXPERT: by_an_expert,
+    ASYNCPG: raw_asyncpg,
+    "sessionwire, transaction()": blocks,
+    SERVICE: service,
+}
+
+
+@asynccontextmanager
+async def items(socket_directory: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+    """The table of the items; and a connection to look in the database by, past all that is measured."""
+    connection = await asyncpg.connect(host=socket_directory, user="postgres", database="postgres")
+    await connection.execute(
+        "ALTER DATABASE postgres SET synchronous_commit = off;"  # the disk's time is the same for all, and not ours
+        "CREATE TABLE item (id serial PRIMARY KEY, text text NOT NULL) WITH (autovacuum_enabled = off);"
+    )
+    await connection.execute("INSERT INTO item (text) VALUES ($1)", TEXT)
+    try:
+        yield connection
+    finally:
+        await connection.execute("DROP TABLE item; ALTER DATABASE postgres RESET synchronous_commit")
+        await connection.close()
