@@ -33,6 +33,7 @@ NAMES = [
     "OwnershipError",
     "PoolSettings",
     "Propagation",
+    "SandboxError",
     "ScopeError",
     "ScopeOwnsTransactionError",
     "SessionwireError",
@@ -48,7 +49,7 @@ NAMES = [
     "sessionmanager",
     "transactional",
 ]
-FOR_TESTS = ["SentStatement", "count_statements", "overriding"]
+FOR_TESTS = ["SentStatement", "count_statements", "overriding", "sandbox"]
 
 
 def test_these_are_the_public_names() -> None:

@@ -21,7 +21,7 @@ from urllib.parse import urlencode
 from sqlalchemy import URL, AdaptedConnection, Connection, Engine, event, make_url
 from sqlalchemy.exc import DisconnectionError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import await_only
 
 from .embedded import EmbeddedServer
@@ -79,7 +79,11 @@ class Engines:
 
     def owns(self, engine: Engine) -> bool:
         """Whether it is one of these, or a variant of one, which shares its pool."""
-        return engine.pool in (self.primary.pool, self._reading.pool)
+        return engine.pool in self.pools
+
+    @property
+    def pools(self) -> list[Pool]:
+        return [self.primary.pool, self._reading.pool]
 
     def on(self, terms: Terms) -> AsyncEngine:
         """The engine to bind a session to, so that its connection is on these terms."""
@@ -251,7 +255,9 @@ class Engines:
         if driver in self._ended:
             return  # aiosqlite waits for good where it is closed twice at once
         self._ended.add(driver)
-        task = asyncio.ensure_future(_end_sqlite(driver) if self.is_sqlite else driver.close())
+        # on SQLite undone first: unfinished cursors would keep a closed one's lock
+        end = stop_sqlite(driver, driver.rollback(), driver.close()) if self.is_sqlite else driver.close()
+        task = asyncio.ensure_future(end)
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
 
@@ -299,13 +305,12 @@ class _SelfClosing(sqlite3.Connection):
             self.close()
 
 
-async def _end_sqlite(driver: Any) -> None:
-    """Stop what runs in the driver's thread, undo and close: unfinished cursors would keep a closed one's lock."""
-    steps: list[Awaitable[None]] = [driver.rollback(), driver.close()]
-    endings = asyncio.gather(*steps, return_exceptions=True)
-    while not (await asyncio.wait((endings,), timeout=0.02))[0]:
+async def stop_sqlite(driver: Any, *steps: Awaitable[object]) -> None:
+    """Stop what runs in the driver's thread for these steps, which wait there behind it."""
+    done = asyncio.gather(*steps, return_exceptions=True)
+    while not (await asyncio.wait((done,), timeout=0.02))[0]:
         with suppress(ValueError, sqlite3.ProgrammingError):  # closed
-            driver._conn.interrupt()  # only now: where a cursor is unfinished, it would strike the rollback instead
+            driver._conn.interrupt()  # only now: where a cursor is unfinished, it would strike the first step instead
 
 
 BUSY_TIMEOUT = 5.0  # seconds that a statement waits for a lock, in the driver's thread, where it can't be cancelled

@@ -11,13 +11,14 @@
     │   ├── ConcurrentSessionError    two at the same moment on one session
     │   ├── ScopeOwnsTransactionError commit(), rollback(), … inside a block that does it itself
     │   └── ImplicitIOError           what is not loaded was used without await; a MissingGreenlet too
-    └── TransactionError
-        ├── TransactionRequiredError      MANDATORY where no transaction is current
-        ├── TransactionForbiddenError     NEVER where one is
-        ├── IncompatibleTransactionError  it cannot be joined on these terms, or not be begun here
-        ├── TransactionTimeoutError       its deadline has passed; a TimeoutError too
-        ├── UnexpectedRollbackError       the block ended well, its work could not be kept
-        └── CommitOutcomeUnknownError     the commit was sent, and no answer came
+    ├── TransactionError
+    │   ├── TransactionRequiredError      MANDATORY where no transaction is current
+    │   ├── TransactionForbiddenError     NEVER where one is
+    │   ├── IncompatibleTransactionError  it cannot be joined on these terms, or not be begun here
+    │   ├── TransactionTimeoutError       its deadline has passed; a TimeoutError too
+    │   ├── UnexpectedRollbackError       the block ended well, its work could not be kept
+    │   └── CommitOutcomeUnknownError     the commit was sent, and no answer came
+    └── SandboxError                  what cannot be had in a sandbox, or was left open in it
 
     UncommittedChangesWarning         a session() was written to and neither committed nor rolled back
 
@@ -105,6 +106,10 @@ class UnexpectedRollbackError(TransactionError):
 
 class CommitOutcomeUnknownError(TransactionError):
     """The commit was sent, and no answer came: it is not known whether it was carried out."""
+
+
+class SandboxError(SessionwireError):
+    """A deadlock on the one connection of a sandbox, what cannot be had on it, or what a test has left open in it."""
 
 
 class UncommittedChangesWarning(UserWarning):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from types import TracebackType
 from typing import Self, cast
 
@@ -58,10 +58,11 @@ class DatabaseSessionManager:
         self._given = None if settings is None else _settings(settings)
         self._settings = self._given
         self._engines: Engines | None = None
+        self._make_engines: Callable[[DatabaseSettings], Engines] = Engines
         self._proven = False  # that the database answers
         self._closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._open: set[object] = set()  # scopes, and connections of connect()
+        self._open: set[Scope | AsyncConnection] = set()  # the latter of connect()
         self._drained: asyncio.Event | None = None
 
     # Opening and closing
@@ -71,7 +72,7 @@ class DatabaseSessionManager:
         if self._engines is not None:
             raise AlreadyInitializedError("close() it first, or make another manager for another database")
         self._settings = _settings(host)
-        self._engines = Engines(self._settings)
+        self._engines = self._make_engines(self._settings)
 
     async def open(self) -> None:
         """Make sure that the database answers, within `connect_timeout` seconds.
@@ -227,9 +228,38 @@ class DatabaseSessionManager:
         """The `AsyncEngine` of the primary. Raises `NotInitializedError`."""
         return self._initialized().primary
 
+    @property
+    def is_initialized(self) -> bool:
+        """Whether `init()` or `open()` was called, and `close()` was not since."""
+        return self._engines is not None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether `open()` has found that the database answers, and `close()` was not called since."""
+        return self._proven
+
+    # For tests
+
     def owns(self, engine: Engine) -> bool:
         """Whether it leads to this manager's database, for those who listen to SQLAlchemy's events."""
         return self._engines is not None and self._engines.owns(engine)
+
+    @contextmanager
+    def replaced_engines(self, make: Callable[[Engines], Engines]) -> Generator[None]:
+        """Let the open manager work on what `make` gives for its engines, also after a `close()` and an `init()`."""
+        real, make_real, settings = self._initialized(), self._make_engines, self._settings
+        self._make_engines = lambda _: make(real)
+        self._engines = make(real)
+        try:
+            yield
+        finally:
+            self._engines, self._make_engines, self._settings = real, make_real, settings
+            self._proven = True
+
+    @property
+    def left_open(self) -> frozenset[Scope | AsyncConnection]:
+        """The scopes and connections that are open now."""
+        return frozenset(self._open)
 
     # For scopes: what `scope.Owner` asks for
 
@@ -257,13 +287,13 @@ class DatabaseSessionManager:
         self._open.add(scope)
         return scope
 
-    def forget_scope(self, scope: Scope) -> None:
+    def forget_scope(self, scope: Scope | AsyncConnection) -> None:
         self._forget(scope)
 
     def end_connection(self, connection: Connection) -> None:
         self._initialized().end(connection.connection.dbapi_connection)
 
-    def _forget(self, left: object) -> None:
+    def _forget(self, left: Scope | AsyncConnection) -> None:
         self._open.discard(left)
         if self._drained is not None:
             self._drained.set()

@@ -1,6 +1,7 @@
 """For the tests of applications; needs no test framework."""
 
 from .overrides import overriding
+from .sandbox import sandbox
 from .statements import SentStatement, count_statements
 
-__all__ = ["SentStatement", "count_statements", "overriding"]
+__all__ = ["SentStatement", "count_statements", "overriding", "sandbox"]

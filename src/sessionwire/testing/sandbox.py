@@ -1,0 +1,239 @@
+"""A sandbox: all that is done to a database happens on one connection, in one transaction that is rolled back.
+
+The code under test has connections and transactions as ever: each of its transactions is a savepoint of the one, and
+they take turns. One begins inside another only where its code runs inside that one's block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+from copy import copy
+from functools import partial
+from typing import Any, TypeVar, cast
+
+from dependency_injector import containers
+from sqlalchemy import AsyncAdaptedQueuePool, Connection, Engine, Pool, event, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from sessionwire.ending import finish_rollback, to_the_end
+from sessionwire.engine import TERMS, Engines, Terms
+from sessionwire.errors import SandboxError
+from sessionwire.failures import watch_disconnects, watch_failures
+from sessionwire.manager import DatabaseSessionManager
+from sessionwire.scope import Scope, current_scope, scopes_here
+
+from .managers import managers_of
+from .turns import Party, SharedConnection
+from .where import where_is
+
+PARTY = "sessionwire_party"  # the execution option that tells a connection whose it is
+GRACE = 0.5  # seconds for tasks that are about to end
+D = TypeVar("D", bound=DatabaseSessionManager | containers.Container)
+
+
+@asynccontextmanager
+async def sandbox(database: D, *, check_deferred: bool = False, patience: float = 5.0) -> AsyncGenerator[D]:
+    """Within the block, all that runs on this manager, or on those of this container, is undone at its end.
+
+    Commits, rollbacks, retries, hooks and every kind of scope mean what they mean elsewhere. Concurrent tasks take
+    turns: from the first statement of its transaction to its end, a task has the connection. One that waits for a
+    transaction in which nothing happens for `patience` seconds, or which cannot end before the one that waits, raises
+    `SandboxError`. Deferred constraints are checked at the commit if `check_deferred` is set, else never.
+
+    Raises `SandboxError` at the end where a scope, a connection or a task was left open, and says where.
+    """
+    async with AsyncExitStack() as stack:
+        for manager in managers_of(database):
+            await stack.enter_async_context(_sandbox(manager, check_deferred, patience))
+        yield database
+
+
+@asynccontextmanager
+async def _sandbox(manager: DatabaseSessionManager, check_deferred: bool, patience: float) -> AsyncGenerator[None]:
+    if current_scope(manager) is not None:
+        raise SandboxError("a session is open around the sandbox, and what joins it would be kept: open it inside")
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(_opened(manager))
+        timeout = manager.settings.rollback_timeout
+        connection = await stack.enter_async_context(
+            manager.engine.execution_options(**{TERMS: Terms(writes=True)}).connect()
+        )
+        await connection.execute(text("SELECT 1"))  # which begins, where a begin() waits for the first statement
+        raw: Any = await connection.get_raw_connection()
+        shared = SharedConnection(
+            raw.dbapi_connection, connection.dialect, check_deferred=check_deferred, patience=patience
+        )
+        before = asyncio.all_tasks(), manager.left_open
+        error: BaseException | None = None
+        with manager.replaced_engines(lambda real: SandboxEngines(manager, real, shared)):
+            try:
+                yield
+            except BaseException as raised:
+                error = raised
+            left: list[str] = []
+            try:
+                try:
+                    tidied = _tidy(manager, shared, *before, asyncio.current_task(), left)
+                    await to_the_end(tidied, GRACE + 3 * timeout)
+                except TimeoutError:
+                    left.append("what was left open did not end in time")
+                finally:
+                    shared.close()
+                    await finish_rollback(_undo(connection), timeout, error)
+            except BaseException as trouble:  # a cancellation
+                trouble.__cause__ = trouble.__cause__ or error
+                error = trouble
+            if error is not None:
+                for each in left:
+                    error.add_note(each)
+                raise error
+            if left:
+                raise SandboxError("\n".join(left))
+
+
+@asynccontextmanager
+async def _opened(manager: DatabaseSessionManager) -> AsyncGenerator[None]:
+    """Open it where it is not, and leave it as it was."""
+    if manager.is_open:
+        yield
+        return
+    settings = manager.settings if manager.is_initialized else None
+    try:
+        async with manager:
+            yield
+    finally:
+        if settings is not None and not manager.is_initialized:
+            manager.init(settings)
+
+
+async def _undo(connection: AsyncConnection) -> None:
+    try:
+        await connection.rollback()
+    except BaseException:
+        await connection.invalidate()
+        raise
+
+
+async def _tidy(
+    manager: DatabaseSessionManager,
+    shared: SharedConnection,
+    tasks: set[asyncio.Task[Any]],
+    units: frozenset[Scope | AsyncConnection],
+    caller: asyncio.Task[Any] | None,
+    left: list[str],
+) -> None:
+    """End what was begun in the sandbox and goes on. Adds to `left` where it was."""
+
+    def running() -> set[asyncio.Task[Any]]:
+        return asyncio.all_tasks() - tasks - shared.endings - shared.outlasting - {caller, asyncio.current_task()}
+
+    if about_to_end := running() | shared.endings:
+        await asyncio.wait(about_to_end, timeout=GRACE)
+    while tasks_left := running():
+        for task in tasks_left:
+            left.append(f"a task was left running: {where_is(task)}: await it, or cancel it and await that")
+            task.cancel()
+        shared.outlasting |= (await asyncio.wait(tasks_left, timeout=manager.settings.rollback_timeout))[1]
+    for task in shared.outlasting:
+        left.append(f"a task goes on although it was cancelled: {where_is(task)}")
+    told: set[Party | None] = set()
+    for unit in manager.left_open - units:
+        if (party := _party_of(unit)) is not None:
+            left.append(f"a session or connection was left open: the block that began at {party.where}")
+        told.add(party)
+        if isinstance(unit, Scope):
+            unit.cut_off = True
+            unit.end()
+        manager.forget_scope(unit)
+    for held, place in list(shared.held.values()):
+        if getattr(held.dbapi_connection, "party", None) not in told:
+            left.append(f"a connection was left open: the one that was taken at {place}")
+        held.invalidate()
+    shared.end_all()
+    await shared.ended()
+
+
+class SandboxEngines(Engines):
+    """What the manager has for its engines: one that makes connections of nothing but turns."""
+
+    def __init__(self, manager: DatabaseSessionManager, real: Engines, shared: SharedConnection) -> None:
+        self.server = None  # it is not ours to stop
+        self.is_retired = False
+        self._manager = manager
+        self._shared = shared
+        self.dialect: Any = real.dialect if isinstance(real, SandboxEngines) else real.primary.dialect
+        self.primary = AsyncEngine(self._engine(real.primary.sync_engine))
+        for pool in real.pools:
+            event.listen(pool, "checkout", shared.refuse)
+
+    def on(self, terms: Terms) -> AsyncEngine:
+        options = {**dict(terms.execution_options), TERMS: terms, PARTY: self._party()}
+        return self.primary.execution_options(**options)
+
+    def _engine(self, real: Engine) -> Engine:
+        shared = self._shared
+        dialect: Any = copy(self.dialect)
+        for name in ("do_execute", "do_executemany", "do_execute_no_params"):
+            setattr(dialect, name, partial(shared.do_execute, getattr(dialect, name)))
+        for name in ("do_begin", "do_commit", "do_rollback"):
+            setattr(dialect, name, getattr(shared, name))
+        for name in ("set_isolation_level", "set_readonly", "set_deferrable"):
+            setattr(dialect, name, _ignore)  # the one transaction has begun
+        dialect.do_close = dialect.do_terminate = shared.end
+        pool = self._manager.settings.pool
+        engine = Engine(
+            AsyncAdaptedQueuePool(
+                cast(Any, shared.connect),
+                pool_size=pool.size,
+                max_overflow=pool.max_overflow,
+                timeout=pool.timeout,
+                use_lifo=True,
+                dialect=dialect,
+            ),
+            dialect,
+            real.url,
+        )
+        event.listen(engine, "begin", self._begins)
+        event.listen(engine, "checkout", shared.taken)
+        event.listen(engine, "checkin", shared.given_back)
+        watch_disconnects(engine)
+        watch_failures(engine)
+        return engine
+
+    def _begins(self, connection: Connection) -> None:
+        virtual: Any = connection.connection.dbapi_connection
+        options = connection.get_execution_options()
+        virtual.terms = options.get(TERMS) or Terms(
+            autocommit=options.get("isolation_level") == "AUTOCOMMIT",
+            read_only=options.get("postgresql_readonly", False),
+        )
+        virtual.party = options.get(PARTY) or self._party()
+
+    def _party(self) -> Party:
+        return Party(frozenset(_party_of(scope) for scope in scopes_here(self._manager)))
+
+    @property
+    def pools(self) -> list[Pool]:
+        return [self.primary.pool]
+
+    def end(self, dbapi_connection: Any) -> None:
+        self._shared.end(dbapi_connection)
+
+    async def terminate(self) -> None:
+        self._shared.end_all()
+        await self._shared.ended()
+
+    async def dispose(self) -> None:
+        await self.primary.dispose()
+        await self._shared.ended()
+
+
+def _ignore(*_: object) -> None: ...
+
+
+def _party_of(unit: Scope | AsyncConnection) -> Party | None:
+    """None of one that is not of the sandbox."""
+    engine = cast(AsyncEngine, unit.session.bind if isinstance(unit, Scope) else unit.engine)
+    return engine.sync_engine.get_execution_options().get(PARTY)

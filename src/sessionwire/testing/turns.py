@@ -1,0 +1,381 @@
+"""One connection for all: each transaction is a savepoint on it, and whoever wants to use it waits for its turn."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import re
+import sqlite3
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import takewhile
+from typing import Any, cast
+
+from sqlalchemy import PoolProxiedConnection
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from sessionwire.ending import to_the_end
+from sessionwire.engine import Terms, stop_sqlite
+from sessionwire.errors import SandboxError
+from sessionwire.failures import IN_FAILED_TRANSACTION, sqlstate
+from sessionwire.session import WRITING_VERBS
+
+from .where import where, where_is
+
+logger = logging.getLogger("sessionwire")
+TIMEOUT = 30.0  # seconds for a savepoint to be set or undone
+ENDS_ALL = re.compile(
+    r"(?>\s|;|--[^\n]*|/\*.*?\*/)*+(BEGIN|START|COMMIT|END|ABORT|PREPARE\s+TRANSACTION"
+    r"|ROLLBACK(?!\s+((WORK|TRANSACTION)\s+)?TO\b))\b",
+    re.IGNORECASE | re.DOTALL,
+)
+POLL = 0.05  # seconds between two looks at what a task awaits
+
+
+class Party:
+    """Whose turn it is: a scope, or a connection of its own."""
+
+    def __init__(self, around: frozenset[Party | None] = frozenset()) -> None:
+        self.around = around  # the scopes whose code it runs in: it may begin inside their transactions
+        self.task = asyncio.current_task()
+        self.where = where()
+
+
+class VirtualConnection:
+    """A connection as the code under test has it."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+        self.terms = Terms()
+        self.party: Party  # both as of its last begin
+        self.working: asyncio.Task[Any] | None = None  # the task whose operation is in the database
+        self.is_ended = False  # given up: what it began is being undone
+        self.is_lost = False  # undone together with the transaction around it
+        self.last_used = 0.0
+
+        self.has_written = False
+        self.kept: list[str] = []  # where what was committed inside it was begun
+
+    @property
+    def is_idle(self) -> bool:
+        return self.working is None and not self.is_ended
+
+    def commit(self) -> None:
+        raise SandboxError("commit() of the driver's connection would end the sandbox itself: use SQLAlchemy's")
+
+    rollback = commit
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+class SharedConnection:
+    """The real one. What is named `do_…` has to be called in a greenlet of SQLAlchemy's, as its dialects are."""
+
+    def __init__(self, real: Any, dialect: Any, *, check_deferred: bool, patience: float) -> None:
+        self._real = real
+        self._dialect = dialect
+        self._check_deferred = check_deferred
+        self._patience = patience
+        self._open: list[VirtualConnection] = []  # in a transaction, each inside the one before
+        self._changed = asyncio.get_running_loop().create_future()
+        self._is_closed = False
+        self.endings: set[asyncio.Task[None]] = set()
+        self.held: dict[ConnectionPoolEntry, tuple[PoolProxiedConnection, str]] = {}  # and where it was taken
+        self.outlasting: set[asyncio.Task[Any]] = set()  # tasks that went on when they were cancelled
+
+    def connect(self) -> VirtualConnection:
+        return VirtualConnection(self._real)
+
+    # Turns
+
+    def _take_turn(self, virtual: VirtualConnection) -> None:
+        while not self._may_go(virtual):
+            await_only(self._wait(virtual))
+
+    def _may_go(self, virtual: VirtualConnection) -> bool:
+        if virtual.is_lost:
+            raise SandboxError(
+                f"the transaction that was begun at {virtual.party.where} was undone together with the one around it: "
+                "in a sandbox, which has one connection, it is part of that one"
+            )
+        if not self._open:
+            return True
+        last = self._open[-1]
+        is_inside = virtual not in self._open and last.party in virtual.party.around
+        return last.is_idle and (last is virtual or is_inside)
+
+    async def _wait(self, virtual: VirtualConnection) -> None:
+        loop, holder, task = asyncio.get_running_loop(), self._open[-1], asyncio.current_task()
+        if holder.is_idle:
+            if holder.party.task is task:
+                raise _deadlock(virtual, holder, "which this very task has left open")
+            if _awaits(holder.party.task, task):
+                raise _deadlock(virtual, holder, "which waits for this task")
+            if loop.time() >= holder.last_used + self._patience:
+                raise _deadlock(virtual, holder, f"in which nothing has happened for {self._patience:g} s")
+        # not with asyncio.timeout(): it may end in another task than it began in, by to_the_end()
+        await asyncio.wait((self._changed,), timeout=min(POLL, self._patience) if holder.is_idle else None)
+
+    def _notify(self) -> None:
+        self._changed.set_result(None)
+        self._changed = asyncio.get_running_loop().create_future()
+
+    # What SQLAlchemy asks of its dialect
+
+    def do_begin(self, connection: PoolProxiedConnection) -> None:
+        virtual = _of(connection)
+        if not virtual.terms.autocommit:
+            self._begin(virtual)
+
+    def do_commit(self, connection: PoolProxiedConnection) -> None:
+        virtual = _of(connection)
+        if virtual.is_lost or virtual in self._open:
+            self._take_turn(virtual)
+            try:
+                if self._check_deferred and len(self._open) == 1:
+                    self._check_constraints(virtual)
+                self._release(virtual)
+            except Exception:
+                self._undo(virtual)
+                raise
+
+    def do_rollback(self, connection: PoolProxiedConnection) -> None:
+        virtual = _of(connection)
+        virtual.is_lost = False
+        while virtual in self._open and not all(other.is_idle for other in self._from(virtual)):
+            await_only(asyncio.wait((self._changed,)))
+        if virtual in self._open:  # those that are open inside it are lost
+            self._undo(virtual)
+
+    def do_execute(self, execute: Callable[..., None], *arguments: Any) -> None:
+        virtual = _of(arguments[-1].root_connection.connection)
+        if ENDS_ALL.match(arguments[1]):
+            raise SandboxError(f"{arguments[1]!r} would end the sandbox itself: use the methods that begin and end")
+        alone = virtual not in self._open and not virtual.is_lost  # as in autocommit
+        if alone:
+            self._begin(virtual)
+        else:
+            self._take_turn(virtual)
+            self._check_alive()
+        virtual.working = asyncio.current_task()
+        try:
+            execute(*arguments)
+        except Exception:
+            if alone:
+                self._undo(virtual)
+            raise
+        finally:
+            self._rest(virtual)
+        virtual.has_written |= arguments[1].lstrip().upper().startswith(WRITING_VERBS)
+        if alone:
+            self._release(virtual)
+
+    def end(self, virtual: VirtualConnection) -> None:
+        """Undo what it has begun, without waiting for that."""
+        if virtual in self._open and not virtual.is_ended:
+            virtual.is_ended = True
+            task = asyncio.ensure_future(self._end(virtual))
+            self.endings.add(task)
+            task.add_done_callback(self.endings.discard)
+
+    def end_all(self) -> None:
+        """The same of all that are in a transaction."""
+        for virtual in reversed(self._open):
+            self.end(virtual)
+
+    async def ended(self) -> None:
+        """Wait for all that is being undone."""
+        await asyncio.gather(*self.endings, return_exceptions=True)
+
+    def close(self) -> None:
+        """Nothing is sent from now on."""
+        self._is_closed = True
+        self._notify()
+
+    # What the pools tell
+
+    def taken(self, _: object, record: ConnectionPoolEntry, connection: PoolProxiedConnection) -> None:
+        _of(connection).is_lost = False  # as one that failed to commit may have left it
+        self.held[record] = connection, where()
+
+    def given_back(self, _: object, record: ConnectionPoolEntry) -> None:
+        self.held.pop(record, None)
+
+    def refuse(self, *_: object) -> None:
+        """A connection that is not the sandbox's: what was done on it would be kept."""
+        if not self._is_closed:
+            raise SandboxError("this engine is from before the sandbox: take it from the manager inside the sandbox")
+        if asyncio.current_task() in self.outlasting:
+            raise SandboxError("this task began in a sandbox, which has ended: await it there")
+
+    async def _end(self, virtual: VirtualConnection) -> None:
+        if self._is_sqlite:
+            driver = self._real.driver_connection
+            await stop_sqlite(driver, driver.execute("SELECT 1"))
+            for cursor in gc.get_referrers(driver._conn):  # an unfinished one would keep any savepoint from its end
+                # isinstance() would ask a proxy what it stands for; one without a description waits for its turn
+                if issubclass(type(cursor), sqlite3.Cursor) and cursor.description:
+                    cursor.close()
+        while working := [other for other in self._from(virtual) if other.working]:
+            for other in working:
+                if other.is_ended and other.working is not None:
+                    other.working.cancel()
+            await asyncio.wait((self._changed,))
+        if virtual in self._open:
+            with suppress(Exception):  # the connection is lost, and all with it
+                await greenlet_spawn(self._undo, virtual)
+
+    # Savepoints
+
+    def _begin(self, virtual: VirtualConnection) -> None:
+        self._take_turn(virtual)
+        self._check_alive()
+        entering = self._entering(virtual)
+        around = self._open[-1:]
+        self._open.append(virtual)
+        virtual.has_written, virtual.kept = False, []
+        try:
+            self._send(virtual, f"SAVEPOINT {self._name(virtual)}", *entering)
+        except Exception as error:
+            self._open.remove(virtual)
+            self._notify()
+            if around and sqlstate(error) == IN_FAILED_TRANSACTION:
+                raise SandboxError(
+                    f"a statement has failed in the transaction around this one, which was begun at "
+                    f"{around[0].party.where}: in a sandbox, which has one connection, none can begin inside it before "
+                    "it is rolled back"
+                ) from error
+            raise
+
+    @property
+    def _is_alive(self) -> bool:
+        driver = self._real.driver_connection
+        if self._is_sqlite:
+            return bool(driver.in_transaction)
+        return driver.is_in_transaction() and not driver.is_closed()
+
+    def _check_alive(self) -> None:
+        """Outside of that transaction, what is sent would be kept."""
+        if self._is_closed:
+            raise SandboxError("the sandbox has ended, and this connection with it")
+        if not self._is_alive:
+            raise SandboxError("the database has ended the sandbox's transaction, and undone all that was done in it")
+
+    def _release(self, virtual: VirtualConnection) -> None:
+        released = f"RELEASE SAVEPOINT {self._name(virtual)}"
+        position = self._open.index(virtual)
+        self._send(virtual, *self._leaving(virtual), released, then=lambda: self._open.remove(virtual))
+        for around in self._open[:position][-1:]:
+            around.kept += [*virtual.kept, *([virtual.party.where] if virtual.has_written else [])]
+
+    def _undo(self, virtual: VirtualConnection) -> None:
+        _, *inside = self._from(virtual)
+        left = [statement for other in (*reversed(inside), virtual) for statement in self._leaving(other)]
+        for inner in inside:
+            inner.is_lost = True
+            self._open.remove(inner)
+        if virtual.kept:
+            logger.warning(
+                f"what was committed at {', '.join(virtual.kept)} is undone together with the transaction around it, "
+                f"which was begun at {virtual.party.where}: in a sandbox, which has one connection, it is part of that"
+            )
+        name = self._name(virtual)
+        undone = f"ROLLBACK TO SAVEPOINT {name}", f"RELEASE SAVEPOINT {name}"
+        try:
+            if self._is_alive:
+                self._send(virtual, *left, *undone)
+        finally:
+            self._open.remove(virtual)
+            self._notify()
+
+    def _from(self, virtual: VirtualConnection) -> list[VirtualConnection]:
+        """It and those inside it."""
+        return self._open[self._open.index(virtual) :] if virtual in self._open else []
+
+    def _name(self, virtual: VirtualConnection) -> str:
+        return f"sandbox_{self._open.index(virtual)}"
+
+    @property
+    def _is_sqlite(self) -> bool:
+        return bool(self._dialect.name == "sqlite")
+
+    def _entering(self, virtual: VirtualConnection) -> list[str]:
+        """What makes the transaction read-only, or lets it write."""
+        if virtual.terms.read_only == self._is_read_only_around(virtual):
+            return []
+        if self._is_sqlite:
+            return [f"PRAGMA query_only={'ON' if virtual.terms.read_only else 'OFF'}"]
+        if virtual.terms.read_only:
+            return ["SET TRANSACTION READ ONLY"]  # up to the end of the savepoint
+        raise SandboxError(
+            "a transaction that may write cannot begin inside a read-only one in a sandbox, which has one connection: "
+            "test this on a copy of a DatabaseTemplate"
+        )
+
+    def _leaving(self, virtual: VirtualConnection) -> list[str]:
+        around = self._is_read_only_around(virtual)
+        if self._is_sqlite and virtual.terms.read_only != around:
+            return [f"PRAGMA query_only={'ON' if around else 'OFF'}"]
+        return []
+
+    def _is_read_only_around(self, virtual: VirtualConnection) -> bool:
+        around = list(takewhile(lambda other: other is not virtual, self._open))
+        return any(other.terms.read_only for other in around[-1:])
+
+    def _check_constraints(self, virtual: VirtualConnection) -> None:
+        if not self._is_sqlite:  # a savepoint of its own, since this would last to the end of the sandbox
+            check = "SAVEPOINT sandbox_check", "SET CONSTRAINTS ALL IMMEDIATE", "ROLLBACK TO SAVEPOINT sandbox_check"
+            self._send(virtual, *check, "RELEASE SAVEPOINT sandbox_check")
+        elif self._send(virtual, "PRAGMA foreign_key_check"):
+            raise self._dialect.loaded_dbapi.IntegrityError("FOREIGN KEY constraint failed")
+
+    def _send(self, virtual: VirtualConnection, *statements: str, then: Callable[[], None] | None = None) -> list[Any]:
+        """Send them, and then do that, also while cancelled: which savepoints there are must be known.
+
+        Returns the rows of the last statement.
+        """
+
+        def send() -> list[Any]:
+            cursor = self._real.cursor()
+            for statement in statements:
+                cursor.execute(statement)
+            if then is not None:
+                then()
+            return list(cursor.fetchall()) if cursor.description else []
+
+        virtual.working = asyncio.current_task()
+        try:
+            return await_only(to_the_end(greenlet_spawn(send), TIMEOUT))
+        finally:
+            self._rest(virtual)
+
+    def _rest(self, virtual: VirtualConnection) -> None:
+        virtual.working = None
+        virtual.last_used = asyncio.get_running_loop().time()
+        self._notify()
+
+
+def _of(connection: PoolProxiedConnection) -> VirtualConnection:
+    return cast(VirtualConnection, connection.dbapi_connection)
+
+
+def _awaits(task: asyncio.Task[Any] | None, other: asyncio.Task[Any] | None) -> bool:
+    """Whether it goes on only after the other one: it awaits that, or a task that does, alone or with gather()."""
+    found: list[Any] = [task]
+    for each in found:
+        waiter = getattr(each, "_fut_waiter", None)
+        found += [awaited for awaited in getattr(waiter, "_children", [waiter]) if awaited not in found]
+    return other in found[1:]
+
+
+def _deadlock(virtual: VirtualConnection, holder: VirtualConnection, reason: str) -> SandboxError:
+    task = holder.party.task
+    held_by = "" if task is None else f" by task {where_is(task)}"
+    return SandboxError(
+        f"a deadlock on the sandbox's one connection: what was opened at {virtual.party.where} waits for the "
+        f"transaction that was opened at {holder.party.where}{held_by}, {reason}; two that must go on side by side "
+        "need a copy of a DatabaseTemplate"
+    )
