@@ -51,13 +51,13 @@ class Steps:
 
 
 async def each_cancellation(
-    work: Callable[[], Coroutine[Any, Any, Any]], *, again_after: int | None = None
+    work: Callable[[], Coroutine[Any, Any, Any]], *, again_after: int | None = None, stride: int = 1
 ) -> AsyncIterator[Steps]:
     """Does the work anew with a cancellation at its 1st, 2nd, … suspension, until it ends uncancelled.
 
-    `again_after` cancels a second time, that many suspensions later.
+    `again_after` cancels a second time, that many suspensions later. With a `stride` it is every so many-th.
     """
-    for n in range(1, 500):
+    for n in range(1, 500, stride):
         steps = Steps(work(), n, *([n + again_after] if again_after else []))
         done = await steps.run()
         yield steps

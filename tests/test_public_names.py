@@ -49,7 +49,7 @@ NAMES = [
     "sessionmanager",
     "transactional",
 ]
-FOR_TESTS = ["SentStatement", "count_statements", "overriding", "sandbox"]
+FOR_TESTS = ["DatabaseCopy", "DatabaseTemplate", "SentStatement", "count_statements", "overriding", "sandbox"]
 
 
 def test_these_are_the_public_names() -> None:

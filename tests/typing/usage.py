@@ -28,7 +28,7 @@ from sessionwire import (
 from sessionwire import Settings as BaseSettings
 from sessionwire import fastapi as web
 from sessionwire.asgi import ASGIApp, TransactionMiddleware
-from sessionwire.testing import SentStatement, count_statements, overriding
+from sessionwire.testing import DatabaseCopy, DatabaseTemplate, SentStatement, count_statements, overriding
 
 
 class ShopSettings(BaseSettings):
@@ -150,6 +150,20 @@ async def use(manager: DatabaseSessionManager) -> None:
         assert_type(connection, AsyncConnection)
     async with manager as opened:
         assert_type(opened, DatabaseSessionManager)
+
+
+async def migrate(manager: DatabaseSessionManager) -> None:
+    async with manager.connect() as connection:
+        await manager.create_all(connection)
+
+
+async def use_template() -> None:
+    async with DatabaseTemplate("postgresql://localhost/shop", migrate, key="run 1") as template:
+        async with template.copy() as copy:
+            assert_type(copy, DatabaseCopy)
+            await use(DatabaseSessionManager(copy.settings))
+        assert_type(copy.connections_left, int)
+    DatabaseTemplate("sqlite://", lambda url: print(url))  # type: ignore[arg-type,return-value]
 
 
 app = FastAPI()

@@ -3,5 +3,6 @@
 from .overrides import overriding
 from .sandbox import sandbox
 from .statements import SentStatement, count_statements
+from .templates import DatabaseCopy, DatabaseTemplate
 
-__all__ = ["SentStatement", "count_statements", "overriding", "sandbox"]
+__all__ = ["DatabaseCopy", "DatabaseTemplate", "SentStatement", "count_statements", "overriding", "sandbox"]

@@ -25,7 +25,7 @@ def overriding(container: C, /, **values: object) -> Generator[C]:
 
     Raises `ConfigurationError` where there is no provider of a name; nothing is overridden then.
     """
-    known = _by_name(container)
+    known = by_name(container)
     for name in values:
         if name not in known:
             raise _unknown(name, container, known)
@@ -44,12 +44,13 @@ def overriding(container: C, /, **values: object) -> Generator[C]:
         yield container
 
 
-def _by_name(container: Any, prefix: str = "") -> dict[str, Any]:
+def by_name(container: Any, prefix: str = "") -> dict[str, Any]:
+    """All providers of a container, those of nested ones as `outer__inner`."""
     found: dict[str, Any] = {}
     for name, provider in container.providers.items():
         found[prefix + name] = provider
         if isinstance(provider, providers.Container | providers.DependenciesContainer):
-            found |= _by_name(provider, f"{prefix}{name}__")
+            found |= by_name(provider, f"{prefix}{name}__")
     return found
 
 
