@@ -36,6 +36,7 @@ from sessionwire import DatabaseContainer, DatabaseSettings, Propagation, Settin
 from sessionwire.plan import BlockOptions
 
 from .conftest import Postgres
+from .testing.test_plugin import assert_passed, pytest_run
 
 CHECKOUT = Path(__file__).parents[1]
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
@@ -227,7 +228,7 @@ async def reader(tmp_path: Path, database_url: str, server: Postgres | None) -> 
     url = make_url(database_url)
     if server is not None:
         name = f"reader_{uuid.uuid4().hex}"
-        await server.execute(f"CREATE ROLE {name} LOGIN")
+        await server.execute(f"CREATE ROLE {name} LOGIN CREATEDB")
         await server.execute(f"ALTER SCHEMA public OWNER TO {name}", database=str(url.database))
         url = url.set(username=name)
     return Reader(tmp_path, url.render_as_string(hide_password=False))
@@ -359,6 +360,12 @@ def test_a_test_of_the_page_passes(tmp_path: Path) -> None:
     assert "1 passed" in run(reader.directory, "-m", "pytest", "test_shop.py", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
 
 
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "pytest test_sales.py" in command])
+def test_tests_of_the_page_run_in_the_databases_of_the_plugin(command: str, tmp_path: Path) -> None:
+    reader = Reader(tmp_path, "postgresql://nowhere.invalid/shop")
+    assert_passed(pytest_run(reader.directory, *shlex.split(command)[1:]), 2)
+
+
 PIP = [command for command in COMMANDS if command.startswith("pip install ")]
 
 
@@ -382,7 +389,7 @@ def test_no_command_is_left_out() -> None:
         r"\.ci/env pytest",
         "pip install .+",
         r"python (shop|worker|tasks)\.py",
-        r"pytest test_shop\.py",
+        r"pytest test_(shop|sales)\.py.*",
     )
     for command in COMMANDS:
         assert any(re.fullmatch(pattern, command) for pattern in known), f"nobody runs {command!r}"

@@ -305,10 +305,10 @@ class _SelfClosing(sqlite3.Connection):
             self.close()
 
 
-async def stop_sqlite(driver: Any, *steps: Awaitable[object]) -> None:
-    """Stop what runs in the driver's thread for these steps, which wait there behind it."""
+async def stop_sqlite(driver: Any, *steps: Awaitable[object], patience: float = 0.02) -> None:
+    """Stop what runs in the driver's thread for these steps, which have waited there behind it for so many seconds."""
     done = asyncio.gather(*steps, return_exceptions=True)
-    while not (await asyncio.wait((done,), timeout=0.02))[0]:
+    while not (await asyncio.wait((done,), timeout=patience))[0]:
         with suppress(ValueError, sqlite3.ProgrammingError):  # closed
             driver._conn.interrupt()  # only now: where a cursor is unfinished, it would strike the first step instead
 

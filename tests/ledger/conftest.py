@@ -1,36 +1,73 @@
-"""A ledger on the test's own database: in this process (`container`), and as its user runs it (`ledger`)."""
+"""A ledger in this process, undone after the test (`container`), or seen by others (`committed`, `ledger`)."""
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from contextlib import chdir, closing, redirect_stderr, redirect_stdout
 from decimal import Decimal
 from pathlib import Path
 from typing import TypeAlias
 from unittest import mock
 
 import pytest
+from sqlalchemy import URL
 
 from ledger.__main__ import main
 from ledger.container import Container
 from ledger.models import Account
 from ledger.settings import LedgerSettings
 from sessionwire import DatabaseSettings, Lifespan, PoolSettings
+from tests.conftest import Postgres
 
 Finished: TypeAlias = "subprocess.CompletedProcess[str]"
 
+POOL = PoolSettings(size=5, max_overflow=0)
 CHECKOUT = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="session")
+def sessionwire_container() -> type[Container]:
+    return Container
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def sessionwire_settings(request: pytest.FixtureRequest) -> DatabaseSettings:
+    """Where the databases of `container` are made, for which a pool of five is enough."""
+    url = "sqlite://" if request.param == "sqlite" else request.getfixturevalue("postgres").url("postgres")
+    return DatabaseSettings(url=url, pool=POOL)
+
+
+@pytest.fixture(scope="session")
+def sessionwire_databases(sessionwire_databases: list[DatabaseSettings]) -> Iterator[list[DatabaseSettings]]:
+    """At the end all is in them as it was at the beginning."""
+    before = [dump(settings.url) for settings in sessionwire_databases]
+    yield sessionwire_databases
+    assert [dump(settings.url) for settings in sessionwire_databases] == before
+
+
+def dump(url: URL) -> list[str]:
+    """What is in the database, but for the numbers that sequences have given out."""
+    if url.get_backend_name() == "sqlite":
+        with closing(sqlite3.connect(str(url.database))) as connection:
+            return [line for line in connection.iterdump() if "sqlite_sequence" not in line]
+    server = Postgres(str(url.query["host"]))
+    [(programs,)] = asyncio.run(server.execute("SELECT setting FROM pg_config WHERE name = 'BINDIR'"))
+    address = f"--host={server.host}", f"--username={url.username}", "--restrict-key=same", str(url.database)
+    dumped = subprocess.run([f"{programs}/pg_dump", *address], check=True, capture_output=True, text=True).stdout
+    return [line for line in dumped.splitlines() if "pg_catalog.setval" not in line]
+
+
 @pytest.fixture
-async def container(database_url: str) -> AsyncIterator[Container]:
-    """A started container over empty tables, with a pool of five."""
-    database = DatabaseSettings(url=database_url, pool=PoolSettings(size=5, max_overflow=0))
+async def committed(database_url: str) -> AsyncIterator[Container]:
+    """A container over empty tables that other connections and processes see, too."""
+    database = DatabaseSettings(url=database_url, pool=POOL)
     async with Lifespan(Container(settings=LedgerSettings(database=database))) as container:
         manager = container.db.sessionmanager()
         async with manager.connect() as connection:

@@ -25,7 +25,8 @@ from sessionwire import CommitOutcomeUnknownError, DatabaseSettings, NotInitiali
 from tests.conftest import DATABASE, Postgres, checked_out
 from tests.postgres import Network, OnPostgres
 
-without_a_database = pytest.mark.parametrize("backend", ["sqlite"])  # the answer comes before it is asked
+# the answer comes before it is asked
+without_a_database = pytest.mark.parametrize("sessionwire_settings", ["sqlite"], indirect=True)
 
 
 @asynccontextmanager
@@ -51,14 +52,8 @@ def not_open(database_url: str, **pool: float) -> Container:
 
 
 @pytest.fixture
-def behind(database_url: str) -> Container:
-    """What is behind the API."""
-    return not_open(database_url)
-
-
-@pytest.fixture
-async def api(behind: Container) -> AsyncIterator[httpx.AsyncClient]:
-    async with served(behind) as client:
+async def api(container: Container) -> AsyncIterator[httpx.AsyncClient]:
+    async with served(container) as client:
         yield client
 
 
@@ -189,7 +184,7 @@ async def test_what_is_not_there_is_a_problem(api: httpx.AsyncClient) -> None:
     assert wrong_method.headers["allow"] == "POST"
 
 
-async def test_two_hundred_transfers_at_once_are_all_booked(api: httpx.AsyncClient, behind: Container) -> None:
+async def test_two_hundred_transfers_at_once_are_all_booked(api: httpx.AsyncClient, container: Container) -> None:
     numbers = await opened(api, *map(str, range(20)))
 
     async with AsyncExitStack() as stack:
@@ -205,8 +200,8 @@ async def test_two_hundred_transfers_at_once_are_all_booked(api: httpx.AsyncClie
 
     assert [answer.status_code for answer in answers] == [201] * 200
     assert len({answer.json()["id"] for answer in answers}) == 200
-    assert checked_out(behind.db.sessionmanager()) == 0
-    audit = await behind.accounts().audit()
+    assert checked_out(container.db.sessionmanager()) == 0
+    audit = await container.accounts().audit()
     assert audit.agree
     assert audit.transfers == 200
 
@@ -245,7 +240,7 @@ class Failing:
 
 @without_a_database
 async def test_whatever_fails_is_a_problem_and_tells_nothing_of_the_inside(
-    api: httpx.AsyncClient, behind: Container, subtests: pytest.Subtests
+    api: httpx.AsyncClient, container: Container, subtests: pytest.Subtests
 ) -> None:
     driver = Exception("password=secret")
     failures: list[tuple[Exception, int, str, str]] = [
@@ -262,7 +257,7 @@ async def test_whatever_fails_is_a_problem_and_tells_nothing_of_the_inside(
         (RuntimeError("secret"), 500, "about:blank", "fault of the service"),
     ]
     for error, status, type, says in failures:
-        with subtests.test(error=error), behind.transfers.override(providers.Object(Failing(error))):
+        with subtests.test(error=error), container.transfers.override(providers.Object(Failing(error))):
             assert_problem(await transfer(api, 1, 2, "1.00", "rent"), status, type, says)
 
 

@@ -67,9 +67,11 @@ async def test_money_that_is_there_once_is_spent_once(container: Container, alic
 
 
 async def test_an_account_that_another_changes_after_it_was_read_is_booked_on_in_the_callers_next_attempt(
-    container: Container, alice: Account, bob: Account, backend: str
+    committed: Container, backend: str
 ) -> None:
     """On SQLite nobody comes between."""
+    container = committed
+    alice, bob = [await container.accounts().open(name, Decimal("100.00")) for name in ("Alice", "Bob")]
     attempts: list[Decimal] = []
 
     async def spend_half() -> None:

@@ -18,6 +18,12 @@ from sessionwire import DatabaseSettings, Lifespan
 
 from .conftest import Ledger
 
+
+@pytest.fixture
+def container(committed: Container) -> Container:
+    return committed
+
+
 SENDER = """
 import asyncio
 from decimal import Decimal

@@ -21,6 +21,11 @@ from ledger.services import TransferService
 from .conftest import Ledger
 
 
+@pytest.fixture
+def container(committed: Container) -> Container:
+    return committed
+
+
 def test_it_proves_that_nothing_is_lost_and_does_so_again(ledger: Ledger, database_url: str) -> None:
     ledger.on(database_url)
 

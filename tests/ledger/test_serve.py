@@ -27,6 +27,11 @@ from tests.postgres import until
 from .conftest import Finished, Ledger, assert_explained
 
 
+@pytest.fixture
+def container(committed: Container) -> Container:
+    return committed
+
+
 class Service:
     """The running process, and a client of it."""
 

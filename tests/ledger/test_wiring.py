@@ -16,7 +16,8 @@ from ledger.services import AccountService, TransferService
 from ledger.settings import LedgerSettings
 from sessionwire import DatabaseSettings
 
-pytestmark = pytest.mark.parametrize("backend", ["sqlite"])  # what is wired is the same on every database
+# what is wired is the same on every database
+pytestmark = pytest.mark.parametrize("sessionwire_settings", ["sqlite"], indirect=True)
 
 
 @inject
@@ -62,8 +63,10 @@ async def test_constructor_and_method_get_their_services(alice: Account, bob: Ac
     assert await teller.balance(bob.id) == Decimal("110.00")
 
 
-def test_services_are_built_before_the_database_is_open_and_anew_for_every_caller(database_url: str) -> None:
-    container = Container(settings=LedgerSettings(database=DatabaseSettings(url=database_url)))
+def test_services_are_built_before_the_database_is_open_and_anew_for_every_caller(
+    sessionwire_settings: DatabaseSettings,
+) -> None:
+    container = Container(settings=LedgerSettings(database=sessionwire_settings))
 
     assert isinstance(container.accounts(), AccountService)
     assert isinstance(container.transfers(), TransferService)

@@ -24,12 +24,10 @@ from sessionwire.failures import watch_disconnects, watch_failures
 from sessionwire.manager import DatabaseSessionManager
 from sessionwire.scope import Scope, current_scope, scopes_here
 
+from .leaks import GRACE, PARTY, end_tasks, end_units, party_of
 from .managers import managers_of
 from .turns import Party, SharedConnection
-from .where import where_is
 
-PARTY = "sessionwire_party"  # the execution option that tells a connection whose it is
-GRACE = 0.5  # seconds for tasks that are about to end
 D = TypeVar("D", bound=DatabaseSessionManager | containers.Container)
 
 
@@ -125,30 +123,12 @@ async def _tidy(
     left: list[str],
 ) -> None:
     """End what was begun in the sandbox and goes on. Adds to `left` where it was."""
-
-    def running() -> set[asyncio.Task[Any]]:
-        return asyncio.all_tasks() - tasks - shared.endings - shared.outlasting - {caller, asyncio.current_task()}
-
-    if about_to_end := running() | shared.endings:
-        await asyncio.wait(about_to_end, timeout=GRACE)
-    while tasks_left := running():
-        for task in tasks_left:
-            left.append(f"a task was left running: {where_is(task)}: await it, or cancel it and await that")
-            task.cancel()
-        shared.outlasting |= (await asyncio.wait(tasks_left, timeout=manager.settings.rollback_timeout))[1]
-    for task in shared.outlasting:
-        left.append(f"a task goes on although it was cancelled: {where_is(task)}")
-    told: set[Party | None] = set()
-    for unit in manager.left_open - units:
-        if (party := _party_of(unit)) is not None:
-            left.append(f"a session or connection was left open: the block that began at {party.where}")
-        told.add(party)
-        if isinstance(unit, Scope):
-            unit.cut_off = True
-            unit.end()
-        manager.forget_scope(unit)
+    timeout = manager.settings.rollback_timeout
+    left += await end_tasks(tasks | {cast(Any, caller)}, lambda: set(shared.endings), shared.outlasting, timeout)
+    units_left = end_units(manager, units)
+    left += units_left.values()
     for held, place in list(shared.held.values()):
-        if getattr(held.dbapi_connection, "party", None) not in told:
+        if getattr(held.dbapi_connection, "party", None) not in units_left:
             left.append(f"a connection was left open: the one that was taken at {place}")
         held.invalidate()
     shared.end_all()
@@ -212,7 +192,7 @@ class SandboxEngines(Engines):
         virtual.party = options.get(PARTY) or self._party()
 
     def _party(self) -> Party:
-        return Party(frozenset(_party_of(scope) for scope in scopes_here(self._manager)))
+        return Party(frozenset(party_of(scope) for scope in scopes_here(self._manager)))
 
     @property
     def pools(self) -> list[Pool]:
@@ -231,9 +211,3 @@ class SandboxEngines(Engines):
 
 
 def _ignore(*_: object) -> None: ...
-
-
-def _party_of(unit: Scope | AsyncConnection) -> Party | None:
-    """None of one that is not of the sandbox."""
-    engine = cast(AsyncEngine, unit.session.bind if isinstance(unit, Scope) else unit.engine)
-    return engine.sync_engine.get_execution_options().get(PARTY)

@@ -214,7 +214,7 @@ class SharedConnection:
     async def _end(self, virtual: VirtualConnection) -> None:
         if self._is_sqlite:
             driver = self._real.driver_connection
-            await stop_sqlite(driver, driver.execute("SELECT 1"))
+            await stop_sqlite(driver, driver.execute("SELECT 1"), patience=1)  # it undoes all where it strikes a write
             for cursor in gc.get_referrers(driver._conn):  # an unfinished one would keep any savepoint from its end
                 # isinstance() would ask a proxy what it stands for; one without a description waits for its turn
                 if issubclass(type(cursor), sqlite3.Cursor) and cursor.description:

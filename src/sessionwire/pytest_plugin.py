@@ -1,0 +1,276 @@
+"""The pytest plugin: a server for the run, a database for each worker, and each test in a sandbox of its own.
+
+A user's conftest.py says what is to be tested, and tests take `container`:
+
+    @pytest.fixture(scope="session")
+    def sessionwire_container():
+        return Container
+
+All but the last step is synchronous, so that it serves whatever runs the tests: pytest-asyncio or anyio, in any loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from dependency_injector import containers
+from sqlalchemy import text
+
+from .containers import DatabaseContainer
+from .embedded import EmbeddedServer
+from .lifespan import Lifespan, databases
+from .manager import DatabaseSessionManager
+from .plan import Propagation
+from .settings import DatabaseSettings
+from .testing import DatabaseCopy, DatabaseTemplate, overriding, sandbox
+from .testing.leaks import end_tasks, end_units
+from .testing.managers import managers_of
+from .testing.overrides import by_name
+
+RUN = pytest.StashKey[str]()
+UNSAFE = ("fsync", "full_page_writes", "synchronous_commit")  # nobody pulls the plug here
+TIMEOUT = 5.0  # seconds for a task that is cancelled to end
+LOOP_SCOPES = ("function", "class", "module", "package", "session")
+NO_CONTAINER = """say in conftest.py which container is to be tested:
+
+@pytest.fixture(scope="session")
+def sessionwire_container():
+    return Container  # or a function that makes one for each test"""
+SEED = Callable[[DatabaseSessionManager], Any]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("sessionwire", "databases for tests")
+    for name, default, what in (
+        ("url", "embedded", "where the databases are made: a URL, or 'embedded' for a private PostgreSQL"),
+        ("isolation", "sandbox", "'sandbox', or 'database' for a database of its own for each test"),
+    ):
+        parser.addini(f"sessionwire_{name}", f"{what} (default: {default})", default=default)
+        group.addoption(f"--sessionwire-{name}", help=f"{what}, instead of the ini key sessionwire_{name}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    worker = getattr(config, "workerinput", {})
+    config.stash[RUN] = worker.get("sessionwire_run") or uuid4().hex
+    if _option(config, "isolation") not in ("sandbox", "database"):
+        raise pytest.UsageError("sessionwire_isolation is 'sandbox' or 'database'")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["sessionwire_run"] = node.config.stash[RUN]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput") and RUN in config.stash:
+        shutil.rmtree(_directory(config), ignore_errors=True)
+
+
+def _option(config: pytest.Config, name: str) -> str:
+    return str(config.getoption(f"sessionwire_{name}") or config.getini(f"sessionwire_{name}"))
+
+
+def _directory(config: pytest.Config) -> Path:
+    """Of the embedded server; not among pytest's own, which are closed to the server's user."""
+    return Path(tempfile.gettempdir(), f"sessionwire-{config.stash[RUN]}")
+
+
+# What users may override
+
+
+@pytest.fixture(scope="session")
+def sessionwire_container() -> Callable[[], Any]:
+    """What makes the container for each test; a container that is there already is returned by a lambda."""
+    raise pytest.UsageError(NO_CONTAINER)
+
+
+@pytest.fixture(scope="session")
+def sessionwire_seed() -> SEED | None:
+    """An async function of an open manager that makes the tables, and what else is there before each test.
+
+    Default: `create_all()` of the container's metadata.
+    """
+    return None
+
+
+@pytest.fixture(scope="session")
+def sessionwire_settings(request: pytest.FixtureRequest, _sessionwire_runner: asyncio.Runner) -> Iterator[Any]:
+    """`DatabaseSettings` with a URL beside whose database those of the tests are made."""
+    url = _option(request.config, "url")
+    if url != "embedded":
+        yield DatabaseSettings(url=url)
+        return
+    server = EmbeddedServer(_directory(request.config) / "data")
+    server.start()
+    try:
+        settings = DatabaseSettings(url=f"postgresql://postgres@/postgres?host={server.socket_directory}")
+        _sessionwire_runner.run(_hurry(settings))
+        yield settings
+    finally:
+        server.stop()
+
+
+async def _hurry(settings: DatabaseSettings) -> None:
+    manager = DatabaseSessionManager(settings)
+    async with manager, manager.transaction(Propagation.NOT_SUPPORTED) as session:
+        for setting in UNSAFE:
+            await session.execute(text(f"ALTER SYSTEM SET {setting} = off"))
+        await session.execute(text("SELECT pg_reload_conf()"))
+
+
+# Databases
+
+
+@pytest.fixture(scope="session")
+def _sessionwire_runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:  # the current loop stays as it is
+        yield runner
+
+
+@pytest.fixture(scope="session")
+def _sessionwire_templates(
+    request: pytest.FixtureRequest,
+    sessionwire_container: Callable[[], Any],
+    sessionwire_seed: SEED | None,
+    sessionwire_settings: DatabaseSettings,
+    _sessionwire_runner: asyncio.Runner,
+) -> Iterator[list[DatabaseTemplate]]:
+    """One for each database of the container, shared by the workers of a run."""
+    stack = AsyncExitStack()
+    run = request.config.stash[RUN]
+    try:
+        yield [
+            _sessionwire_runner.run(
+                stack.enter_async_context(
+                    DatabaseTemplate(
+                        sessionwire_settings,
+                        sessionwire_seed or partial(_create_tables, database),
+                        key=f"{run} {number}",
+                    )
+                )
+            )
+            for number, database in enumerate(databases(sessionwire_container()))
+        ]
+    finally:
+        _sessionwire_runner.run(stack.aclose())
+
+
+async def _create_tables(database: DatabaseContainer, manager: DatabaseSessionManager) -> None:
+    async with manager.connect() as connection:
+        await connection.run_sync(database.metadata().create_all)
+
+
+@pytest.fixture(scope="session")
+def sessionwire_databases(
+    _sessionwire_templates: list[DatabaseTemplate], _sessionwire_runner: asyncio.Runner
+) -> Iterator[list[DatabaseSettings]]:
+    """Of this worker, one for each database of the container."""
+    with _copies(_sessionwire_templates, _sessionwire_runner) as settings:
+        yield settings
+
+
+@pytest.fixture
+def _sessionwire_own_databases(
+    _sessionwire_templates: list[DatabaseTemplate], _sessionwire_runner: asyncio.Runner
+) -> Iterator[list[DatabaseSettings]]:
+    """The same for one test alone."""
+    with _copies(_sessionwire_templates, _sessionwire_runner) as settings:
+        yield settings
+
+
+@contextmanager
+def _copies(templates: list[DatabaseTemplate], runner: asyncio.Runner) -> Generator[list[DatabaseSettings]]:
+    stack = AsyncExitStack()
+    copies: list[DatabaseCopy] = []
+    try:
+        for template in templates:
+            copies.append(runner.run(stack.enter_async_context(template.copy())))
+        yield [copy.settings for copy in copies]
+    finally:
+        runner.run(stack.aclose())
+    if left := sum(copy.connections_left for copy in copies):
+        pytest.fail(f"{left} connections to the database of the test were left open", pytrace=False)
+
+
+# The container
+
+
+@pytest.fixture
+def _sessionwire_overridden(
+    request: pytest.FixtureRequest, sessionwire_container: Callable[[], Any]
+) -> Iterator[containers.Container]:
+    """Not started yet, on the databases that it is to use."""
+    is_shared = _option(request.config, "isolation") == "sandbox"
+    settings = request.getfixturevalue("sessionwire_databases" if is_shared else "_sessionwire_own_databases")
+    container = sessionwire_container()
+    names = {provider: name for name, provider in by_name(container).items()}
+    given = {names[database.settings]: each for database, each in zip(databases(container), settings, strict=True)}
+    with overriding(container, **given):
+        yield container
+
+
+@asynccontextmanager
+async def _started(config: pytest.Config, container: containers.Container) -> AsyncGenerator[containers.Container]:
+    async with AsyncExitStack() as stack:
+        if _option(config, "isolation") == "sandbox":
+            await stack.enter_async_context(sandbox(container))
+        await stack.enter_async_context(Lifespan(container))
+        tasks, managers = asyncio.all_tasks(), managers_of(container)
+        before = {manager: manager.left_open for manager in managers}
+        yield container
+        left = await end_tasks(tasks, set, set(), TIMEOUT)
+        for manager in managers:
+            left += end_units(manager, before[manager]).values()
+        if left:
+            pytest.fail("\n".join(left), pytrace=False)
+
+
+@pytest.fixture
+def container(request: pytest.FixtureRequest, sessionwire_settings: DatabaseSettings) -> Any:
+    """The container of `sessionwire_container`, started, in a sandbox or on a database of the test's own."""
+    if "anyio_backend" in request.fixturenames:
+        return request.getfixturevalue("_sessionwire_anyio")
+    if not request.config.pluginmanager.has_plugin("asyncio"):
+        raise pytest.UsageError("the fixture container is for async tests: install pytest-asyncio, or use anyio's")
+    marker: Any = request.node.get_closest_marker("asyncio")
+    loop_scope = marker and marker.kwargs.get("loop_scope")
+    loop_scope = loop_scope or request.config.getini("asyncio_default_test_loop_scope")
+    return request.getfixturevalue(f"_sessionwire_asyncio_{loop_scope}")
+
+
+@pytest.fixture
+async def _sessionwire_anyio(
+    pytestconfig: pytest.Config, _sessionwire_overridden: containers.Container
+) -> AsyncGenerator[containers.Container]:
+    async with _started(pytestconfig, _sessionwire_overridden) as container:
+        yield container
+
+
+try:
+    import pytest_asyncio
+except ImportError:
+    pass
+else:
+
+    def _in_loop_of(scope: Any) -> Any:
+        """The same for pytest-asyncio, which is told by the fixture in which loop it runs."""
+
+        @pytest_asyncio.fixture(name=f"_sessionwire_asyncio_{scope}", loop_scope=scope)
+        async def started(
+            pytestconfig: pytest.Config, _sessionwire_overridden: containers.Container
+        ) -> AsyncGenerator[containers.Container]:
+            async with _started(pytestconfig, _sessionwire_overridden) as container:
+                yield container
+
+        return started
+
+    globals().update({f"_started_in_{scope}": _in_loop_of(scope) for scope in LOOP_SCOPES})  # where pytest finds them

@@ -1,0 +1,176 @@
+"""The pytest plugin as its users have it: in a project of their own, whose tests another pytest runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Postgres
+
+CHECKOUT = Path(__file__).parents[2]
+CONFTEST = """
+import pytest
+from shop import Container
+
+@pytest.fixture(scope="session")
+def sessionwire_container():
+    return Container
+"""
+SHOP = """
+from dependency_injector import containers, providers
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped, mapped_column
+
+from sessionwire import Base, DatabaseContainer, TransactionManager, transactional
+
+
+class Item(Base):
+    __tablename__ = "item"
+    name: Mapped[str] = mapped_column(primary_key=True)
+
+
+class Items:
+    def __init__(self, session: AsyncSession, transaction: TransactionManager) -> None:
+        self.session, self.transaction = session, transaction
+
+    @transactional
+    async def add(self, name: str) -> None:
+        self.session.add(Item(name=name))
+
+    @transactional
+    async def has(self, name: str) -> bool:
+        return await self.session.get(Item, name) is not None
+
+
+class Container(containers.DeclarativeContainer):
+    db = providers.Container(DatabaseContainer)
+    items = providers.Factory(Items, db.session, db.transaction)
+"""
+# each adds the same key, which only one could if anything were left
+ADDS = """
+{mark}
+@pytest.mark.parametrize("number", range(2))
+async def test_adds_{name}(container, number):
+    assert not await container.items().has("pen")
+    await container.items().add("pen")
+    assert await container.items().has("pen")
+"""
+LOOPS = ("function", "class", "module", "package", "session")
+
+
+class Project:
+    def __init__(self, directory: Path, url: str) -> None:
+        self.directory = directory
+        self.url = url
+        self.write("shop.py", SHOP)
+        self.write("conftest.py", CONFTEST)
+
+    def write(self, name: str, text: str) -> None:
+        (self.directory / name).write_text(text, encoding="utf-8")
+
+    def run(self, *arguments: str, url: str | None = None) -> subprocess.CompletedProcess[str]:
+        own = "-c", os.devnull, "--rootdir", str(self.directory), "-o", "asyncio_default_fixture_loop_scope=function"
+        return pytest_run(self.directory, *own, f"--sessionwire-url={url or self.url}", *arguments)
+
+
+def pytest_run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *plugin(), "-q", *arguments],
+        cwd=directory,
+        env=environment | {"PYTHONPATH": f"{CHECKOUT / 'src'}{os.pathsep}{directory}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def plugin() -> list[str]:
+    """What makes pytest know the plugin where sessionwire is not installed, but imported from the checkout."""
+    from importlib.metadata import entry_points
+
+    known = any(point.value == "sessionwire.pytest_plugin" for point in entry_points(group="pytest11"))
+    return [] if known else ["-p", "sessionwire.pytest_plugin"]
+
+
+@pytest.fixture
+def project(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> Project:
+    url = "sqlite://"
+    if backend == "postgresql":
+        server: Postgres = request.getfixturevalue("postgres")
+        url = server.url("postgres")
+    return Project(tmp_path, url)
+
+
+def assert_passed(finished: subprocess.CompletedProcess[str], count: int) -> None:
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert f"{count} passed" in finished.stdout
+
+
+@pytest.mark.parametrize("isolation", ["sandbox", "database"])
+def test_each_test_finds_the_database_as_it_was_in_whatever_loop_it_runs(project: Project, isolation: str) -> None:
+    marks = {scope: f'@pytest.mark.asyncio(loop_scope="{scope}")' for scope in LOOPS} | {"anyio": "@pytest.mark.anyio"}
+    tests = "".join(ADDS.format(name=name, mark=mark) for name, mark in marks.items())
+    backend = "\n@pytest.fixture\ndef anyio_backend():\n    return 'asyncio'\n"
+    project.write("test_shop.py", "import pytest\n" + backend + tests)
+
+    assert_passed(project.run("-o", "asyncio_mode=strict", f"--sessionwire-isolation={isolation}"), 2 * len(marks))
+
+
+def test_the_workers_of_a_run_share_an_embedded_server(tmp_path: Path) -> None:
+    project = Project(tmp_path, "embedded")
+    project.write("test_shop.py", "import pytest\n" + "".join(ADDS.format(name=n, mark="") for n in range(4)))
+
+    assert_passed(project.run("-o", "asyncio_mode=auto", "-n", "2"), 8)
+
+
+LEAKS = """
+import asyncio
+
+async def test_a_session(container):
+    await container.db.sessionmanager().session().__aenter__()
+
+async def test_a_task(container):
+    async def never_ends():
+        await asyncio.Event().wait()
+    asyncio.create_task(never_ends())
+
+async def test_a_transaction(container):
+    session = await container.db.sessionmanager().transaction().__aenter__()
+    await session.connection()
+
+async def test_nothing(container):
+    assert not await container.items().has("pen")
+"""
+
+
+def test_what_a_test_leaves_open_fails_it_and_is_named_with_its_line(project: Project) -> None:
+    project.write("test_leaks.py", LEAKS)
+
+    finished = project.run("-o", "asyncio_mode=auto")
+
+    assert "4 passed, 3 errors" in finished.stdout, finished.stdout + finished.stderr
+    for place in ("test_leaks.py:5 in test_a_session", "test_leaks.py:9 in", "test_leaks.py:13 in test_a_transaction"):
+        assert place in finished.stdout
+
+
+@pytest.mark.parametrize("backend", ["sqlite"])
+def test_what_is_wrong_is_said_with_the_remedy(project: Project) -> None:
+    project.write("test_shop.py", "async def test_it(container): pass")
+    (project.directory / "conftest.py").unlink()
+    assert "def sessionwire_container():" in project.run("-o", "asyncio_mode=auto").stdout
+    assert "'sandbox' or 'database'" in project.run("--sessionwire-isolation=box").stderr
+
+
+@pytest.mark.parametrize("isolation", ["sandbox", "database"])
+def test_the_ledgers_tests_pass_in_any_order(isolation: str) -> None:
+    files = [f"tests/ledger/test_{name}.py" for name in ("accounts", "transfers", "idempotency", "wiring", "api")]
+    options = "-n", "2", "-p", "random_order", "--random-order", f"--sessionwire-isolation={isolation}"
+
+    finished = pytest_run(CHECKOUT, *options, *files)
+
+    assert finished.returncode == 0, finished.stdout + finished.stderr
