@@ -114,6 +114,32 @@ async def test_a_cancellation_at_any_await_leaves_all_or_nothing_and_no_connecti
     assert all(written in ([], ["a", "b"]) for written in results)
 
 
+async def test_a_loop_that_cancels_all_its_tasks_leaves_all_or_nothing_and_no_connection_behind(
+    manager: DatabaseSessionManager,
+) -> None:
+    """As it does when it is shut down: those too in which the library ends what it has begun."""
+    await in_a_transaction(manager)  # warm
+    for turns in range(0, 60, 2):
+        async with manager.connect() as connection:
+            await connection.execute(delete(Note))
+        here = asyncio.current_task()
+        task = asyncio.create_task(in_a_transaction(manager))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for each in asyncio.all_tasks() - {here}:
+            each.cancel()
+        await asyncio.wait([task])
+        await until_given_back(manager)
+        assert await notes(manager) in ([], ["a", "b"])
+
+
+async def until_given_back(manager: DatabaseSessionManager) -> None:
+    async def given_back() -> bool:
+        return checked_out(manager) == 0
+
+    await until(given_back)
+
+
 @pytest.mark.parametrize("again_after", [None, 2], ids=["once", "twice"])
 class TestCancelledEverywhere:
     async def all_or_nothing(self, manager: DatabaseSessionManager, work: Work, again_after: int | None) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-import types
 from collections.abc import Coroutine, Generator
-from functools import partial
 from typing import Any, TypeVar, cast
 
 from sqlalchemy.exc import DBAPIError, InterfaceError
@@ -29,7 +27,7 @@ async def to_the_end(work: Coroutine[Any, Any, T], timeout: float) -> T:
         awaited = work.send(None)
     except StopIteration as done:  # nothing had to be waited for
         return cast(T, done.value)
-    task = asyncio.ensure_future(_go_on(work, awaited))  # which is what a cancellation of this one doesn't reach
+    task = asyncio.ensure_future(Rest(work, awaited))  # which is what a cancellation of this one doesn't reach
     overdue = asyncio.get_running_loop().call_later(timeout, task.cancel)
     cancellation: asyncio.CancelledError | None = None
     while not task.done():
@@ -46,20 +44,32 @@ async def to_the_end(work: Coroutine[Any, Any, T], timeout: float) -> T:
     return task.result()
 
 
-@types.coroutine
-def _go_on(work: Coroutine[Any, Any, T], awaited: Any) -> Generator[Any, Any, T]:
-    """The rest of work that has begun."""
-    while True:
-        try:
-            answer = yield awaited
-        except BaseException as error:
-            step = partial(work.throw, error)
-        else:
-            step = partial(work.send, answer)
-        try:
-            awaited = step()
-        except StopIteration as done:
-            return cast(T, done.value)
+class Rest(Coroutine[Any, Any, T]):
+    """The rest of work that has begun, for a task to do: it awaits first what the work has awaited already."""
+
+    def __init__(self, work: Coroutine[Any, Any, T], awaited: asyncio.Future[Any] | None) -> None:
+        self._work = work
+        self._awaited = awaited
+        self._has_begun = False
+
+    def send(self, value: Any, /) -> Any:
+        if self._has_begun:
+            return self._work.send(value)
+        self._has_begun = True
+        return self._awaited
+
+    def throw(self, *error: Any) -> Any:
+        if not self._has_begun and self._awaited is not None:  # the task was cancelled before its first step
+            self._has_begun = True
+            self._awaited.cancel()
+            return self._awaited
+        return self._work.throw(*error)
+
+    def close(self) -> None:
+        self._work.close()
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        raise NotImplementedError("it is for a task")
 
 
 async def finish_commit(work: Coroutine[Any, Any, None], timeout: float) -> None:
