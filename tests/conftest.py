@@ -15,6 +15,7 @@ from sqlalchemy.pool import QueuePool
 
 from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
 from sessionwire.embedded import EmbeddedServer
+from sessionwire.testing.server import hurry, temporary_directory
 
 from .tables import Note
 
@@ -47,13 +48,12 @@ class Postgres:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    directory = tempfile.mkdtemp(prefix="sessionwire-")  # pytest closes its own to the server's user
+    # pytest closes its own directories to the server's user
+    directory = tempfile.mkdtemp(prefix="sessionwire-", dir=temporary_directory())
     server = EmbeddedServer(Path(directory) / "data")
     server.start()
     administrator = Postgres(server.socket_directory)
-    for setting in ("fsync", "full_page_writes", "synchronous_commit"):  # nobody pulls the plug here
-        asyncio.run(administrator.execute(f"ALTER SYSTEM SET {setting} = off"))
-    asyncio.run(administrator.execute("SELECT pg_reload_conf()"))
+    asyncio.run(hurry(DatabaseSettings(url=administrator.url("postgres"))))
     asyncio.run(administrator.execute(f"CREATE DATABASE {DATABASE}"))
     yield administrator
     server.stop()

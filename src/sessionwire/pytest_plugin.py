@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import tempfile
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
@@ -23,21 +22,19 @@ from uuid import uuid4
 
 import pytest
 from dependency_injector import containers
-from sqlalchemy import text
 
 from .containers import DatabaseContainer
 from .embedded import EmbeddedServer
 from .lifespan import Lifespan, databases
 from .manager import DatabaseSessionManager
-from .plan import Propagation
 from .settings import DatabaseSettings
 from .testing import DatabaseCopy, DatabaseTemplate, overriding, sandbox
 from .testing.leaks import end_tasks, end_units
 from .testing.managers import managers_of
 from .testing.overrides import by_name
+from .testing.server import hurry, temporary_directory
 
-RUN = pytest.StashKey[str]()
-UNSAFE = ("fsync", "full_page_writes", "synchronous_commit")  # nobody pulls the plug here
+DIRECTORY = pytest.StashKey[Path]()  # of the run's embedded server
 TIMEOUT = 5.0  # seconds for a task that is cancelled to end
 LOOP_SCOPES = ("function", "class", "module", "package", "session")
 NO_CONTAINER = """say in conftest.py which container is to be tested:
@@ -60,28 +57,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     worker = getattr(config, "workerinput", {})
-    config.stash[RUN] = worker.get("sessionwire_run") or uuid4().hex
+    # not among pytest's own, which are closed to the server's user
+    directory = worker.get("sessionwire_directory") or temporary_directory() / f"sessionwire-{uuid4().hex}"
+    config.stash[DIRECTORY] = Path(directory)
     if _option(config, "isolation") not in ("sandbox", "database"):
         raise pytest.UsageError("sessionwire_isolation is 'sandbox' or 'database'")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    node.workerinput["sessionwire_run"] = node.config.stash[RUN]
+    node.workerinput["sessionwire_directory"] = str(node.config.stash[DIRECTORY])
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput") and RUN in config.stash:
-        shutil.rmtree(_directory(config), ignore_errors=True)
+    if not hasattr(config, "workerinput") and DIRECTORY in config.stash:
+        shutil.rmtree(config.stash[DIRECTORY], ignore_errors=True)
 
 
 def _option(config: pytest.Config, name: str) -> str:
     return str(config.getoption(f"sessionwire_{name}") or config.getini(f"sessionwire_{name}"))
-
-
-def _directory(config: pytest.Config) -> Path:
-    """Of the embedded server; not among pytest's own, which are closed to the server's user."""
-    return Path(tempfile.gettempdir(), f"sessionwire-{config.stash[RUN]}")
 
 
 # What users may override
@@ -109,22 +103,14 @@ def sessionwire_settings(request: pytest.FixtureRequest, _sessionwire_runner: as
     if url != "embedded":
         yield DatabaseSettings(url=url)
         return
-    server = EmbeddedServer(_directory(request.config) / "data")
+    server = EmbeddedServer(request.config.stash[DIRECTORY] / "data")
     server.start()
     try:
         settings = DatabaseSettings(url=f"postgresql://postgres@/postgres?host={server.socket_directory}")
-        _sessionwire_runner.run(_hurry(settings))
+        _sessionwire_runner.run(hurry(settings))
         yield settings
     finally:
         server.stop()
-
-
-async def _hurry(settings: DatabaseSettings) -> None:
-    manager = DatabaseSessionManager(settings)
-    async with manager, manager.transaction(Propagation.NOT_SUPPORTED) as session:
-        for setting in UNSAFE:
-            await session.execute(text(f"ALTER SYSTEM SET {setting} = off"))
-        await session.execute(text("SELECT pg_reload_conf()"))
 
 
 # Databases
@@ -146,7 +132,7 @@ def _sessionwire_templates(
 ) -> Iterator[list[DatabaseTemplate]]:
     """One for each database of the container, shared by the workers of a run."""
     stack = AsyncExitStack()
-    run = request.config.stash[RUN]
+    run = request.config.stash[DIRECTORY].name
     try:
         yield [
             _sessionwire_runner.run(

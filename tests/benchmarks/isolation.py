@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from time import perf_counter
 
-from sqlalchemy import Column, ForeignKey, Integer, MetaData, String, Table as Schema, insert, select
+from sqlalchemy import Column, ForeignKey, Integer, MetaData, String, insert, select
+from sqlalchemy import Table as Schema
 
-from sessionwire import DatabaseSessionManager
+from sessionwire import DatabaseSessionManager, DatabaseSettings
+from sessionwire.embedded import EmbeddedServer
 from sessionwire.testing import DatabaseTemplate, sandbox
+from sessionwire.testing.server import hurry, temporary_directory
 
 from .report import Table, Times, ratios
 from .scopes import rotated
@@ -34,10 +37,12 @@ Ready = Callable[[], AbstractAsyncContextManager[DatabaseSessionManager]]
 
 
 async def run(server_socket_directory: str, rounds: int, progress: Callable[[str], None]) -> list[Table]:
+    """On a server for tests, as the pytest plugin has it."""
     times: Times = defaultdict(lambda: defaultdict(list))
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(dir=temporary_directory()) as directory, server_in(directory) as socket_directory:
+        await hurry(DatabaseSettings(url=url(socket_directory)))
         for kind, address in (
-            ("PostgreSQL", url(server_socket_directory)),
+            ("PostgreSQL", url(socket_directory)),
             ("SQLite", f"sqlite:///{Path(directory, 'tests.db')}"),
         ):
             async with (
@@ -61,6 +66,17 @@ async def run(server_socket_directory: str, rounds: int, progress: Callable[[str
     return [ratios("time to isolate a test", times, ANEW, f"{len(TABLES)} tables; medians of {rounds} rounds.")]
 
 
+@contextmanager
+def server_in(directory: str) -> Iterator[str]:
+    """Its socket's directory."""
+    server = EmbeddedServer(Path(directory, "data"))
+    server.start()
+    try:
+        yield server.socket_directory
+    finally:
+        server.stop()
+
+
 async def create_tables(manager: DatabaseSessionManager) -> None:
     async with manager.connect() as connection:
         await connection.run_sync(METADATA.create_all)
@@ -68,10 +84,10 @@ async def create_tables(manager: DatabaseSessionManager) -> None:
 
 @asynccontextmanager
 async def anew(manager: DatabaseSessionManager) -> AsyncIterator[DatabaseSessionManager]:
+    yield manager
     async with manager.connect() as connection:
         await manager.drop_all(connection)
         await manager.create_all(connection)
-    yield manager
 
 
 @asynccontextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 
 from .report import Table
 from .variants import KEY, TEXT, VARIANTS, items
@@ -28,17 +29,24 @@ async def run(server_socket_directory: str, rounds: int, progress: Callable[[str
                 await unit()
             return (wire.messages - before) / times
 
-        for name, variant in VARIANTS.items():
-            progress(name)
-            async with variant(url("127.0.0.1", port)) as work:
+        progress("reading")
+        reads: dict[str, list[float]] = {}
+        async with AsyncExitStack() as stack:
+            readers: dict[str, Callable[[], Awaitable[object]]] = {}
+            for name, variant in VARIANTS.items():
+                work = await stack.enter_async_context(variant(url("127.0.0.1", port)))
 
                 async def read(work=work) -> None:
                     assert await work.read(KEY) == TEXT
 
-                first_read, _ = await count(read), await count(read)
-                warm_read = await count(read, UNITS)
-                await asyncio.sleep(IDLE)
-                idle_read = await count(read)
+                readers[name] = read
+                first, _ = await count(read), await count(read)
+                reads[name] = [first, await count(read, UNITS)]
+            await asyncio.sleep(IDLE)
+            for name, read in readers.items():
+                reads[name].append(await count(read))
+        progress("writing")
+        for name, variant in VARIANTS.items():
             async with variant(url("127.0.0.1", port)) as work:
 
                 async def write(work=work, text=name) -> None:
@@ -47,5 +55,6 @@ async def run(server_socket_directory: str, rounds: int, progress: Callable[[str
 
                 first_write, _ = await count(write), await count(write)
                 warm_write = await count(write, UNITS)
+            first_read, warm_read, idle_read = reads[name]
             table.rows[name] = [warm_read, idle_read, warm_write, first_read, first_write]
     return [table]

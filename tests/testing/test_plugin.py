@@ -111,7 +111,9 @@ def assert_passed(finished: subprocess.CompletedProcess[str], count: int) -> Non
     assert f"{count} passed" in finished.stdout
 
 
-@pytest.mark.parametrize("isolation", ["sandbox", "database"])
+@pytest.mark.parametrize(
+    ("backend", "isolation"), [("sqlite", "sandbox"), ("postgresql", "sandbox"), ("postgresql", "database")]
+)
 def test_each_test_finds_the_database_as_it_was_in_whatever_loop_it_runs(project: Project, isolation: str) -> None:
     marks = {scope: f'@pytest.mark.asyncio(loop_scope="{scope}")' for scope in LOOPS} | {"anyio": "@pytest.mark.anyio"}
     tests = "".join(ADDS.format(name=name, mark=mark) for name, mark in marks.items())
@@ -148,6 +150,7 @@ async def test_nothing(container):
 """
 
 
+@pytest.mark.parametrize("backend", ["postgresql"])
 def test_what_a_test_leaves_open_fails_it_and_is_named_with_its_line(project: Project) -> None:
     project.write("test_leaks.py", LEAKS)
 
@@ -164,13 +167,3 @@ def test_what_is_wrong_is_said_with_the_remedy(project: Project) -> None:
     (project.directory / "conftest.py").unlink()
     assert "def sessionwire_container():" in project.run("-o", "asyncio_mode=auto").stdout
     assert "'sandbox' or 'database'" in project.run("--sessionwire-isolation=box").stderr
-
-
-@pytest.mark.parametrize("isolation", ["sandbox", "database"])
-def test_the_ledgers_tests_pass_in_any_order(isolation: str) -> None:
-    files = [f"tests/ledger/test_{name}.py" for name in ("accounts", "transfers", "idempotency", "wiring", "api")]
-    options = "-n", "2", "-p", "random_order", "--random-order", f"--sessionwire-isolation={isolation}"
-
-    finished = pytest_run(CHECKOUT, *options, *files)
-
-    assert finished.returncode == 0, finished.stdout + finished.stderr

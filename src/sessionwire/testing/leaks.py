@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from sessionwire.ending import Rest
 from sessionwire.manager import DatabaseSessionManager
 from sessionwire.scope import Scope
 
@@ -25,7 +26,7 @@ async def end_tasks(before: Tasks, others: Callable[[], Tasks], outlasting: Task
 
     def running() -> Tasks:
         begun = asyncio.all_tasks() - before - others() - outlasting - {cast(Any, asyncio.current_task())}
-        return {task for task in begun if not _is_of_the_runner(task)}
+        return {task for task in begun if not _is_anothers(task)}
 
     if about_to_end := running():
         await asyncio.wait(about_to_end, timeout=GRACE)
@@ -57,6 +58,7 @@ def party_of(unit: Scope | AsyncConnection) -> Party | None:
     return cast("Party | None", engine.sync_engine.get_execution_options().get(PARTY))
 
 
-def _is_of_the_runner(task: asyncio.Task[Any]) -> bool:
-    """Whether anyio runs a fixture by it."""
-    return getattr(task.get_coro(), "__qualname__", "") == "TestRunner._call_in_runner_task"
+def _is_anothers(task: asyncio.Task[Any]) -> bool:
+    """Whether it does an end for another task, or is the one by which anyio runs a fixture."""
+    work = task.get_coro()
+    return isinstance(work, Rest) or getattr(work, "__qualname__", "") == "TestRunner._call_in_runner_task"
