@@ -18,7 +18,6 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 from dependency_injector import containers
@@ -32,7 +31,7 @@ from .testing import DatabaseCopy, DatabaseTemplate, overriding, sandbox
 from .testing.leaks import end_tasks, end_units
 from .testing.managers import managers_of
 from .testing.overrides import by_name
-from .testing.server import hurry, temporary_directory
+from .testing.server import hurry, new_directory, remove_left_by_killed
 
 DIRECTORY = pytest.StashKey[Path]()  # of the run's embedded server
 TIMEOUT = 5.0  # seconds for a task that is cancelled to end
@@ -58,8 +57,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     worker = getattr(config, "workerinput", {})
     # not among pytest's own, which are closed to the server's user
-    directory = worker.get("sessionwire_directory") or temporary_directory() / f"sessionwire-{uuid4().hex}"
-    config.stash[DIRECTORY] = Path(directory)
+    config.stash[DIRECTORY] = Path(worker.get("sessionwire_directory") or new_directory())
     if _option(config, "isolation") not in ("sandbox", "database"):
         raise pytest.UsageError("sessionwire_isolation is 'sandbox' or 'database'")
 
@@ -103,6 +101,7 @@ def sessionwire_settings(request: pytest.FixtureRequest, _sessionwire_runner: as
     if url != "embedded":
         yield DatabaseSettings(url=url)
         return
+    remove_left_by_killed()
     server = EmbeddedServer(request.config.stash[DIRECTORY] / "data")
     server.start()
     try:

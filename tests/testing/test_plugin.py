@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import Postgres
@@ -128,6 +130,31 @@ def test_the_workers_of_a_run_share_an_embedded_server(tmp_path: Path) -> None:
     project.write("test_shop.py", "import pytest\n" + "".join(ADDS.format(name=n, mark="") for n in range(4)))
 
     assert_passed(project.run("-o", "asyncio_mode=auto", "-n", "2"), 8)
+
+
+KILLED = """
+import os, signal
+from sqlalchemy import text
+
+async def test_is_killed(container):
+    async with container.db.sessionmanager().connect() as connection:
+        print(await connection.scalar(text("SELECT pg_read_file('postmaster.pid')")), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_server_of_a_killed_run_is_ended_by_the_next(tmp_path: Path) -> None:
+    project = Project(tmp_path, "embedded")
+    project.write("test_killed.py", KILLED)
+    project.write("test_shop.py", "import pytest\n" + ADDS.format(name="after", mark=""))
+
+    killed = project.run("-o", "asyncio_mode=auto", "-s", "test_killed.py")
+    assert killed.returncode == -signal.SIGKILL
+    server, data, *_ = killed.stdout.split()
+
+    assert_passed(project.run("-o", "asyncio_mode=auto", "test_shop.py"), 2)
+    assert not psutil.pid_exists(int(server))
+    assert not Path(data).parent.exists()
 
 
 LEAKS = """
