@@ -20,6 +20,7 @@ from sessionwire.testing.server import hurry, temporary_directory
 from .tables import Note
 
 DATABASE = "tests"
+CONNECTED = "SELECT query, state FROM pg_stat_activity WHERE datname = $1"
 
 
 class Postgres:
@@ -81,9 +82,13 @@ async def database_url(server: Postgres | None, tmp_path: Path) -> AsyncIterator
     anew = "DROP SCHEMA IF EXISTS public CASCADE; CREATE SCHEMA public; GRANT USAGE ON SCHEMA public TO PUBLIC"
     await server.run(anew, DATABASE)
     yield server.url(DATABASE)
-    async with asyncio.timeout(5):
-        while left := await server.execute("SELECT query, state FROM pg_stat_activity WHERE datname = $1", DATABASE):
-            await asyncio.sleep(0.02)  # a server process outlives its client for a moment
+    administrator = await asyncpg.connect(host=server.host, user="postgres", database="postgres")
+    try:
+        async with asyncio.timeout(5):
+            while left := await administrator.fetch(CONNECTED, DATABASE):
+                await asyncio.sleep(0.002)  # a server process outlives its client for a moment
+    finally:
+        await administrator.close()
     assert not left
 
 

@@ -257,7 +257,7 @@ async def test_whatever_fails_is_a_problem_and_tells_nothing_of_the_inside(
         (RuntimeError("secret"), 500, "about:blank", "fault of the service"),
     ]
     for error, status, type, says in failures:
-        with subtests.test(error=error), container.transfers.override(providers.Object(Failing(error))):
+        with subtests.test(error=repr(error)), container.transfers.override(providers.Object(Failing(error))):
             assert_problem(await transfer(api, 1, 2, "1.00", "rent"), status, type, says)
 
 
