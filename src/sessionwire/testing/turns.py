@@ -213,12 +213,8 @@ class SharedConnection:
 
     async def _end(self, virtual: VirtualConnection) -> None:
         if self._is_sqlite:
-            driver = self._real.driver_connection
-            await stop_sqlite(driver, driver.execute("SELECT 1"), patience=1)  # it undoes all where it strikes a write
-            for cursor in gc.get_referrers(driver._conn):  # an unfinished one would keep any savepoint from its end
-                # isinstance() would ask a proxy what it stands for; one without a description waits for its turn
-                if issubclass(type(cursor), sqlite3.Cursor) and cursor.description:
-                    cursor.close()
+            with suppress(Exception):  # those that wait for its end must not wait for good
+                await self._stop_sqlite()
         while working := [other for other in self._from(virtual) if other.working]:
             for other in working:
                 if other.is_ended and other.working is not None:
@@ -227,6 +223,14 @@ class SharedConnection:
         if virtual in self._open:
             with suppress(Exception):  # the connection is lost, and all with it
                 await greenlet_spawn(self._undo, virtual)
+
+    async def _stop_sqlite(self) -> None:
+        driver = self._real.driver_connection
+        await stop_sqlite(driver, driver.execute("SELECT 1"), patience=1)  # it undoes all where it strikes a write
+        for cursor in gc.get_referrers(driver._conn):  # an unfinished one would keep any savepoint from its end
+            # isinstance() would ask a proxy what it stands for; one without a description waits for its turn
+            if issubclass(type(cursor), sqlite3.Cursor) and cursor.description:
+                cursor.close()
 
     # Savepoints
 
