@@ -110,8 +110,7 @@ class DatabaseSessionManager:
                 engines.is_retired = True
                 for left in self._open:
                     if isinstance(left, Scope):
-                        left.cut_off = True
-                        left.end()
+                        left.cut()
                 await self._dispose(engines, forget=True)
 
     async def __aenter__(self) -> Self:
@@ -211,9 +210,9 @@ class DatabaseSessionManager:
                 error = raised
                 raise
             finally:
-                await finish_rollback(_give_back(connection), self.settings.rollback_timeout, error)
+                await finish_rollback(give_back(connection), self.settings.rollback_timeout, error)
         finally:
-            self._forget(pending)
+            self.forget(pending)
 
     async def create_all(self, connection: AsyncConnection) -> None:
         """Create the tables of `metadata` that are not there."""
@@ -287,16 +286,13 @@ class DatabaseSessionManager:
         self._open.add(scope)
         return scope
 
-    def forget_scope(self, scope: Scope | AsyncConnection) -> None:
-        self._forget(scope)
-
-    def end_connection(self, connection: Connection) -> None:
-        self._initialized().end(connection.connection.dbapi_connection)
-
-    def _forget(self, left: Scope | AsyncConnection) -> None:
+    def forget(self, left: Scope | AsyncConnection, /) -> None:
         self._open.discard(left)
         if self._drained is not None:
             self._drained.set()
+
+    def end_connection(self, connection: Connection) -> None:
+        self._initialized().end(connection.connection.dbapi_connection)
 
     def _admit(self) -> Engines:
         """The engines, for one more scope or connection here and now."""
@@ -339,7 +335,7 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-async def _give_back(connection: AsyncConnection) -> None:
+async def give_back(connection: AsyncConnection) -> None:
     """Close, which rolls back what was not committed."""
     try:
         await connection.close()

@@ -32,6 +32,7 @@ from .testing.leaks import end_tasks, end_units
 from .testing.managers import managers_of
 from .testing.overrides import by_name
 from .testing.server import hurry, new_directory, remove_left_by_killed
+from .testing.templates import Seed
 
 DIRECTORY = pytest.StashKey[Path]()  # of the run's embedded server
 TIMEOUT = 5.0  # seconds for a task that is cancelled to end
@@ -41,7 +42,6 @@ NO_CONTAINER = """say in conftest.py which container is to be tested:
 @pytest.fixture(scope="session")
 def sessionwire_container():
     return Container  # or a function that makes one for each test"""
-SEED = Callable[[DatabaseSessionManager], Any]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -86,7 +86,7 @@ def sessionwire_container() -> Callable[[], Any]:
 
 
 @pytest.fixture(scope="session")
-def sessionwire_seed() -> SEED | None:
+def sessionwire_seed() -> Seed | None:
     """An async function of an open manager that makes the tables, and what else is there before each test.
 
     Default: `create_all()` of the container's metadata.
@@ -125,7 +125,7 @@ def _sessionwire_runner() -> Iterator[asyncio.Runner]:
 def _sessionwire_templates(
     request: pytest.FixtureRequest,
     sessionwire_container: Callable[[], Any],
-    sessionwire_seed: SEED | None,
+    sessionwire_seed: Seed | None,
     sessionwire_settings: DatabaseSettings,
     _sessionwire_runner: asyncio.Runner,
 ) -> Iterator[list[DatabaseTemplate]]:

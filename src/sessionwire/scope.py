@@ -54,7 +54,7 @@ class Owner(Protocol):
         """A new scope with a session of its own. Raises `NotInitializedError`, `OwnershipError`."""
         ...
 
-    def forget_scope(self, scope: Scope) -> None:
+    def forget(self, scope: Scope, /) -> None:
         """The scope has ended, and given back its connection."""
         ...
 
@@ -245,6 +245,11 @@ class Scope:
         for block in self.blocks[:1]:
             self.leave(block)
 
+    def cut(self) -> None:
+        """End it from outside: nothing of it commits any more."""
+        self.cut_off = True
+        self.end()
+
     def check_caller(self) -> None:
         """With one block open, any task that has the session may use it; else only code inside the innermost one."""
         if len(self.blocks) > 1 and all(block is not self.blocks[-1] for block, _ in open_blocks()):
@@ -369,7 +374,7 @@ class Scope:
                 await self._undo(Session.rollback if undone else Session.close, error)
         finally:
             Session.close(self.session.sync_session)
-            self.owner.forget_scope(self)
+            self.owner.forget(self)
             del self.session  # which knows its scope: one that is done with is freed without the garbage collector
 
     async def _undo(self, undo: Callable[[Session], None], error: BaseException | None) -> None:

@@ -46,9 +46,8 @@ def end_units(manager: DatabaseSessionManager, before: frozenset[Scope | AsyncCo
         place = f"the block that began at {party.where}" if party else "in the sandbox it would be known where"
         left[party] = f"a session or connection was left open: {place}"
         if isinstance(unit, Scope):
-            unit.cut_off = True
-            unit.end()
-        manager.forget_scope(unit)
+            unit.cut()
+        manager.forget(unit)
     return left
 
 

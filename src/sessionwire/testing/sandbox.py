@@ -21,7 +21,7 @@ from sessionwire.ending import finish_rollback, to_the_end
 from sessionwire.engine import TERMS, Engines, Terms
 from sessionwire.errors import SandboxError
 from sessionwire.failures import watch_disconnects, watch_failures
-from sessionwire.manager import DatabaseSessionManager
+from sessionwire.manager import DatabaseSessionManager, give_back
 from sessionwire.scope import Scope, current_scope, scopes_here
 
 from .leaks import GRACE, PARTY, end_tasks, end_units, party_of
@@ -79,7 +79,7 @@ async def _sandbox(manager: DatabaseSessionManager, check_deferred: bool, patien
                     left.append("what was left open did not end in time")
                 finally:
                     shared.close()
-                    await finish_rollback(_undo(connection), timeout, error)
+                    await finish_rollback(give_back(connection), timeout, error)
             except BaseException as trouble:  # a cancellation
                 trouble.__cause__ = trouble.__cause__ or error
                 error = trouble
@@ -104,14 +104,6 @@ async def _opened(manager: DatabaseSessionManager) -> AsyncGenerator[None]:
     finally:
         if settings is not None and not manager.is_initialized:
             manager.init(settings)
-
-
-async def _undo(connection: AsyncConnection) -> None:
-    try:
-        await connection.rollback()
-    except BaseException:
-        await connection.invalidate()
-        raise
 
 
 async def _tidy(
