@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -54,6 +55,7 @@ from tests.tables import Note
 from tests.test_ways_out import WAYS_IN, Work
 
 HERE = Path(__file__).name
+COUNT = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000000) SELECT count(*) FROM n"
 
 
 @pytest.fixture
@@ -219,18 +221,40 @@ def serialization_failure() -> DBAPIError:
 
 
 async def test_a_deadline_undoes_and_what_follows_works(inside: DatabaseSessionManager) -> None:
-    count = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2000000) SELECT count(*) FROM n"
     for _ in range(2):
         with pytest.raises(TransactionTimeoutError):
             async with inside.transaction(timeout=0.1) as session:
                 session.add(Note(text="late"))
                 await session.flush()
-                await session.execute(text(count))
+                await session.execute(text(COUNT))
         await write(inside, "a")
         assert await seen(inside) == ["a", "before"]
         async with inside.session() as session:
             await session.execute(delete(Note).where(Note.text == "a"))
             await session.commit()
+
+
+async def test_collecting_what_was_interrupted_does_not_hold_up_the_loop_on_sqlite(tmp_path: Path) -> None:
+    settings = DatabaseSettings.model_validate({"url": f"sqlite:///{tmp_path / 'test.db'}"})
+    loop, is_collected = asyncio.get_running_loop(), Event()
+
+    def wait() -> bool:
+        loop.call_soon_threadsafe(collect)
+        return is_collected.wait(timeout=10)
+
+    def collect() -> None:
+        gc.collect()
+        is_collected.set()
+
+    async with DatabaseSessionManager(settings) as manager, sandbox(manager):
+        async with manager.connect() as connection:
+            raw: Any = await connection.get_raw_connection()
+            await raw.driver_connection.create_function("wait", 0, wait)
+        with pytest.raises(TransactionTimeoutError):
+            async with manager.transaction(timeout=0.1) as session:
+                await session.execute(text(COUNT))
+        async with manager.session() as session:
+            assert await session.scalar(text("SELECT wait()")) == 1
 
 
 # Kinds of scopes

@@ -227,9 +227,9 @@ class SharedConnection:
     async def _stop_sqlite(self) -> None:
         driver = self._real.driver_connection
         await stop_sqlite(driver, driver.execute("SELECT 1"), patience=1)  # it undoes all where it strikes a write
-        for cursor in gc.get_referrers(driver._conn):  # an unfinished one would keep any savepoint from its end
-            # isinstance() would ask a proxy what it stands for; one without a description waits for its turn
-            if issubclass(type(cursor), sqlite3.Cursor) and cursor.description:
+        for cursor in gc.get_referrers(driver._conn):
+            # isinstance() would ask a proxy what it stands for
+            if issubclass(type(cursor), sqlite3.Cursor) and _has_begun(cursor):
                 cursor.close()
 
     # Savepoints
@@ -364,6 +364,15 @@ class SharedConnection:
 
 def _of(connection: PoolProxiedConnection) -> VirtualConnection:
     return cast(VirtualConnection, connection.dbapi_connection)
+
+
+def _has_begun(cursor: sqlite3.Cursor) -> bool:
+    """Whether a statement has begun on it, and not come to its end.
+
+    An unfinished one would keep any savepoint from its end. One that was interrupted would, on Python 3.11, hold up the
+    loop where it is collected as garbage during the next statement: it resets its own, and waits for SQLite's mutex.
+    """
+    return any(type(each).__name__ == "Statement" for each in gc.get_referents(cursor))
 
 
 def _awaits(task: asyncio.Task[Any] | None, other: asyncio.Task[Any] | None) -> bool:
