@@ -61,6 +61,7 @@ async def test_adds_{name}(container, number):
     await container.items().add("pen")
     assert await container.items().has("pen")
 """
+UNUSED = "-p", "no:faker", "-p", "no:hypothesispytest"  # by these tests, and each takes a second to load
 LOOPS = ("function", "class", "module", "package", "session")
 
 
@@ -82,7 +83,7 @@ class Project:
 def pytest_run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     return subprocess.run(
-        [sys.executable, "-m", "pytest", *plugin(), "-q", *arguments],
+        [sys.executable, "-m", "pytest", *plugin(), *UNUSED, "-q", *arguments],
         cwd=directory,
         env=environment | {"PYTHONPATH": f"{CHECKOUT / 'src'}{os.pathsep}{directory}"},
         capture_output=True,
