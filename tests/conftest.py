@@ -51,13 +51,11 @@ class Postgres:
 def postgres() -> Iterator[Postgres]:
     # pytest closes its own directories to the server's user
     directory = tempfile.mkdtemp(prefix="sessionwire-", dir=temporary_directory())
-    server = EmbeddedServer(Path(directory) / "data")
-    server.start()
-    administrator = Postgres(server.socket_directory)
-    asyncio.run(hurry(DatabaseSettings(url=administrator.url("postgres"))))
-    asyncio.run(administrator.execute(f"CREATE DATABASE {DATABASE}"))
-    yield administrator
-    server.stop()
+    with EmbeddedServer(Path(directory) / "data") as server:
+        administrator = Postgres(server.socket_directory)
+        asyncio.run(hurry(DatabaseSettings(url=administrator.url("postgres"))))
+        asyncio.run(administrator.execute(f"CREATE DATABASE {DATABASE}"))
+        yield administrator
     shutil.rmtree(directory)
 
 

@@ -10,6 +10,7 @@ import threading
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Self
 
 from .errors import ConfigurationError, NotInitializedError
 
@@ -17,12 +18,22 @@ _serialized = threading.Lock()  # the wheel's registry of servers is not made fo
 
 
 class EmbeddedServer:
-    """The server of a directory, which is created where it is missing. Starting and stopping block: use a thread."""
+    """The server of a directory, which is created where it is missing. Starting and stopping block: use a thread.
+
+    In a `with` block it runs from the begin to the end.
+    """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory).expanduser().resolve()
         self._handle = ExitStack()
         self._socket_directory: str | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def start(self) -> None:
         """Start the server, or join it where it runs already. Raises `ConfigurationError`."""

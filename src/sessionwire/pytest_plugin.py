@@ -102,14 +102,10 @@ def sessionwire_settings(request: pytest.FixtureRequest, _sessionwire_runner: as
         yield DatabaseSettings(url=url)
         return
     remove_left_by_killed()
-    server = EmbeddedServer(request.config.stash[DIRECTORY] / "data")
-    server.start()
-    try:
+    with EmbeddedServer(request.config.stash[DIRECTORY] / "data") as server:
         settings = DatabaseSettings(url=f"postgresql://postgres@/postgres?host={server.socket_directory}")
         _sessionwire_runner.run(hurry(settings))
         yield settings
-    finally:
-        server.stop()
 
 
 # Databases

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import os
 import platform
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -35,14 +34,11 @@ COMPARED = ("sqlalchemy", "asyncpg", "dependency-injector")
 
 def main() -> None:
     options = parse()
-    directory = Path(tempfile.mkdtemp(prefix="sessionwire-"))
-    server = EmbeddedServer(directory / "data")
-    server.start()
-    try:
+    with (
+        tempfile.TemporaryDirectory(prefix="sessionwire-", ignore_cleanup_errors=True) as directory,
+        EmbeddedServer(Path(directory, "data")) as server,
+    ):
         tables, failed = measure(options.names, options.rounds, server.socket_directory)
-    finally:
-        server.stop()
-        shutil.rmtree(directory, ignore_errors=True)
     show(tables, Console(highlight=False))
     if options.output:
         write(tables, about(options.rounds), options.output)

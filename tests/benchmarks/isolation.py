@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from time import perf_counter
 
@@ -39,10 +39,13 @@ Ready = Callable[[], AbstractAsyncContextManager[DatabaseSessionManager]]
 async def run(server_socket_directory: str, rounds: int, progress: Callable[[str], None]) -> list[Table]:
     """On a server for tests, as the pytest plugin has it."""
     times: Times = defaultdict(lambda: defaultdict(list))
-    with tempfile.TemporaryDirectory(dir=temporary_directory()) as directory, server_in(directory) as socket_directory:
-        await hurry(DatabaseSettings(url=url(socket_directory)))
+    with (
+        tempfile.TemporaryDirectory(dir=temporary_directory()) as directory,
+        EmbeddedServer(Path(directory, "data")) as server,
+    ):
+        await hurry(DatabaseSettings(url=url(server.socket_directory)))
         for kind, address in (
-            ("PostgreSQL", url(socket_directory)),
+            ("PostgreSQL", url(server.socket_directory)),
             ("SQLite", f"sqlite:///{Path(directory, 'tests.db')}"),
         ):
             async with (
@@ -64,17 +67,6 @@ async def run(server_socket_directory: str, rounds: int, progress: Callable[[str
                 async with manager.connect() as connection:
                     await manager.drop_all(connection)
     return [ratios("time to isolate a test", times, ANEW, f"{len(TABLES)} tables; medians of {rounds} rounds.")]
-
-
-@contextmanager
-def server_in(directory: str) -> Iterator[str]:
-    """Its socket's directory."""
-    server = EmbeddedServer(Path(directory, "data"))
-    server.start()
-    try:
-        yield server.socket_directory
-    finally:
-        server.stop()
 
 
 async def create_tables(manager: DatabaseSessionManager) -> None:

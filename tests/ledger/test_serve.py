@@ -198,10 +198,8 @@ async def test_one_that_takes_longer_than_the_drain_timeout_is_cut_off_and_told_
 @pytest.fixture
 def own_server() -> Iterator[EmbeddedServer]:
     directory = tempfile.mkdtemp(prefix="ledger-")  # pytest closes its own to the server's user
-    server = EmbeddedServer(Path(directory) / "data")
-    server.start()
-    yield server
-    server.stop()
+    with EmbeddedServer(Path(directory) / "data") as server:
+        yield server
     shutil.rmtree(directory)
 
 

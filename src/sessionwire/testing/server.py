@@ -40,10 +40,8 @@ def remove_left_by_killed() -> None:
     for directory in temporary_directory().glob(f"{PREFIX}*-*"):
         owner = directory.name.removeprefix(PREFIX).partition("-")[0]
         if owner.isdecimal() and not psutil.pid_exists(int(owner)):
-            with suppress(Exception):  # another process does so at the same time
-                server = EmbeddedServer(directory / "data")
-                server.start()  # which joins it where it runs, and is the last to stop it then
-                server.stop()
+            with suppress(Exception), EmbeddedServer(directory / "data"):
+                pass  # joined where it runs, and left by its last; or another process does so at the same time
             shutil.rmtree(directory, ignore_errors=True)
 
 
