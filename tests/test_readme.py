@@ -17,7 +17,7 @@ import sys
 import tomllib
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import get_args
@@ -77,7 +77,11 @@ BLOCKS = [
 ]
 PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
 PROMPT = [block for block in BLOCKS if block.language == "python" and not block.file and not block.excerpt_of]
-FILES = {block.file: block for block in BLOCKS if block.file}
+FILES = {  # blocks of one name, one after the other
+    block.file: replace(block, text="\n\n".join(each.text for each in BLOCKS if each.file == block.file))
+    for block in BLOCKS
+    if block.file
+}
 COMMANDS = [line for block in BLOCKS if block.language == "sh" for line in block.text.splitlines()]
 CODE = re.findall(r"`([^`]+)`", PROSE)
 

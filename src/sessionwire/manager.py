@@ -247,13 +247,20 @@ class DatabaseSessionManager:
     def replaced_engines(self, make: Callable[[Engines], Engines]) -> Generator[None]:
         """Let the open manager work on what `make` gives for its engines, also after a `close()` and an `init()`."""
         real, make_real, settings = self._initialized(), self._make_engines, self._settings
-        self._make_engines = lambda _: make(real)
-        self._engines = make(real)
+
+        def make_anew(settings: DatabaseSettings) -> Engines:
+            nonlocal real
+            if real.is_retired:
+                real = make_real(settings)
+            return make(real)
+
+        self._make_engines, self._engines = make_anew, make(real)
         try:
             yield
         finally:
-            self._engines, self._make_engines, self._settings = real, make_real, settings
-            self._proven = True
+            self._make_engines = make_real
+            if not real.is_retired:
+                self._engines, self._settings, self._proven = real, settings, True
 
     @property
     def left_open(self) -> frozenset[Scope | AsyncConnection]:

@@ -28,7 +28,7 @@ from .lifespan import Lifespan, databases
 from .manager import DatabaseSessionManager
 from .settings import DatabaseSettings
 from .testing import DatabaseCopy, DatabaseTemplate, overriding, sandbox
-from .testing.leaks import end_tasks, end_units
+from .testing.leaks import Watch, WatchedEngines
 from .testing.managers import managers_of
 from .testing.overrides import by_name
 from .testing.server import hurry, new_directory, remove_left_by_killed
@@ -201,16 +201,17 @@ def _sessionwire_overridden(
 
 @asynccontextmanager
 async def _started(config: pytest.Config, container: containers.Container) -> AsyncGenerator[containers.Container]:
+    is_sandbox = _option(config, "isolation") == "sandbox"
     async with AsyncExitStack() as stack:
-        if _option(config, "isolation") == "sandbox":
+        if is_sandbox:
             await stack.enter_async_context(sandbox(container))
         await stack.enter_async_context(Lifespan(container))
-        tasks, managers = asyncio.all_tasks(), managers_of(container)
-        before = {manager: manager.left_open for manager in managers}
+        watch = Watch(*managers_of(container))
+        if not is_sandbox:
+            for manager in managers_of(container):
+                stack.enter_context(manager.replaced_engines(partial(WatchedEngines, watch)))
         yield container
-        left = await end_tasks(tasks, set, set(), TIMEOUT)
-        for manager in managers:
-            left += end_units(manager, before[manager]).values()
+        left = await watch.end_tasks(set, set(), TIMEOUT) + watch.end_blocks()
         if left:
             pytest.fail("\n".join(left), pytrace=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -161,32 +162,46 @@ def test_the_server_of_a_killed_run_is_ended_by_the_next(tmp_path: Path) -> None
 LEAKS = """
 import asyncio
 
+left = []
+
 async def test_a_session(container):
-    await container.db.sessionmanager().session().__aenter__()
+    await container.db.sessionmanager().session().__aenter__()  # told
 
 async def test_a_task(container):
     async def never_ends():
-        await asyncio.Event().wait()
+        await asyncio.Event().wait()  # told
     asyncio.create_task(never_ends())
 
 async def test_a_transaction(container):
-    session = await container.db.sessionmanager().transaction().__aenter__()
+    session = await container.db.sessionmanager().transaction().__aenter__()  # told
     await session.connection()
+
+async def test_a_connection(container):
+    left.append(await container.db.sessionmanager().engine.connect())  # told
+
+async def test_one_that_was_opened_anew(container):
+    manager = container.db.sessionmanager()
+    await manager.close()
+    await manager.open()
+    await manager.session().__aenter__()  # told
+
+async def test_one_that_was_closed(container):
+    await container.db.sessionmanager().close()
 
 async def test_nothing(container):
     assert not await container.items().has("pen")
 """
 
 
-@pytest.mark.parametrize("backend", ["postgresql"])
-def test_what_a_test_leaves_open_fails_it_and_is_named_with_its_line(project: Project) -> None:
+@pytest.mark.parametrize("isolation", ["sandbox", "database"])
+def test_what_a_test_leaves_open_fails_it_and_is_named_with_its_line(project: Project, isolation: str) -> None:
     project.write("test_leaks.py", LEAKS)
 
-    finished = project.run("-o", "asyncio_mode=auto")
+    finished = project.run("-o", "asyncio_mode=auto", f"--sessionwire-isolation={isolation}")
 
-    assert "4 passed, 3 errors" in finished.stdout, finished.stdout + finished.stderr
-    for place in ("test_leaks.py:5 in test_a_session", "test_leaks.py:9 in", "test_leaks.py:13 in test_a_transaction"):
-        assert place in finished.stdout
+    assert "7 passed, 5 errors" in finished.stdout, finished.stdout + finished.stderr
+    told = {int(line) for line in re.findall(r"test_leaks\.py:(\d+)", finished.stdout)}
+    assert told == {number for number, line in enumerate(LEAKS.splitlines(), 1) if line.endswith("# told")}
 
 
 @pytest.mark.parametrize("backend", ["sqlite"])

@@ -6,49 +6,87 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, cast
 
+from sqlalchemy import Pool, PoolProxiedConnection, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from sessionwire.ending import Rest
+from sessionwire.engine import Engines, Terms
 from sessionwire.manager import DatabaseSessionManager
 from sessionwire.scope import Scope
 
 from .turns import Party
-from .where import where_is
+from .where import UNKNOWN, where, where_is
 
 PARTY = "sessionwire_party"  # the execution option that tells a connection whose it is
 GRACE = 0.5  # seconds for tasks that are about to end
 Tasks = set[asyncio.Task[Any]]
 
 
-async def end_tasks(before: Tasks, others: Callable[[], Tasks], outlasting: Tasks, timeout: float) -> list[str]:
-    """Cancel those that began since; `others` are not meant. What goes on all the same is added to `outlasting`."""
-    left: list[str] = []
+class Watch:
+    """What is begun and opened from now on, and where."""
 
-    def running() -> Tasks:
-        begun = asyncio.all_tasks() - before - others() - outlasting - {cast(Any, asyncio.current_task())}
-        return {task for task in begun if not _is_anothers(task)}
+    def __init__(self, *managers: DatabaseSessionManager) -> None:
+        self._tasks = asyncio.all_tasks()
+        self._units = {manager: manager.left_open for manager in managers}
+        self._held: dict[ConnectionPoolEntry, tuple[PoolProxiedConnection, str]] = {}
 
-    if about_to_end := running():
-        await asyncio.wait(about_to_end, timeout=GRACE)
-    while tasks := running():
-        for task in tasks:
-            left.append(f"a task was left running: {where_is(task)}: await it, or cancel it and await that")
-            task.cancel()
-        outlasting |= (await asyncio.wait(tasks, timeout=timeout))[1]
-    return left + [f"a task goes on although it was cancelled: {where_is(task)}" for task in outlasting]
+    def over(self, pool: Pool) -> None:
+        """Over its connections too."""
+        event.listen(pool, "checkout", self._taken)
+        event.listen(pool, "checkin", self._given_back)
+
+    async def end_tasks(self, others: Callable[[], Tasks], outlasting: Tasks, timeout: float) -> list[str]:
+        """Cancel those that run; `others` are not meant. What goes on all the same is added to `outlasting`."""
+        left: list[str] = []
+
+        def running() -> Tasks:
+            begun = asyncio.all_tasks() - self._tasks - others() - outlasting - {cast(Any, asyncio.current_task())}
+            return {task for task in begun if not _is_anothers(task)}
+
+        if about_to_end := running():
+            await asyncio.wait(about_to_end, timeout=GRACE)
+        while tasks := running():
+            for task in tasks:
+                left.append(f"a task was left running: {where_is(task)}: await it, or cancel it and await that")
+                task.cancel()
+            outlasting |= (await asyncio.wait(tasks, timeout=timeout))[1]
+        return left + [f"a task goes on although it was cancelled: {where_is(task)}" for task in outlasting]
+
+    def end_blocks(self) -> list[str]:
+        """Cut off those that are open, and end connections that are held; those that no block explains are told."""
+        blocks: list[str] = []
+        for manager, before in self._units.items():
+            for unit in manager.left_open - before:
+                party = party_of(unit)
+                place = party.where if party else UNKNOWN
+                blocks.append(f"a session or connection was left open: the block that began at {place}")
+                if isinstance(unit, Scope):
+                    unit.cut()
+                manager.forget(unit)
+        connections: list[str] = []
+        for connection, place in list(self._held.values()):
+            connections.append(f"a connection was left open: the one that was taken at {place}")
+            connection.invalidate()
+        return blocks or connections
+
+    def _taken(self, _: object, record: ConnectionPoolEntry, connection: PoolProxiedConnection) -> None:
+        self._held[record] = connection, where()
+
+    def _given_back(self, _: object, record: ConnectionPoolEntry) -> None:
+        self._held.pop(record, None)
 
 
-def end_units(manager: DatabaseSessionManager, before: frozenset[Scope | AsyncConnection]) -> dict[Party | None, str]:
-    """Cut off the scopes and connections that were opened since."""
-    left: dict[Party | None, str] = {}
-    for unit in manager.left_open - before:
-        party = party_of(unit)
-        place = f"the block that began at {party.where}" if party else "in the sandbox it would be known where"
-        left[party] = f"a session or connection was left open: {place}"
-        if isinstance(unit, Scope):
-            unit.cut()
-        manager.forget(unit)
-    return left
+class WatchedEngines(Engines):
+    """A manager's own engines, whose scopes and connections tell where they were opened."""
+
+    def __init__(self, watch: Watch, real: Engines) -> None:
+        self.__dict__ = real.__dict__
+        for pool in real.pools:
+            watch.over(pool)
+
+    def on(self, terms: Terms) -> AsyncEngine:
+        return super().on(terms).execution_options(**{PARTY: Party()})
 
 
 def party_of(unit: Scope | AsyncConnection) -> Party | None:

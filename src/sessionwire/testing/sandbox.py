@@ -15,16 +15,16 @@ from typing import Any, TypeVar, cast
 
 from dependency_injector import containers
 from sqlalchemy import AsyncAdaptedQueuePool, Connection, Engine, Pool, event, text
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sessionwire.ending import finish_rollback, to_the_end
 from sessionwire.engine import TERMS, Engines, Terms
 from sessionwire.errors import SandboxError
 from sessionwire.failures import watch_disconnects, watch_failures
 from sessionwire.manager import DatabaseSessionManager, give_back
-from sessionwire.scope import Scope, current_scope, scopes_here
+from sessionwire.scope import current_scope, scopes_here
 
-from .leaks import GRACE, PARTY, end_tasks, end_units, party_of
+from .leaks import GRACE, PARTY, Watch, party_of
 from .managers import managers_of
 from .turns import Party, SharedConnection
 
@@ -63,9 +63,9 @@ async def _sandbox(manager: DatabaseSessionManager, check_deferred: bool, patien
         shared = SharedConnection(
             raw.dbapi_connection, connection.dialect, check_deferred=check_deferred, patience=patience
         )
-        before = asyncio.all_tasks(), manager.left_open
+        watch = Watch(manager)
         error: BaseException | None = None
-        with manager.replaced_engines(lambda real: SandboxEngines(manager, real, shared)):
+        with manager.replaced_engines(lambda real: SandboxEngines(manager, real, shared, watch)):
             try:
                 yield
             except BaseException as raised:
@@ -73,7 +73,7 @@ async def _sandbox(manager: DatabaseSessionManager, check_deferred: bool, patien
             left: list[str] = []
             try:
                 try:
-                    tidied = _tidy(manager, shared, *before, asyncio.current_task(), left)
+                    tidied = _tidy(watch, shared, asyncio.current_task(), timeout, left)
                     await to_the_end(tidied, GRACE + 3 * timeout)
                 except TimeoutError:
                     left.append("what was left open did not end in time")
@@ -107,22 +107,11 @@ async def _opened(manager: DatabaseSessionManager) -> AsyncGenerator[None]:
 
 
 async def _tidy(
-    manager: DatabaseSessionManager,
-    shared: SharedConnection,
-    tasks: set[asyncio.Task[Any]],
-    units: frozenset[Scope | AsyncConnection],
-    caller: asyncio.Task[Any] | None,
-    left: list[str],
+    watch: Watch, shared: SharedConnection, caller: asyncio.Task[Any] | None, timeout: float, left: list[str]
 ) -> None:
     """End what was begun in the sandbox and goes on. Adds to `left` where it was."""
-    timeout = manager.settings.rollback_timeout
-    left += await end_tasks(tasks | {cast(Any, caller)}, lambda: set(shared.endings), shared.outlasting, timeout)
-    units_left = end_units(manager, units)
-    left += units_left.values()
-    for held, place in list(shared.held.values()):
-        if getattr(held.dbapi_connection, "party", None) not in units_left:
-            left.append(f"a connection was left open: the one that was taken at {place}")
-        held.invalidate()
+    left += await watch.end_tasks(lambda: {*shared.endings, cast(Any, caller)}, shared.outlasting, timeout)
+    left += watch.end_blocks()
     shared.end_all()
     await shared.ended()
 
@@ -130,13 +119,14 @@ async def _tidy(
 class SandboxEngines(Engines):
     """What the manager has for its engines: one that makes connections of nothing but turns."""
 
-    def __init__(self, manager: DatabaseSessionManager, real: Engines, shared: SharedConnection) -> None:
+    def __init__(self, manager: DatabaseSessionManager, real: Engines, shared: SharedConnection, watch: Watch) -> None:
         self.server = None  # it is not ours to stop
         self.is_retired = False
         self._manager = manager
         self._shared = shared
         self.dialect: Any = real.dialect if isinstance(real, SandboxEngines) else real.primary.dialect
         self.primary = AsyncEngine(self._engine(real.primary.sync_engine))
+        watch.over(self.primary.pool)
         for pool in real.pools:
             event.listen(pool, "checkout", shared.refuse)
 
@@ -169,7 +159,6 @@ class SandboxEngines(Engines):
         )
         event.listen(engine, "begin", self._begins)
         event.listen(engine, "checkout", shared.taken)
-        event.listen(engine, "checkin", shared.given_back)
         watch_disconnects(engine)
         watch_failures(engine)
         return engine

@@ -13,7 +13,6 @@ from itertools import takewhile
 from typing import Any, cast
 
 from sqlalchemy import PoolProxiedConnection
-from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from sessionwire.ending import to_the_end
@@ -83,7 +82,6 @@ class SharedConnection:
         self._changed = asyncio.get_running_loop().create_future()
         self._is_closed = False
         self.endings: set[asyncio.Task[None]] = set()
-        self.held: dict[ConnectionPoolEntry, tuple[PoolProxiedConnection, str]] = {}  # and where it was taken
         self.outlasting: set[asyncio.Task[Any]] = set()  # tasks that went on when they were cancelled
 
     def connect(self) -> VirtualConnection:
@@ -197,12 +195,8 @@ class SharedConnection:
 
     # What the pools tell
 
-    def taken(self, _: object, record: ConnectionPoolEntry, connection: PoolProxiedConnection) -> None:
+    def taken(self, _: object, __: object, connection: PoolProxiedConnection) -> None:
         _of(connection).is_lost = False  # as one that failed to commit may have left it
-        self.held[record] = connection, where()
-
-    def given_back(self, _: object, record: ConnectionPoolEntry) -> None:
-        self.held.pop(record, None)
 
     def refuse(self, *_: object) -> None:
         """A connection that is not the sandbox's: what was done on it would be kept."""

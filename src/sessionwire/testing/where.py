@@ -11,6 +11,7 @@ from typing import Any
 from greenlet import getcurrent, greenlet
 
 ON_THE_WAY = {"sqlalchemy", "sessionwire", "asyncio", "greenlet", "contextlib"}  # from the line that does it
+UNKNOWN = "a place that is not known"
 
 
 def where() -> str:
@@ -24,7 +25,7 @@ def where() -> str:
             frame = frame.f_back
         running = running.parent  # where the frames of a greenlet end, its parent's go on
         frame = running.gr_frame if running else None
-    return "unknown"
+    return UNKNOWN
 
 
 def where_is(task: asyncio.Task[Any]) -> str:
