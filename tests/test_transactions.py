@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from sessionwire import (
     UnexpectedRollbackError,
     transactional,
 )
+from sessionwire.testing import sandbox
 
 from .conftest import notes
 from .tables import Note
@@ -47,6 +50,15 @@ class Service:
         if fail:
             raise ValueError("as asked")
         return written
+
+
+@pytest.fixture(params=[nullcontext, sandbox], ids=["committed", "in a sandbox"])
+async def manager(
+    manager: DatabaseSessionManager, request: pytest.FixtureRequest
+) -> AsyncIterator[DatabaseSessionManager]:
+    """All of this holds in a sandbox, too."""
+    async with request.param(manager):
+        yield manager
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +38,27 @@ from .tables import Note
 Write = Callable[..., Coroutine[Any, Any, None]]
 
 
+@pytest.fixture(scope="session")
+def sessionwire_settings() -> DatabaseSettings:
+    """The database plays no role here."""
+    return DatabaseSettings(url="sqlite://")
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> DatabaseSettings:
-    """The database plays no role here."""
+    """Of a database for a container that is started here."""
     return DatabaseSettings(url=f"sqlite:///{tmp_path / 'test.db'}")
 
 
+@pytest.fixture(scope="session")
+def sessionwire_container(sessionwire_settings: DatabaseSettings) -> Callable[[], Container]:
+    return partial(Container, settings=sessionwire_settings)
+
+
 @pytest.fixture
-async def container(settings: DatabaseSettings) -> AsyncIterator[Container]:
-    """A container with its tables, which nothing is wired to yet."""
-    container = Container(settings=settings)
-    async with Lifespan(container):
-        await create_tables(container.db.sessionmanager())
-        yield container
+def container(container: Container) -> Iterator[Container]:
+    """With its tables, in a sandbox; nothing is wired to it yet."""
+    yield container
     container.unwire()
 
 
