@@ -189,16 +189,34 @@ def test_a_singleton_that_depends_on_it_is_built_anew_inside_and_is_the_former_o
         assert after is before
 
 
-@pytest.mark.parametrize("built", [True, False], ids=["built before", "not built before"])
-def test_a_singleton_that_does_not_depend_on_it_is_the_same_one_inside_and_after(
-    container: Application, built: bool
-) -> None:
-    before = container.unrelated() if built else None
+def test_a_singleton_that_does_not_depend_on_it_is_the_same_one_inside_and_after(container: Application) -> None:
+    before = container.unrelated()
     with overriding(container, office__clock=FakeClock()):
-        inside = container.unrelated()
-    assert container.unrelated() is inside
-    if built:
-        assert inside is before
+        assert container.unrelated() is before
+    assert container.unrelated() is before
+
+
+@pytest.mark.parametrize("singleton", SINGLETONS)
+def test_one_that_was_first_built_inside_is_reset_whatever_it_has_looked_up_by_itself(
+    container: Application, singleton: Callable[..., providers.BaseSingleton[Any]]
+) -> None:
+    container.time = singleton(lambda: container.office.clock().time)
+    with overriding(container, office__clock=FakeClock()):
+        assert container.time() == container.time() == "fake"
+    assert container.time() == "real"
+    with overriding(container, office__clock=FakeClock()):
+        assert container.time() == "real"
+    assert container.time() == "real"
+
+
+def test_one_that_takes_classes_of_one_kind_only_can_be_in_the_container(container: Application) -> None:
+    class OfShops(providers.Singleton[Shop]):
+        provided_type = Shop
+
+    container.closed = OfShops(Shop, "no mailer")
+    with overriding(container, office__clock=FakeClock()):
+        inside = container.closed()
+    assert container.closed() is inside
 
 
 def test_an_option_of_an_overridden_configuration_counts(container: Application) -> None:

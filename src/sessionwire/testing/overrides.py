@@ -20,8 +20,8 @@ def overriding(container: C, /, **values: object) -> Generator[C]:
 
     A value is a provider, or else what one is to provide. Two underscores lead into a nested container. A singleton
     that depends on what is overridden is built anew inside the block, and after it has its object from before, if it
-    had one; all other singletons keep theirs. What depends on what is as the container knows it: what a constructor
-    looks up by itself is not seen.
+    had one; all others keep theirs. What depends on what is as the container knows it, not what a constructor looks up
+    by itself: therefore any singleton that was first built inside is reset at the end. Close inside what opens inside.
 
     Raises `ConfigurationError` where there is no provider of a name; nothing is overridden then.
     """
@@ -38,7 +38,11 @@ def overriding(container: C, /, **values: object) -> Generator[C]:
             known[name].override(value)
         changed = {provider for provider in known.values() if provider.overridden != before[provider]}
         for singleton in list(cast(Any, container).traverse(types=[providers.BaseSingleton])):
-            if not singleton.overridden and not changed.isdisjoint(map(_source, singleton.traverse())):
+            if singleton.overridden:
+                continue
+            if changed.isdisjoint(map(_source, singleton.traverse())):
+                stack.enter_context(_reset_if_built(singleton))
+            else:
                 stack.callback(_restore, singleton, ())
                 singleton.override(_unbuilt(singleton))
         yield container
@@ -64,6 +68,26 @@ def _unbuilt(singleton: Any) -> Any:
     copy = type(singleton)()
     copy.set_provides(singleton.provides)
     return copy.set_args(*singleton.args).set_kwargs(**singleton.kwargs).set_attributes(**singleton.attributes)
+
+
+@contextmanager
+def _reset_if_built(singleton: Any) -> Generator[None]:
+    """At the end, if it was built inside: it doesn't tell, what it is built by can."""
+    provides, is_built = singleton.provides, False
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        nonlocal is_built
+        is_built = True
+        return provides(*args, **kwargs)
+
+    if singleton.provided_type is None:  # else it takes classes only
+        singleton.set_provides(build)
+    try:
+        yield
+    finally:
+        singleton.set_provides(provides)
+        if is_built:
+            singleton.reset()
 
 
 def _restore(provider: Any, overridden: tuple[Any, ...]) -> None:
