@@ -12,6 +12,7 @@ from sqlalchemy import make_url, text
 from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
 
 from .conftest import Postgres
+from .proxy import Line, Proxy
 
 
 class OnPostgres:
@@ -53,76 +54,37 @@ async def at_commit(manager: DatabaseSessionManager, statement: str) -> None:
             await connection.execute(text(sql))
 
 
-class Network:
-    """A proxy in front of the server: it carries, swallows or cuts."""
+class Network(Proxy):
+    """The way to the server: it carries, swallows or cuts."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.swallows = False
         self.cuts_at: bytes | None = None  # closes the connection on which the client sends this, instead of sending it
         self.cuts_answer_to: bytes | None = None  # sends it on, and closes once the server has answered
         self.asked = b""  # what a client has sent last
-        self.questions = 0  # that were sent since it was set to 0, each with an answer to wait for
-        self._host = ""
-        self._carriers: set[asyncio.Task[None]] = set()
-        self._dead: set[asyncio.StreamWriter] = set()
-        self._open: set[asyncio.StreamWriter] = set()
+        self._cut: set[Line] = set()  # once the server answers
+        self._dead: set[Line] = set()
 
     def swallow_what_is_open(self) -> None:
         """What is sent on the connections that are open now goes nowhere from now on."""
-        self._dead |= self._open
+        self._dead |= self.lines
 
-    @asynccontextmanager
-    async def before(self, server: Postgres) -> AsyncIterator[str]:
-        """The host and port to reach the server by."""
-        self._host = server.host
-        async with await asyncio.start_server(self._connect, "127.0.0.1", 0) as proxy:
-            host, port = proxy.sockets[0].getsockname()
-            yield f"{host}:{port}"
-        for carrier in self._carriers:
-            carrier.cancel()
-        await asyncio.gather(*self._carriers, return_exceptions=True)
+    def ask(self, data: bytes, line: Line) -> None:
+        self.asked = data
+        if self.cuts_at is not None and self.cuts_at in data:
+            line.to_client.close()
+            return
+        if self.cuts_answer_to is not None and self.cuts_answer_to in data:
+            self._cut.add(line)
+        if not self.swallows and line not in self._dead:
+            super().ask(data, line)
 
-    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        from_server, to_server = await asyncio.open_unix_connection(f"{self._host}/.s.PGSQL.5432")
-        asked = asyncio.Event()
-        self._open.add(writer)
-
-        async def carry_questions() -> None:
-            try:
-                while data := await reader.read(65536):
-                    self.asked = data
-                    self.questions += questions_in(data)
-                    if self.cuts_at is not None and self.cuts_at in data:
-                        writer.close()
-                        break
-                    if self.cuts_answer_to is not None and self.cuts_answer_to in data:
-                        asked.set()
-                    if not self.swallows and writer not in self._dead:
-                        to_server.write(data)
-            finally:
-                to_server.close()
-
-        async def carry_answers() -> None:
-            try:
-                while data := await from_server.read(65536):
-                    if asked.is_set():
-                        break
-                    if not self.swallows:
-                        writer.write(data)
-            finally:
-                writer.close()
-
-        for carry in (carry_questions, carry_answers):
-            self._carriers.add(asyncio.create_task(carry()))
-
-
-def questions_in(data: bytes) -> int:
-    """How many of its messages end a question: Query, Sync and Flush (PostgreSQL, "Message Formats")."""
-    count = 0
-    while len(data) >= 5:
-        count += data[:1] in (b"Q", b"S", b"H")
-        data = data[1 + int.from_bytes(data[1:5]) :]
-    return count
+    def answer(self, data: bytes, line: Line) -> None:
+        if line in self._cut:
+            line.to_client.close()
+        elif not self.swallows:
+            super().answer(data, line)
 
 
 @asynccontextmanager
@@ -130,7 +92,7 @@ async def through(
     network: Network, server: Postgres, database_url: str, **settings: float | PoolSettings
 ) -> AsyncIterator[DatabaseSessionManager]:
     """A manager that reaches its database through this network."""
-    async with network.before(server) as address, asyncio.timeout(30):
-        url = f"postgresql://postgres@{address}/{make_url(database_url).database}?sslmode=disable"
+    async with network.open(server.host) as port, asyncio.timeout(30):
+        url = f"postgresql://postgres@127.0.0.1:{port}/{make_url(database_url).database}?sslmode=disable"
         async with DatabaseSessionManager(DatabaseSettings.model_validate({"url": url, **settings})) as manager:
             yield manager

@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
+from tests.proxy import Proxy
+
 from .report import Table
 from .variants import KEY, TEXT, VARIANTS, items
-from .wire import Wire, url
+from .wire import url
 
 UNITS = 10
 IDLE = 1.2  # seconds; longer than sessionwire's `pool.ping_after`
@@ -20,14 +22,14 @@ async def run(server_socket_directory: str, rounds: int, progress: Callable[[str
         ["read", "read after idling", "write", "first read", "first write"],
         note="A first one opens a connection and prepares its statement; asyncpg's pool resets a connection each time.",
     )
-    wire = Wire(server_socket_directory)
-    async with items(server_socket_directory) as database, wire.open() as port:
+    proxy = Proxy()
+    async with items(server_socket_directory) as database, proxy.open(server_socket_directory) as port:
 
         async def count(unit: Callable[[], Awaitable[object]], times: int = 1) -> float:
-            before = wire.messages
+            before = proxy.questions
             for _ in range(times):
                 await unit()
-            return (wire.messages - before) / times
+            return (proxy.questions - before) / times
 
         progress("reading")
         reads: dict[str, list[float]] = {}

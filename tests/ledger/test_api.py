@@ -293,8 +293,8 @@ class TestOnAServer(OnPostgres):
         self, postgres: Postgres, database_url: str
     ) -> None:
         network = Network()
-        async with network.before(postgres) as address:
-            url = f"postgresql://postgres@{address}/{make_url(database_url).database}?sslmode=disable"
+        async with network.open(postgres.host) as port:
+            url = f"postgresql://postgres@127.0.0.1:{port}/{make_url(database_url).database}?sslmode=disable"
             async with served(not_open(url)) as api:
                 alice, bob = await opened(api, "Alice", "Bob")
                 network.cuts_answer_to = b"COMMIT"

@@ -1,0 +1,96 @@
+"""A proxy on the way to a PostgreSQL server, which counts the messages that wait for an answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+ASK = b"QSH\0"  # Query, Sync, Flush (which asks for a preparation), and what opens a connection ("Message Formats")
+STARTUP = 0x30000  # what the first message of protocol 3 says; one without it asks whether TLS is spoken here
+
+
+@dataclass(eq=False)
+class Line:
+    """One client's way to the server."""
+
+    to_server: asyncio.StreamWriter
+    to_client: asyncio.StreamWriter
+
+
+class Proxy:
+    """`delay` seconds are added to each round trip, by holding the question back."""
+
+    def __init__(self, delay: float = 0) -> None:
+        self.questions = 0  # that were sent since it was set to 0, each with an answer to wait for: round trips
+        self.lines: set[Line] = set()
+        self._delay = delay
+        self._carriers: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def open(self, socket_directory: str) -> AsyncIterator[int]:
+        """The port of 127.0.0.1 to reach this server by."""
+
+        async def connect(from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+            from_server, to_server = await asyncio.open_unix_connection(f"{socket_directory}/.s.PGSQL.5432")
+            line = Line(to_server, to_client)
+            self.lines.add(line)
+            self._start(self._carry_questions(from_client, line))
+            self._start(self._carry_answers(from_server, line))
+
+        async with await asyncio.start_server(connect, "127.0.0.1", 0) as proxy:
+            yield proxy.sockets[0].getsockname()[1]
+        for carrier in self._carriers:
+            carrier.cancel()
+        await asyncio.gather(*self._carriers, return_exceptions=True)
+
+    def ask(self, data: bytes, line: Line) -> None:
+        line.to_server.write(data)
+
+    def answer(self, data: bytes, line: Line) -> None:
+        line.to_client.write(data)
+
+    def _start(self, carry: Coroutine[None, None, None]) -> None:
+        self._carriers.add(task := asyncio.create_task(carry))
+        task.add_done_callback(self._carriers.discard)
+
+    async def _carry_questions(self, reader: asyncio.StreamReader, line: Line) -> None:
+        kinds, loop = _Kinds(), asyncio.get_running_loop()
+        try:
+            while data := await reader.read(65536):
+                self.questions += sum(kind in ASK for kind in kinds.of(data))
+                if self._delay:
+                    loop.call_later(self._delay, self.ask, data, line)
+                else:
+                    self.ask(data, line)
+        finally:
+            loop.call_later(self._delay, line.to_server.close)
+
+    async def _carry_answers(self, reader: asyncio.StreamReader, line: Line) -> None:
+        try:
+            while data := await reader.read(65536):
+                self.answer(data, line)
+        finally:
+            self.lines.discard(line)
+            line.to_client.close()
+
+
+class _Kinds:
+    """The first bytes of a client's messages, which come in pieces; 0 for those at the start, which have none."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._started = False
+
+    def of(self, data: bytes) -> Iterator[int]:
+        self._rest += data
+        while len(self._rest) >= 8 or (self._started and len(self._rest) >= 5):
+            kind = self._rest[:1] if self._started else b""
+            length = len(kind) + int.from_bytes(self._rest[len(kind) : len(kind) + 4])
+            if len(self._rest) < length:
+                return
+            yield kind[0] if kind else 0
+            if not kind:
+                self._started = int.from_bytes(self._rest[4:8]) >> 16 == STARTUP >> 16
+            self._rest = self._rest[length:]
