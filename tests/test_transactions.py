@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
-from sqlalchemy import event, select
+from sqlalchemy import Engine, event, select
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -283,6 +285,22 @@ class TestObjectsAfterTheEnd:
             event.listen(session.sync_session, "before_commit", lambda sync: sync.add(Note(text="audit")), once=True)
             session.add(Note(text="work"))
         assert await notes(manager) == ["audit", "work"]
+
+
+class TestOptions:
+    async def test_those_with_another_value_each_time_are_not_kept(self, manager: DatabaseSessionManager) -> None:
+        async def in_block(number: int) -> None:
+            async with manager.transaction(execution_options={"logging_token": f"{number}"}) as session:
+                connection = (await session.connection()).sync_connection
+                assert connection is not None
+                assert connection.get_execution_options()["logging_token"] == f"{number}"
+                engines.append(weakref.ref(connection.engine))
+
+        engines: list[weakref.ref[Engine]] = []
+        for number in range(3):
+            await in_block(number)
+        gc.collect()
+        assert [engine() for engine in engines] == [None] * 3
 
 
 class TestBlocksThatCannotBe:

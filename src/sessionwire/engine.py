@@ -87,10 +87,9 @@ class Engines:
 
     def on(self, terms: Terms) -> AsyncEngine:
         """The engine to bind a session to, so that its connection is on these terms."""
-        try:
-            variant = self._variants.get(terms)
-        except TypeError:  # an execution option that has no hash
+        if terms.execution_options:  # of any value: without a hash, or another one each time
             return self._variant(terms)
+        variant = self._variants.get(terms)
         if variant is None:
             variant = self._variants[terms] = self._variant(terms)
         return variant
