@@ -797,6 +797,15 @@ async def test_an_engine_that_was_taken_before_is_refused_inside(
         await connection.execute(select(Note))
 
 
+async def test_many_leave_nothing_on_the_pool_that_would_slow_what_follows(manager: DatabaseSessionManager) -> None:
+    listeners = manager.engine.pool.dispatch.checkout
+    before = len(listeners)
+    for _ in range(3):
+        async with sandbox(manager):
+            await write(manager, "a")
+    assert len(listeners) == before
+
+
 async def test_a_connection_that_was_taken_inside_is_refused_after(
     manager: DatabaseSessionManager, outside: DatabaseSessionManager
 ) -> None:

@@ -128,7 +128,7 @@ class SandboxEngines(Engines):
         self.primary = AsyncEngine(self._engine(real.primary.sync_engine))
         watch.over(self.primary.pool)
         for pool in real.pools:
-            event.listen(pool, "checkout", shared.refuse)
+            shared.guard(pool)
 
     def on(self, terms: Terms) -> AsyncEngine:
         options = {**dict(terms.execution_options), TERMS: terms, PARTY: self._party()}

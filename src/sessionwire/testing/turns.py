@@ -12,7 +12,7 @@ from contextlib import suppress
 from itertools import takewhile
 from typing import Any, cast
 
-from sqlalchemy import PoolProxiedConnection
+from sqlalchemy import Pool, PoolProxiedConnection, event
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from sessionwire.ending import to_the_end
@@ -53,7 +53,6 @@ class VirtualConnection:
         self.is_ended = False  # given up: what it began is being undone
         self.is_lost = False  # undone together with the transaction around it
         self.last_used = 0.0
-
         self.has_written = False
         self.kept: list[str] = []  # where what was committed inside it was begun
 
@@ -83,6 +82,7 @@ class SharedConnection:
         self._is_closed = False
         self.endings: set[asyncio.Task[None]] = set()
         self.outlasting: set[asyncio.Task[Any]] = set()  # tasks that went on when they were cancelled
+        self._guarded: set[Pool] = set()
 
     def connect(self) -> VirtualConnection:
         return VirtualConnection(self._real)
@@ -192,14 +192,21 @@ class SharedConnection:
         """Nothing is sent from now on."""
         self._is_closed = True
         self._notify()
+        if not self.outlasting:
+            for pool in self._guarded:
+                event.remove(pool, "checkout", self._refuse)
 
     # What the pools tell
 
     def taken(self, _: object, __: object, connection: PoolProxiedConnection) -> None:
         _of(connection).is_lost = False  # as one that failed to commit may have left it
 
-    def refuse(self, *_: object) -> None:
-        """A connection that is not the sandbox's: what was done on it would be kept."""
+    def guard(self, pool: Pool) -> None:
+        """Refuse its connections, which are not the sandbox's: what was done on them would be kept."""
+        self._guarded.add(pool)
+        event.listen(pool, "checkout", self._refuse)
+
+    def _refuse(self, *_: object) -> None:
         if not self._is_closed:
             raise SandboxError("this engine is from before the sandbox: take it from the manager inside the sandbox")
         if asyncio.current_task() in self.outlasting:
