@@ -610,9 +610,14 @@ class TestRefusals:
         async def write(text: str, transaction: TransactionManager | None = None) -> bool:
             return manager.transaction.active
 
+        @transactional
+        async def write_always(transaction: TransactionManager) -> None: ...
+
         with pytest.raises(TypeError, match="the argument 'transaction' is NoneType"):
             await write("a")
         assert await write("a", manager.transaction)
+        with pytest.raises(TypeError, match="the argument 'transaction' is missing"):
+            await write_always()  # type: ignore[call-arg]
 
     async def test_wrong_arguments_are_pythons_own_error(
         self, manager: DatabaseSessionManager, service: Service

@@ -101,8 +101,9 @@ def _finder(
             found = getattr(holder, of, None)
             place = f"the attribute {of!r} of {type(holder).__name__}"
         if not isinstance(found, TransactionManager):
+            kind = "missing" if found is inspect.Parameter.empty else type(found).__name__
             raise TypeError(
-                f"{_name(function)}() is {decorator}, but {place} is {type(found).__name__}, not a "
+                f"{_name(function)}() is {decorator}, but {place} is {kind}, not a "
                 "TransactionManager: inject one, as db.transaction provides it, with @inject above @transactional"
             )
         return found
