@@ -362,6 +362,18 @@ class TestErrors:
         assert ["first" in raised.value.__notes__[0], "second" in raised.value.__notes__[1]] == [True, True]
         assert diary.entries == ["still called"]
 
+    async def test_an_exit_that_one_asks_for_is_not_lost_behind_the_error_of_an_earlier_one(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        def leave() -> None:
+            raise SystemExit(3)
+
+        with pytest.raises(SystemExit) as raised:
+            async with manager.transaction():
+                manager.transaction.on_commit(lambda: 1 / 0)
+                manager.transaction.on_commit(leave)
+        assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
     async def test_an_error_of_a_hook_is_not_an_error_of_the_transaction_around(
         self, manager: DatabaseSessionManager
     ) -> None:
@@ -473,6 +485,20 @@ class TestUnknownOutcome(OnPostgres):
 
 
 class TestOnBegin:
+    async def test_a_sync_one_may_send_statements_in_every_kind_of_block(self, manager: DatabaseSessionManager) -> None:
+        def look(connection: AsyncConnection) -> None:
+            found.append(connection.sync_connection.scalar(select(1)))
+
+        found: list[int | None] = []
+        manager.transaction.on_begin(look)
+        async with manager.transaction() as session:
+            await session.execute(select(1))
+        async with manager.session() as session:
+            await session.execute(select(1))
+        async with manager.connect():
+            pass
+        assert found == [1, 1, 1]
+
     @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
     async def test_it_is_called_at_the_begin_of_every_transaction_and_of_no_savepoint(
         self, manager: DatabaseSessionManager, is_async: bool

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 from sqlalchemy import insert, select, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sessionwire import (
@@ -136,8 +137,9 @@ class TestNesting:
     async def test_the_session_of_an_ended_scope_is_refused(self, manager: DatabaseSessionManager) -> None:
         async with manager.session() as session:
             pass
-        with pytest.raises(NoSessionError, match="scope of this session has ended"):
-            await session.execute(select(1))
+        for use in (session.execute(select(1)), session.commit(), session.rollback()):
+            with pytest.raises(NoSessionError, match="scope of this session has ended"):
+                await use
 
     async def test_objects_can_be_read_after_their_block(self, manager: DatabaseSessionManager) -> None:
         async with manager.transaction() as session:
@@ -257,6 +259,20 @@ class TestConcurrency:
             with pytest.raises(ConcurrentSessionError):
                 await use(session)
             await running
+
+    async def test_so_is_a_commit_that_is_to_be_refused_for_what_has_failed_before(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        async with manager.session() as session:
+            with pytest.raises(DBAPIError):
+                await session.execute(text("SELECT nonsense"))
+            running = asyncio.create_task(session.execute(select(1)))
+            await asyncio.sleep(0)
+            with pytest.raises(ConcurrentSessionError):
+                await session.commit()
+            await asyncio.wait((running,))
+            with pytest.raises(UnexpectedRollbackError):
+                await session.commit()
 
     async def test_after_an_operation_in_another_task_the_session_is_free_again(
         self, manager: DatabaseSessionManager, current: CurrentSession

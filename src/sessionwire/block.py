@@ -24,7 +24,7 @@ from .errors import (
     TransactionTimeoutError,
     UnexpectedRollbackError,
 )
-from .failures import in_short, origin
+from .failures import after, origin
 from .plan import Plan, Propagation
 from .scope import (
     Hook,
@@ -282,11 +282,5 @@ async def _run_hooks(hooks: list[Hook], failure: BaseException | None) -> BaseEx
             if inspect.isawaitable(result):
                 await result
         except BaseException as error:
-            if failure is None:
-                failure = error
-            elif isinstance(error, asyncio.CancelledError) and not isinstance(failure, asyncio.CancelledError):
-                error.__cause__ = failure
-                failure = error
-            else:
-                failure.add_note(f"then a hook failed: {in_short(error)}")
+            failure = after(failure, error, "a hook")
     return failure

@@ -62,6 +62,17 @@ def origin(error: BaseException | None, first: BaseException | None) -> BaseExce
     return first if (is_refusal or isinstance(error, PendingRollbackError)) and first is not None else error
 
 
+def after(first: BaseException | None, later: BaseException, what: str) -> BaseException:
+    """What to raise: the first, and the later one is a note on it; but a cancellation or an exit goes on."""
+    if first is None:
+        return later
+    if isinstance(later, Exception) or not isinstance(first, Exception):
+        first.add_note(f"then {what} failed: {in_short(later)}")
+        return first
+    later.__cause__ = first
+    return later
+
+
 def watch_disconnects(engine: Engine) -> None:
     """Let SQLAlchemy know at once of a connection that was lost, which it would learn only from the next statement."""
 

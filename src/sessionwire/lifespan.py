@@ -12,6 +12,7 @@ from dependency_injector import containers, providers
 
 from .containers import DatabaseContainer
 from .errors import ConfigurationError
+from .failures import after
 from .settings import DatabaseSettings
 
 C = TypeVar("C", bound=containers.Container)
@@ -62,13 +63,7 @@ class Lifespan(Generic[C]):
                 if resource.initialized:
                     await _settled(cast(Any, resource).shutdown())
             except BaseException as failure:
-                if first is None:
-                    first = failure
-                elif isinstance(failure, Exception):
-                    first.add_note(f"then a resource failed to shut down: {type(failure).__name__}: {failure}")
-                else:  # a cancellation goes on, whatever has failed
-                    failure.__cause__ = first
-                    first = failure
+                first = after(first, failure, "the shutdown of a resource")
         if first is not None and first is not error:
             raise first
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import os
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from types import TracebackType
 from typing import Self, cast
 
@@ -19,7 +19,7 @@ from .engine import Engines, Terms
 from .errors import AlreadyInitializedError, ConnectionFailedError, NotInitializedError, OwnershipError
 from .failures import failures
 from .scope import BeginHook, Scope, current_scope, cut_off, lost_after, refuse_second_writer, scopes_here
-from .session import ScopedSession, SessionBlock
+from .session import ScopedSession, SessionBlock, run_begin_hooks
 from .settings import DatabaseSettings
 from .transaction import TransactionManager
 
@@ -197,9 +197,7 @@ class DatabaseSessionManager:
                     await connection.invalidate()  # it came out of a pool that nobody disposes any more
                     raise NotInitializedError("it was closed while connect() waited for a connection")
                 transaction = await connection.begin()
-                for hook in self.begin_hooks:
-                    if inspect.isawaitable(result := hook(connection)):
-                        await result
+                await connection.run_sync(partial(run_begin_hooks, self))
                 yield connection
                 if engines.is_retired:
                     raise cut_off()

@@ -133,14 +133,14 @@ def _writes(sql: str) -> bool:
 
 def _ending(name: str) -> Callable[..., Any]:
     """The guarded method, refused where a block owns the transaction."""
-    end = _guarded(name)
+    end, undo = _guarded(name), _guarded("rollback")
 
     @functools.wraps(end)
     def ending(self: ScopedSession, *args: Any, **options: Any) -> Any:
         if self.scope.transaction is not None and not options.get("nested"):
             raise _owned(name)
-        if name == "commit" and (reason := self.scope.failure):
-            Session.rollback(self)
+        if name == "commit" and self.scope.blocks and (reason := self.scope.failure):
+            undo(self)
             self.scope.written = False
             raise lost_after(reason)
         result = end(self, *args, **options)
@@ -199,13 +199,18 @@ def _begun(session: ScopedSession, transaction: SessionTransaction, connection: 
     if scope.transaction is not None:
         scope.transaction.has_begun = True
     try:
-        for hook in scope.owner.begin_hooks:
-            result = hook(AsyncConnection(AsyncEngine(connection.engine), connection))
-            if inspect.isawaitable(result):
-                await_only(result)
+        run_begin_hooks(scope.owner, connection)
     except BaseException:
         connection.invalidate()  # nothing may go on in a transaction that lacks what must hold in it
         raise
+
+
+def run_begin_hooks(owner: Owner, connection: Connection) -> None:
+    """In SQLAlchemy's greenlet, where a sync hook may send statements too."""
+    for hook in owner.begin_hooks:
+        result = hook(AsyncConnection(AsyncEngine(connection.engine), connection))
+        if inspect.isawaitable(result):
+            await_only(result)
 
 
 class SessionBlock:
