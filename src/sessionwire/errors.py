@@ -97,11 +97,11 @@ class IncompatibleTransactionError(TransactionError):
 
 
 class TransactionTimeoutError(TransactionError, TimeoutError):
-    """The block was not done before its deadline: all was rolled back."""
+    """The block was not done before its deadline: all that was done in it was rolled back."""
 
 
 class UnexpectedRollbackError(TransactionError):
-    """The block ended well, but its transaction was rolled back; the cause is attached."""
+    """The block ended well, but its transaction or savepoint was rolled back; the cause is attached."""
 
 
 class CommitOutcomeUnknownError(TransactionError):

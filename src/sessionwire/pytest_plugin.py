@@ -89,7 +89,7 @@ def sessionwire_container() -> Callable[[], Any]:
 def sessionwire_seed() -> Seed | None:
     """An async function of an open manager that makes the tables, and what else is there before each test.
 
-    Default: `create_all()` of the container's metadata.
+    Default: `create_all()`, which makes the tables of the container's metadata.
     """
     return None
 
@@ -134,7 +134,7 @@ def _sessionwire_templates(
                 stack.enter_async_context(
                     DatabaseTemplate(
                         sessionwire_settings,
-                        sessionwire_seed or partial(_create_tables, database),
+                        partial(_seed, database, sessionwire_seed or _create_all),
                         key=f"{run} {number}",
                     )
                 )
@@ -145,9 +145,14 @@ def _sessionwire_templates(
         _sessionwire_runner.run(stack.aclose())
 
 
-async def _create_tables(database: DatabaseContainer, manager: DatabaseSessionManager) -> None:
+async def _seed(database: DatabaseContainer, seed: Seed, manager: DatabaseSessionManager) -> None:
+    manager.metadata = database.metadata()
+    await seed(manager)
+
+
+async def _create_all(manager: DatabaseSessionManager) -> None:
     async with manager.connect() as connection:
-        await connection.run_sync(database.metadata().create_all)
+        await manager.create_all(connection)
 
 
 @pytest.fixture(scope="session")

@@ -391,7 +391,7 @@ class Scope:
 def lost_after(reason: BaseException) -> UnexpectedRollbackError:
     """What to raise where all seemed well, but a failure was caught on the way."""
     error = UnexpectedRollbackError(
-        "all was rolled back, although this block ended well, because of a failure that was caught in it: "
+        "what was done was rolled back, although this block ended well, because of a failure that was caught in it: "
         f"{in_short(reason)}; what may fail and be caught belongs into transaction(Propagation.NESTED)"
     )
     error.__cause__ = reason

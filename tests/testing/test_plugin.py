@@ -26,9 +26,13 @@ def sessionwire_container():
 SHOP = """
 from dependency_injector import containers, providers
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from sessionwire import Base, DatabaseContainer, TransactionManager, transactional
+from sessionwire import DatabaseContainer, TransactionManager, transactional
+
+
+class Base(DeclarativeBase):
+    pass
 
 
 class Item(Base):
@@ -50,7 +54,7 @@ class Items:
 
 
 class Container(containers.DeclarativeContainer):
-    db = providers.Container(DatabaseContainer)
+    db = providers.Container(DatabaseContainer, metadata=Base.metadata)
     items = providers.Factory(Items, db.session, db.transaction)
 """
 # each adds the same key, which only one could if anything were left
