@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .base import Base
 from .decorators import read_only, transactional
 from .errors import (
     AlreadyInitializedError,
@@ -26,7 +27,7 @@ from .errors import (
     UncommittedChangesWarning,
     UnexpectedRollbackError,
 )
-from .manager import Base, DatabaseSessionManager, sessionmanager
+from .manager import DatabaseSessionManager, sessionmanager
 from .plan import Propagation
 from .session import CurrentSession
 from .settings import DatabaseSettings, PoolSettings, Settings

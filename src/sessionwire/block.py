@@ -14,7 +14,6 @@ from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 from sqlalchemy.orm import SessionTransaction
 
 from .ending import finish_rollback
-from .engine import Terms
 from .errors import (
     CommitOutcomeUnknownError,
     ConcurrentSessionError,
@@ -24,20 +23,11 @@ from .errors import (
     TransactionTimeoutError,
     UnexpectedRollbackError,
 )
-from .failures import after, origin
+from .failures import after, cut_off, lost_after, origin
+from .levels import Hook, Level, Transaction
 from .plan import Plan, Propagation
-from .scope import (
-    Hook,
-    Level,
-    Owner,
-    Scope,
-    Transaction,
-    current_scope,
-    cut_off,
-    entered_twice,
-    lost_after,
-    refuse_second_writer,
-)
+from .scope import Owner, Scope, current_scope, entered_twice, refuse_second_writer
+from .terms import Terms
 
 
 class _Act(Enum):
@@ -87,7 +77,7 @@ class TransactionBlock:
         self._scope, self._opened = self._choose(current)
         self._block = self._scope.enter()
         if self._act is _Act.BEGIN:
-            self._scope.transaction = Transaction(self._scope, self._block)
+            self._scope.transaction = Transaction(self._block)
             self._scope.transaction.has_begun = self._scope.session.in_transaction()
         if self._scope.transaction is not None:
             self._level = self._scope.transaction.level

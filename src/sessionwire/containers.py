@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dependency_injector import containers, providers
 
-from .manager import Base, DatabaseSessionManager
+from .base import Base
+from .manager import DatabaseSessionManager
 from .session import CurrentSession
 from .settings import DatabaseSettings
 from .transaction import TransactionManager

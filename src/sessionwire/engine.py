@@ -6,44 +6,30 @@ import asyncio
 import functools
 import os
 import random
-import sqlite3
 import tempfile
 import uuid
 import weakref
-from collections.abc import Awaitable
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any
 from urllib.parse import urlencode
 
-from sqlalchemy import URL, AdaptedConnection, Connection, Engine, event, make_url
-from sqlalchemy.exc import DisconnectionError, OperationalError
+from sqlalchemy import URL, AdaptedConnection, Engine, event, make_url
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import await_only
 
+from . import sqlite
 from .embedded import EmbeddedServer
 from .errors import ConfigurationError, UnexpectedRollbackError
-from .failures import sqlstate, watch_disconnects, watch_failures
+from .failures import watch_disconnects, watch_failures
 from .settings import DatabaseSettings
+from .terms import TERMS, Terms
 from .url import LIBPQ_KEYS, DatabaseURL
 
 LAST_USED, EXPIRES = "sessionwire_last_used", "sessionwire_expires"  # of a pooled connection, by the monotonic clock
 JITTER = 0.2  # of its lifetime
-TERMS = "sessionwire_terms"  # the execution option that tells a connection its terms
-
-
-@dataclass(frozen=True)
-class Terms:
-    """On what terms a session has its connection. Equal terms share a variant of the engine."""
-
-    autocommit: bool = False
-    writes: bool = False  # known from the start, as in `transaction()`
-    read_only: bool = False
-    isolation: str | None = None
-    execution_options: tuple[tuple[str, Any], ...] = ()
 
 
 class Engines:
@@ -177,13 +163,7 @@ class Engines:
         return engine
 
     def _sqlite(self, read_only: bool) -> AsyncEngine:
-        arguments = {
-            "isolation_level": None,  # the driver would begin late, and not know savepoints
-            "timeout": BUSY_TIMEOUT,
-            "factory": _SelfClosing,
-            "check_same_thread": False,
-        }
-        engine = self._create(self._url, read_only, arguments)
+        engine = self._create(self._url, read_only, sqlite.ARGUMENTS)
         file = Path(self._url.database or "")
 
         @event.listens_for(engine.sync_engine, "do_connect")
@@ -192,34 +172,10 @@ class Engines:
                 file.parent.mkdir(parents=True, exist_ok=True)
             if self._file and not self._file.exists():
                 os.close(os.open(self._file, os.O_CREAT | os.O_EXCL, 0o600))
-                weakref.finalize(self, _remove, self._file)
+                weakref.finalize(self, sqlite.remove, self._file)
 
-        @event.listens_for(engine.sync_engine, "connect")
-        def prepare(connection: Any, _record: Any) -> None:
-            cursor = connection.cursor()
-            cursor.execute("PRAGMA foreign_keys=ON")
-            cursor.execute("PRAGMA journal_mode=WAL")
-            if read_only:
-                cursor.execute("PRAGMA query_only=ON")
-            cursor.close()
-
-        if not read_only:
-
-            @event.listens_for(engine.sync_engine, "begin")
-            def begin(connection: Connection) -> None:
-                _begin_sqlite(connection, self._settings.pool.timeout)
-
+        sqlite.prepare(engine.sync_engine, read_only=read_only, patience=self._settings.pool.timeout)
         dialect: Any = engine.dialect
-        commit = dialect.do_commit
-
-        def commit_or_undo(connection: Any) -> None:
-            try:
-                commit(connection)
-            except Exception:
-                connection.rollback()  # as PostgreSQL does: what is left open, the next one would commit
-                raise
-
-        dialect.do_commit = commit_or_undo
         # SQLAlchemy's own waits for the thread, where a second cancellation would leave a task behind for good
         dialect.do_terminate = self.end
         return engine
@@ -255,7 +211,7 @@ class Engines:
             return  # aiosqlite waits for good where it is closed twice at once
         self._ended.add(driver)
         # on SQLite undone first: unfinished cursors would keep a closed one's lock
-        end = stop_sqlite(driver, driver.rollback(), driver.close()) if self.is_sqlite else driver.close()
+        end = sqlite.stop(driver, driver.rollback(), driver.close()) if self.is_sqlite else driver.close()
         task = asyncio.ensure_future(end)
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
@@ -272,7 +228,7 @@ class Engines:
             await engine.dispose()
         await asyncio.gather(*self._endings, return_exceptions=True)
         if self._file:
-            _remove(self._file)
+            sqlite.remove(self._file)
 
 
 # PostgreSQL
@@ -291,57 +247,3 @@ def _asyncpg_connection() -> Any:
             return status
 
     return Connection
-
-
-# SQLite
-
-
-class _SelfClosing(sqlite3.Connection):
-    """Closes itself where a cancelled `connect()` lets go of it."""
-
-    def __del__(self) -> None:
-        with suppress(sqlite3.ProgrammingError):  # it was never open
-            self.close()
-
-
-async def stop_sqlite(driver: Any, *steps: Awaitable[object], patience: float = 0.02) -> None:
-    """Stop what runs in the driver's thread for these steps, which have waited there behind it for so many seconds."""
-    done = asyncio.gather(*steps, return_exceptions=True)
-    while not (await asyncio.wait((done,), timeout=patience))[0]:
-        with suppress(ValueError, sqlite3.ProgrammingError):  # closed
-            driver._conn.interrupt()  # only now: where a cursor is unfinished, it would strike the first step instead
-
-
-BUSY_TIMEOUT = 5.0  # seconds that a statement waits for a lock, in the driver's thread, where it can't be cancelled
-PATIENT = f"PRAGMA busy_timeout={BUSY_TIMEOUT * 1000:.0f};"
-
-
-def _begin_sqlite(connection: Connection, timeout: float) -> None:
-    """Begin for real, which the driver leaves until the first write. One that writes takes the write lock now, since a
-    transaction that has read cannot wait for it (SQLITE_BUSY_SNAPSHOT); it waits in short turns, to be cancellable.
-    """
-    terms: Terms = connection.get_execution_options().get(TERMS, Terms())
-    script = f"{PATIENT} PRAGMA query_only={'ON' if terms.read_only else 'OFF'};"
-    if terms.writes:
-        script += f"PRAGMA busy_timeout=20; BEGIN IMMEDIATE; {PATIENT}"
-    elif not terms.autocommit:
-        script += "BEGIN;"
-    driver_connection: Any = connection.connection.dbapi_connection
-
-    def execute(driver: Any) -> Any:
-        return driver.executescript(script)
-
-    deadline = monotonic() + timeout
-    while True:
-        try:
-            driver_connection.run_async(execute)
-            return
-        except Exception as error:
-            busy = sqlstate(error).startswith("SQLITE_BUSY")
-            if not busy or not terms.writes or monotonic() > deadline:
-                raise OperationalError("BEGIN", None, error) from error
-
-
-def _remove(file: Path) -> None:
-    for suffix in ("", "-wal", "-shm"):
-        Path(f"{file}{suffix}").unlink(missing_ok=True)

@@ -73,6 +73,20 @@ def after(first: BaseException | None, later: BaseException, what: str) -> BaseE
     return later
 
 
+def lost_after(reason: BaseException) -> UnexpectedRollbackError:
+    """What to raise where all seemed well, but a failure was caught on the way."""
+    error = UnexpectedRollbackError(
+        "what was done was rolled back, although this block ended well, because of a failure that was caught in it: "
+        f"{in_short(reason)}; what may fail and be caught belongs into transaction(Propagation.NESTED)"
+    )
+    error.__cause__ = reason
+    return error
+
+
+def cut_off() -> UnexpectedRollbackError:
+    return UnexpectedRollbackError("the manager was closed before this block ended: all was rolled back")
+
+
 def watch_disconnects(engine: Engine) -> None:
     """Let SQLAlchemy know at once of a connection that was lost, which it would learn only from the next statement."""
 

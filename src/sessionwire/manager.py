@@ -11,34 +11,20 @@ from types import TracebackType
 from typing import Self, cast
 
 from sqlalchemy import URL, Connection, Engine, MetaData, make_url, text
-from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncConnection, AsyncEngine, AsyncSession
-from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
+from .base import Base
 from .ending import finish_commit, finish_rollback, to_the_end
-from .engine import Engines, Terms
+from .engine import Engines
 from .errors import AlreadyInitializedError, ConnectionFailedError, NotInitializedError, OwnershipError
-from .failures import failures
-from .scope import BeginHook, Scope, current_scope, cut_off, lost_after, refuse_second_writer, scopes_here
+from .failures import cut_off, failures, lost_after
+from .scope import BeginHook, Scope, current_scope, refuse_second_writer, scopes_here
 from .session import ScopedSession, SessionBlock, run_begin_hooks
 from .settings import DatabaseSettings
+from .terms import Terms
 from .transaction import TransactionManager
 
 SERVER_TIMEOUT = 120.0  # seconds for an embedded server to start or stop
-
-
-class Base(AsyncAttrs, DeclarativeBase):
-    """A base for models, for who has none: constraints have names, and a row can be read after its commit."""
-
-    metadata = MetaData(
-        naming_convention={
-            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
-    __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012  # as SQLAlchemy wants it
 
 
 class DatabaseSessionManager:

@@ -8,7 +8,7 @@ from datetime import timedelta
 from enum import Enum, auto
 from typing import Any, TypedDict
 
-from .engine import Terms
+from .terms import Terms
 
 
 class Propagation(Enum):

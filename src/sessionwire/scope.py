@@ -18,19 +18,18 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 
 from .ending import finish_commit, finish_rollback
-from .engine import Terms
 from .errors import (
     ConcurrentSessionError,
     IncompatibleTransactionError,
     NoSessionError,
     ScopeError,
-    TransactionError,
     UnexpectedRollbackError,
 )
-from .failures import failures, in_short
+from .failures import cut_off, failures, lost_after
+from .levels import Transaction
 from .settings import DatabaseSettings
+from .terms import Terms
 
-Hook = Callable[[], object]
 BeginHook = Callable[[AsyncConnection], Awaitable[object] | None]
 
 
@@ -114,10 +113,6 @@ def refuse_second_writer(owner: Owner) -> None:
         )
 
 
-def cut_off() -> UnexpectedRollbackError:
-    return UnexpectedRollbackError("the manager was closed before this block ended: all was rolled back")
-
-
 def entered_twice() -> ScopeError:
     return ScopeError("a block is entered once: call transaction() or session() anew for each")
 
@@ -136,67 +131,6 @@ def require_scope(owner: Owner) -> Scope:
         )
         raise error
     return scope
-
-
-class Level:
-    """What is undone as one: a transaction, or a savepoint within it."""
-
-    def __init__(self, block: Block, outer: Level | None = None, failed_before: int = 0) -> None:
-        self.block = block  # the one that began it
-        self.outer = outer
-        self.failed_before = failed_before
-        self.doomed_by: BaseException | None = None
-        self.rollback_only = False  # as its own block has asked for
-        self.has_ended = False
-        self._undone = False
-
-    def doom(self, reason: BaseException) -> None:
-        """Make it end in a rollback, however its block ends; where it has ended, the one around it. The first stays."""
-        if self.has_ended and self.outer is not None:
-            self.outer.doom(reason)
-        else:
-            self.doomed_by = self.doomed_by or reason
-
-    def set_rollback_only(self, block: Block) -> None:
-        """The same where a block asks for it, quietly if it is the one that began."""
-        if block is self.block:
-            self.rollback_only = True
-        else:
-            self.doom(TransactionError("set_rollback_only() was called in a block that had joined"))
-
-    def undo(self) -> None:
-        self._undone = True
-
-    @property
-    def undone(self) -> bool:
-        return self._undone or (self.outer is not None and self.outer.undone)
-
-
-class Transaction:
-    """The transaction that a block owns in a scope, with its savepoints and hooks."""
-
-    def __init__(self, scope: Scope, block: Block) -> None:
-        self.root = self.level = Level(block)
-        self._scope = scope
-        self.has_begun = False  # in the database
-        self.is_ending = False
-        self._hooks: list[tuple[Hook, Level, bool]] = []
-
-    def end(self, level: Level) -> None:
-        """End a savepoint, and with it those that are still open inside it."""
-        while not level.has_ended and self.level.outer is not None:
-            self.level.has_ended = True
-            self.level = self.level.outer
-
-    def set_rollback_only(self) -> None:
-        self.level.set_rollback_only(self._scope.blocks[-1])
-
-    def add_hook(self, hook: Hook, *, on_rollback: bool) -> None:
-        self._hooks.append((hook, self.level, on_rollback))
-
-    def hooks(self) -> list[Hook]:
-        """Those that the end has made due, in the order given."""
-        return [hook for hook, level, on_rollback in self._hooks if level.undone is on_rollback]
 
 
 class Scope:
@@ -386,16 +320,6 @@ class Scope:
                 raise
 
         await finish_rollback(self.run(undo_or_give_up), self.owner.settings.rollback_timeout, error)
-
-
-def lost_after(reason: BaseException) -> UnexpectedRollbackError:
-    """What to raise where all seemed well, but a failure was caught on the way."""
-    error = UnexpectedRollbackError(
-        "what was done was rolled back, although this block ended well, because of a failure that was caught in it: "
-        f"{in_short(reason)}; what may fail and be caught belongs into transaction(Propagation.NESTED)"
-    )
-    error.__cause__ = reason
-    return error
 
 
 def _concurrent(reason: str) -> ConcurrentSessionError:

@@ -19,10 +19,10 @@ from sqlalchemy.orm import InstrumentedAttribute, RelationshipProperty, Session,
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.util import await_only
 
-from .engine import Terms
 from .errors import ImplicitIOError, ScopeOwnsTransactionError, UncommittedChangesWarning
-from .failures import sqlstate
-from .scope import Owner, Scope, entered_twice, lost_after, require_scope, scopes_here
+from .failures import lost_after, sqlstate
+from .scope import Owner, Scope, entered_twice, require_scope, scopes_here
+from .terms import Terms
 
 NO_TRANSACTION = "25P01"  # SQLSTATE no_active_sql_transaction
 WRITING_VERBS = ("INSERT", "UPDATE", "DELETE", "MERGE", "REPLACE", "TRUNCATE", "COPY")

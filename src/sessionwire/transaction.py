@@ -1,4 +1,4 @@
-"""What a `transaction()` block joins or begins, and how it ends."""
+"""`TransactionManager`: opens blocks, takes their hooks, and runs functions again that others got in the way of."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any, TypeVar, TypeVarTuple, Unpack
 from .block import TransactionBlock
 from .errors import TransactionRequiredError
 from .failures import in_short, is_retryable
+from .levels import Hook, Transaction
 from .plan import BlockOptions, Plan, Propagation, plan
-from .scope import BeginHook, Hook, Owner, Transaction, current_scope, innermost_block
+from .scope import BeginHook, Owner, current_scope, innermost_block
 
 logger = logging.getLogger("sessionwire.retry")
 R = TypeVar("R")
@@ -45,7 +46,7 @@ class TransactionManager:
         - `isolation`: `"READ COMMITTED"`, `"REPEATABLE READ"`, `"SERIALIZABLE"`; SQLite always gives the last.
         - `read_only`: the database refuses to write.
         - `timeout`: a deadline for the block, up to its commit, in seconds or as a `timedelta`.
-        - `execution_options`: SQLAlchemy's, for the engine.
+        - `execution_options`: SQLAlchemy's, for the connection of the block.
 
         Raises `ValueError` for an isolation level that there is not. Entering the block raises
         `TransactionRequiredError`, `TransactionForbiddenError`, `IncompatibleTransactionError`,
@@ -66,10 +67,10 @@ class TransactionManager:
         Quiet where the block that began it asks; where one that joined it does, the beginner ends in
         `UnexpectedRollbackError`. Raises `TransactionRequiredError`.
         """
-        transaction = self._current()
-        if transaction is None:
+        scope, transaction = current_scope(self._owner), self._current()
+        if scope is None or transaction is None:
             raise TransactionRequiredError("set_rollback_only() is for the inside of transaction()")
-        transaction.set_rollback_only()
+        transaction.level.set_rollback_only(scope.blocks[-1])
 
     def on_commit(self, function: Hook) -> None:
         """Call it, sync or async, after the commit of the current transaction; with none, at once (sync only).

@@ -11,9 +11,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from sessionwire.ending import Rest
-from sessionwire.engine import Engines, Terms
+from sessionwire.engine import Engines
 from sessionwire.manager import DatabaseSessionManager
 from sessionwire.scope import Scope
+from sessionwire.terms import Terms
 
 from .turns import Party
 from .where import UNKNOWN, where, where_is

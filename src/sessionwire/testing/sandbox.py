@@ -18,11 +18,12 @@ from sqlalchemy import AsyncAdaptedQueuePool, Connection, Engine, Pool, event, t
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sessionwire.ending import finish_rollback, to_the_end
-from sessionwire.engine import TERMS, Engines, Terms
+from sessionwire.engine import Engines
 from sessionwire.errors import SandboxError
 from sessionwire.failures import watch_disconnects, watch_failures
 from sessionwire.manager import DatabaseSessionManager, give_back
 from sessionwire.scope import current_scope, scopes_here
+from sessionwire.terms import TERMS, Terms
 
 from .leaks import GRACE, PARTY, Watch, party_of
 from .managers import managers_of

@@ -15,11 +15,12 @@ from typing import Any, cast
 from sqlalchemy import Pool, PoolProxiedConnection, event
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from sessionwire import sqlite
 from sessionwire.ending import to_the_end
-from sessionwire.engine import Terms, stop_sqlite
 from sessionwire.errors import SandboxError
 from sessionwire.failures import IN_FAILED_TRANSACTION, sqlstate
 from sessionwire.session import WRITING_VERBS
+from sessionwire.terms import Terms
 
 from .where import where, where_is
 
@@ -227,7 +228,7 @@ class SharedConnection:
 
     async def _stop_sqlite(self) -> None:
         driver = self._real.driver_connection
-        await stop_sqlite(driver, driver.execute("SELECT 1"), patience=1)  # it undoes all where it strikes a write
+        await sqlite.stop(driver, driver.execute("SELECT 1"), patience=1)  # it undoes all where it strikes a write
         for cursor in gc.get_referrers(driver._conn):
             # isinstance() would ask a proxy what it stands for
             if issubclass(type(cursor), sqlite3.Cursor) and _has_begun(cursor):

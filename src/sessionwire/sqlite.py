@@ -1,0 +1,106 @@
+"""What SQLite needs to behave as the others do, and its driver, which runs it in a thread, to be stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Awaitable
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.exc import OperationalError
+
+from .failures import sqlstate
+from .terms import TERMS, Terms
+
+BUSY_TIMEOUT = 5.0  # seconds that a statement waits for a lock, in the driver's thread, where it can't be cancelled
+PATIENT = f"PRAGMA busy_timeout={BUSY_TIMEOUT * 1000:.0f};"
+
+
+class SelfClosing(sqlite3.Connection):
+    """Closes itself where a cancelled `connect()` lets go of it."""
+
+    def __del__(self) -> None:
+        with suppress(sqlite3.ProgrammingError):  # it was never open
+            self.close()
+
+
+ARGUMENTS = {
+    "isolation_level": None,  # the driver would begin late, and not know savepoints
+    "timeout": BUSY_TIMEOUT,
+    "factory": SelfClosing,
+    "check_same_thread": False,
+}
+
+
+def prepare(engine: Engine, *, read_only: bool, patience: float) -> None:
+    """What is asked of each connection. One that writes waits so many seconds for the lock."""
+
+    @event.listens_for(engine, "connect")
+    def connected(connection: Any, _record: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA foreign_keys=ON")
+        cursor.execute("PRAGMA journal_mode=WAL")
+        if read_only:
+            cursor.execute("PRAGMA query_only=ON")
+        cursor.close()
+
+    if not read_only:
+
+        @event.listens_for(engine, "begin")
+        def begin(connection: Connection) -> None:
+            _begin(connection, patience)
+
+    dialect: Any = engine.dialect
+    commit = dialect.do_commit
+
+    def commit_or_undo(connection: Any) -> None:
+        try:
+            commit(connection)
+        except Exception:
+            connection.rollback()  # as PostgreSQL does: what is left open, the next one would commit
+            raise
+
+    dialect.do_commit = commit_or_undo
+
+
+async def stop(driver: Any, *steps: Awaitable[object], patience: float = 0.02) -> None:
+    """Stop what runs in the driver's thread for these steps, which have waited there behind it for so many seconds."""
+    done = asyncio.gather(*steps, return_exceptions=True)
+    while not (await asyncio.wait((done,), timeout=patience))[0]:
+        with suppress(ValueError, sqlite3.ProgrammingError):  # closed
+            driver._conn.interrupt()  # only now: where a cursor is unfinished, it would strike the first step instead
+
+
+def _begin(connection: Connection, timeout: float) -> None:
+    """Begin for real, which the driver leaves until the first write. One that writes takes the write lock now, since a
+    transaction that has read cannot wait for it (SQLITE_BUSY_SNAPSHOT); it waits in short turns, to be cancellable.
+    """
+    terms: Terms = connection.get_execution_options().get(TERMS, Terms())
+    script = f"{PATIENT} PRAGMA query_only={'ON' if terms.read_only else 'OFF'};"
+    if terms.writes:
+        script += f"PRAGMA busy_timeout=20; BEGIN IMMEDIATE; {PATIENT}"
+    elif not terms.autocommit:
+        script += "BEGIN;"
+    driver_connection: Any = connection.connection.dbapi_connection
+
+    def execute(driver: Any) -> Any:
+        return driver.executescript(script)
+
+    deadline = monotonic() + timeout
+    while True:
+        try:
+            driver_connection.run_async(execute)
+            return
+        except Exception as error:
+            busy = sqlstate(error).startswith("SQLITE_BUSY")
+            if not busy or not terms.writes or monotonic() > deadline:
+                raise OperationalError("BEGIN", None, error) from error
+
+
+def remove(file: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        Path(f"{file}{suffix}").unlink(missing_ok=True)
