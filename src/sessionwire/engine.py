@@ -71,6 +71,11 @@ class Engines:
     def pools(self) -> list[Pool]:
         return [self.primary.pool, self._reading.pool]
 
+    @property
+    def endings(self) -> set[asyncio.Future[Any]]:
+        """What stops and undoes in the background what was given up."""
+        return self._endings
+
     def on(self, terms: Terms) -> AsyncEngine:
         """The engine to bind a session to, so that its connection is on these terms."""
         if terms.execution_options:  # of any value: without a hash, or another one each time

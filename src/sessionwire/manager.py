@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from types import TracebackType
-from typing import Self, cast
+from typing import Any, Self, cast
 
 from sqlalchemy import URL, Connection, Engine, MetaData, make_url, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
@@ -247,9 +247,14 @@ class DatabaseSessionManager:
                 self._engines, self._settings, self._proven = real, settings, True
 
     @property
-    def left_open(self) -> frozenset[Scope | AsyncConnection]:
+    def in_use(self) -> frozenset[Scope | AsyncConnection]:
         """The scopes and connections that are open now."""
         return frozenset(self._open)
+
+    @property
+    def endings(self) -> frozenset[asyncio.Future[Any]]:
+        """What it stops and undoes in the background."""
+        return frozenset() if self._engines is None else frozenset(self._engines.endings)
 
     # For scopes: what `scope.Owner` asks for
 

@@ -135,14 +135,21 @@ def _sessionwire_templates(
                     DatabaseTemplate(
                         sessionwire_settings,
                         partial(_seed, database, sessionwire_seed or _create_all),
-                        key=f"{run} {number}",
+                        key=f"{run} {name}",
                     )
                 )
             )
-            for number, database in enumerate(databases(sessionwire_container()))
+            for name, database in _by_settings(sessionwire_container()).items()
         ]
     finally:
         _sessionwire_runner.run(stack.aclose())
+
+
+def _by_settings(container: containers.Container) -> dict[str, DatabaseContainer]:
+    """The databases of a container by the names of their settings, always in one order."""
+    names = {provider: name for name, provider in by_name(container).items()}
+    found: dict[str, DatabaseContainer] = {names[database.settings]: database for database in databases(container)}
+    return {name: found[name] for name in sorted(found)}
 
 
 async def _seed(database: DatabaseContainer, seed: Seed, manager: DatabaseSessionManager) -> None:
@@ -198,9 +205,7 @@ def _sessionwire_overridden(
     is_shared = _option(request.config, "isolation") == "sandbox"
     settings = request.getfixturevalue("sessionwire_databases" if is_shared else "_sessionwire_own_databases")
     container = sessionwire_container()
-    names = {provider: name for name, provider in by_name(container).items()}
-    given = {names[database.settings]: each for database, each in zip(databases(container), settings, strict=True)}
-    with overriding(container, **given):
+    with overriding(container, **dict(zip(_by_settings(container), settings, strict=True))):
         yield container
 
 
@@ -212,11 +217,13 @@ async def _started(config: pytest.Config, container: containers.Container) -> As
             await stack.enter_async_context(sandbox(container))
         await stack.enter_async_context(Lifespan(container))
         watch = Watch(*managers_of(container))
-        if not is_sandbox:
-            for manager in managers_of(container):
+        for manager in managers_of(container):
+            if is_sandbox:
+                watch.over(manager.engine.pool)
+            else:
                 stack.enter_context(manager.replaced_engines(partial(WatchedEngines, watch)))
         yield container
-        left = await watch.end_tasks(set, set(), TIMEOUT) + watch.end_blocks()
+        left = await watch.end_tasks(asyncio.current_task(), set(), TIMEOUT) + watch.end_blocks()
         if left:
             pytest.fail("\n".join(left), pytrace=False)
 

@@ -214,3 +214,75 @@ def test_what_is_wrong_is_said_with_the_remedy(project: Project) -> None:
     (project.directory / "conftest.py").unlink()
     assert "def sessionwire_container():" in project.run("-o", "asyncio_mode=auto").stdout
     assert "'sandbox' or 'database'" in project.run("--sessionwire-isolation=box").stderr
+
+
+TWO = """
+from dependency_injector import containers, providers
+from sqlalchemy import Column, Integer, MetaData, Table
+from sessionwire import DatabaseContainer
+
+here, there = MetaData(), MetaData()
+a, b = Table("a", here, Column("id", Integer)), Table("b", there, Column("id", Integer))
+
+class Container(containers.DeclarativeContainer):
+    here = providers.Container(DatabaseContainer, metadata=here)
+    there = providers.Container(DatabaseContainer, metadata=there)
+"""
+USES_BOTH = """
+import pytest
+from sqlalchemy import insert
+from shop import a, b
+
+@pytest.mark.parametrize("number", range(6))
+async def test_both(container, number):
+    for database, table in ((container.here, a), (container.there, b)):
+        async with database.transaction()() as session:
+            await session.execute(insert(table).values(id=1))
+"""
+
+
+@pytest.mark.parametrize("isolation", ["sandbox", "database"])
+def test_each_of_two_databases_has_its_own_tables_in_every_test(project: Project, isolation: str) -> None:
+    project.write("shop.py", TWO)
+    project.write("test_both.py", USES_BOTH)
+
+    finished = project.run("-o", "asyncio_mode=auto", "-n", "2", f"--sessionwire-isolation={isolation}")
+
+    assert_passed(finished, 6)
+
+
+CUTS = """
+import asyncio
+import pytest
+from sqlalchemy import text
+
+COUNT = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000000) SELECT count(*) FROM n"
+
+async def test_a_deadline(container):
+    with pytest.raises(TimeoutError):
+        async with container.db.transaction()(timeout=0.05) as session:
+            await session.execute(text(COUNT))
+
+async def test_a_task_that_is_cancelled_at_the_end(container):
+    async def count():
+        async with container.db.sessionmanager().session() as session:
+            await session.execute(text(COUNT))
+    task = asyncio.create_task(count())
+    await asyncio.sleep(0.05)
+    task.cancel()
+
+async def test_tasks_that_end_one_after_the_other(container):
+    async def last():
+        await asyncio.sleep(0.1)
+    async def first():
+        await asyncio.sleep(0.1)
+        later.append(asyncio.create_task(last()))
+    later = [asyncio.create_task(first())]
+"""
+
+
+@pytest.mark.parametrize("isolation", ["sandbox", "database"])
+def test_what_ends_by_itself_after_the_test_is_waited_for(project: Project, isolation: str) -> None:
+    project.write("test_cuts.py", CUTS)
+
+    assert_passed(project.run("-o", "asyncio_mode=auto", f"--sessionwire-isolation={isolation}"), 3)

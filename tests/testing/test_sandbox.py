@@ -1020,7 +1020,7 @@ class TestLeft:
     async def nothing_is_left(self, manager: DatabaseSessionManager) -> None:
         assert manager.is_open
         assert checked_out(manager) == 0
-        assert not manager.left_open
+        assert not manager.in_use
         assert await seen(manager) == await notes(manager) == ["before"]
         async with manager.transaction() as session:
             session.add(Note(text="written"))

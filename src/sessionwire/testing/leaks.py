@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any, cast
 
 from sqlalchemy import Pool, PoolProxiedConnection, event
@@ -21,7 +20,7 @@ from .where import UNKNOWN, where, where_is
 
 PARTY = "sessionwire_party"  # the execution option that tells a connection whose it is
 GRACE = 0.5  # seconds for tasks that are about to end
-Tasks = set[asyncio.Task[Any]]
+Task = asyncio.Task[Any]
 
 
 class Watch:
@@ -29,7 +28,7 @@ class Watch:
 
     def __init__(self, *managers: DatabaseSessionManager) -> None:
         self._tasks = asyncio.all_tasks()
-        self._units = {manager: manager.left_open for manager in managers}
+        self._units = {manager: manager.in_use for manager in managers}
         self._held: dict[ConnectionPoolEntry, tuple[PoolProxiedConnection, str]] = {}
 
     def over(self, pool: Pool) -> None:
@@ -37,17 +36,23 @@ class Watch:
         event.listen(pool, "checkout", self._taken)
         event.listen(pool, "checkin", self._given_back)
 
-    async def end_tasks(self, others: Callable[[], Tasks], outlasting: Tasks, timeout: float) -> list[str]:
-        """Cancel those that run; `others` are not meant. What goes on all the same is added to `outlasting`."""
+    async def end_tasks(self, caller: Task | None, outlasting: set[Task], timeout: float) -> list[str]:
+        """Cancel those that run, but for the caller's. What goes on all the same is added to `outlasting`."""
         left: list[str] = []
+        loop = asyncio.get_running_loop()
 
-        def running() -> Tasks:
-            begun = asyncio.all_tasks() - self._tasks - others() - outlasting - {cast(Any, asyncio.current_task())}
+        async def running() -> set[Task]:
+            while endings := {ending for manager in self._units for ending in manager.endings}:  # and tasks of theirs
+                if not (await asyncio.wait(endings, timeout=timeout))[0]:
+                    break
+            others = {cast(Task, caller), cast(Task, asyncio.current_task())}
+            begun = asyncio.all_tasks() - self._tasks - outlasting - others
             return {task for task in begun if not _is_anothers(task)}
 
-        if about_to_end := running():
-            await asyncio.wait(about_to_end, timeout=GRACE)
-        while tasks := running():
+        deadline = loop.time() + GRACE
+        while (tasks := await running()) and loop.time() < deadline:
+            await asyncio.wait(tasks, timeout=deadline - loop.time())
+        while tasks := await running():
             for task in tasks:
                 left.append(f"a task was left running: {where_is(task)}: await it, or cancel it and await that")
                 task.cancel()
@@ -58,7 +63,7 @@ class Watch:
         """Cut off those that are open, and end connections that are held; those that no block explains are told."""
         blocks: list[str] = []
         for manager, before in self._units.items():
-            for unit in manager.left_open - before:
+            for unit in manager.in_use - before:
                 party = party_of(unit)
                 place = party.where if party else UNKNOWN
                 blocks.append(f"a session or connection was left open: the block that began at {place}")
@@ -96,7 +101,7 @@ def party_of(unit: Scope | AsyncConnection) -> Party | None:
     return cast("Party | None", engine.sync_engine.get_execution_options().get(PARTY))
 
 
-def _is_anothers(task: asyncio.Task[Any]) -> bool:
+def _is_anothers(task: Task) -> bool:
     """Whether it does an end for another task, or is the one by which anyio runs a fixture."""
     work = task.get_coro()
     return isinstance(work, Rest) or getattr(work, "__qualname__", "") == "TestRunner._call_in_runner_task"

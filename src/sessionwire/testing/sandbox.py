@@ -111,7 +111,7 @@ async def _tidy(
     watch: Watch, shared: SharedConnection, caller: asyncio.Task[Any] | None, timeout: float, left: list[str]
 ) -> None:
     """End what was begun in the sandbox and goes on. Adds to `left` where it was."""
-    left += await watch.end_tasks(lambda: {*shared.endings, cast(Any, caller)}, shared.outlasting, timeout)
+    left += await watch.end_tasks(caller, shared.outlasting, timeout)
     left += watch.end_blocks()
     shared.end_all()
     await shared.ended()
@@ -179,6 +179,10 @@ class SandboxEngines(Engines):
     @property
     def pools(self) -> list[Pool]:
         return [self.primary.pool]
+
+    @property
+    def endings(self) -> set[asyncio.Future[Any]]:
+        return self._shared.endings
 
     def end(self, dbapi_connection: Any) -> None:
         self._shared.end(dbapi_connection)

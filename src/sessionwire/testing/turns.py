@@ -81,7 +81,7 @@ class SharedConnection:
         self._open: list[VirtualConnection] = []  # in a transaction, each inside the one before
         self._changed = asyncio.get_running_loop().create_future()
         self._is_closed = False
-        self.endings: set[asyncio.Task[None]] = set()
+        self.endings: set[asyncio.Future[Any]] = set()
         self.outlasting: set[asyncio.Task[Any]] = set()  # tasks that went on when they were cancelled
         self._guarded: set[Pool] = set()
 
