@@ -165,6 +165,7 @@ def test_the_server_of_a_killed_run_is_ended_by_the_next(tmp_path: Path) -> None
 
 LEAKS = """
 import asyncio
+from sessionwire import transactional
 
 left = []
 
@@ -189,6 +190,13 @@ async def test_one_that_was_opened_anew(container):
     await manager.open()
     await manager.session().__aenter__()  # told
 
+async def test_a_task_in_a_method(container):
+    asyncio.create_task(never_adds(container.db.transaction()))
+
+@transactional
+async def never_adds(transaction):
+    await asyncio.gather(asyncio.Event().wait())  # told
+
 async def test_one_that_was_closed(container):
     await container.db.sessionmanager().close()
 
@@ -203,7 +211,7 @@ def test_what_a_test_leaves_open_fails_it_and_is_named_with_its_line(project: Pr
 
     finished = project.run("-o", "asyncio_mode=auto", f"--sessionwire-isolation={isolation}")
 
-    assert "7 passed, 5 errors" in finished.stdout, finished.stdout + finished.stderr
+    assert "8 passed, 6 errors" in finished.stdout, finished.stdout + finished.stderr
     told = {int(line) for line in re.findall(r"test_leaks\.py:(\d+)", finished.stdout)}
     assert told == {number for number, line in enumerate(LEAKS.splitlines(), 1) if line.endswith("# told")}
 

@@ -42,9 +42,11 @@ from sessionwire import (
     NotInitializedError,
     Propagation,
     SandboxError,
+    TransactionManager,
     TransactionTimeoutError,
     UncommittedChangesWarning,
     UnexpectedRollbackError,
+    transactional,
 )
 from sessionwire.testing import sandbox
 from tests import services
@@ -601,6 +603,28 @@ class TestDeadlock:
                     await asyncio.sleep(0.01)
                     await (asyncio.gather(task, asyncio.sleep(0)) if how == "gathered" else task)
         await write(inside, "b")
+
+    async def test_of_decorated_functions_names_those(
+        self, manager: DatabaseSessionManager, outside: DatabaseSessionManager
+    ) -> None:
+        @transactional  # the holder
+        async def hold(transaction: TransactionManager) -> None:
+            await CurrentSession(manager).execute(select(Note))
+            await asyncio.sleep(60)  # where it waits
+
+        @transactional  # the waiter
+        async def wait(transaction: TransactionManager) -> None:
+            CurrentSession(manager).add(Note(text="a"))
+
+        async with sandbox(manager, patience=0.1), asyncio.timeout(5):
+            holder = asyncio.create_task(hold(manager.transaction))
+            await asyncio.sleep(0.01)
+            with pytest.raises(SandboxError) as told:
+                await asyncio.gather(wait(manager.transaction))
+            holder.cancel()
+            await asyncio.wait((holder,))
+        for marker in ("the holder", "where it waits", "the waiter"):
+            assert line(marker) in str(told.value)
 
     async def test_one_that_waits_can_be_cancelled(self, inside: DatabaseSessionManager) -> None:
         async with inside.transaction() as session:
