@@ -228,6 +228,16 @@ class DatabaseSessionManager:
         return self._engines is not None and self._engines.owns(engine)
 
     @contextmanager
+    def opening_with(self, settings: DatabaseSettings) -> Generator[None]:
+        """Let it open with these settings instead of its own."""
+        own = self._given, self._settings
+        self._given = self._settings = settings
+        try:
+            yield
+        finally:
+            self._given, self._settings = own
+
+    @contextmanager
     def replaced_engines(self, make: Callable[[Engines], Engines]) -> Generator[None]:
         """Let the open manager work on what `make` gives for its engines, also after a `close()` and an `init()`."""
         real, make_real, settings = self._initialized(), self._make_engines, self._settings

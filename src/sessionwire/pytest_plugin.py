@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+import warnings
+from collections.abc import AsyncGenerator, Generator, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,8 @@ def _option(config: pytest.Config, name: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def sessionwire_container() -> Callable[[], Any]:
-    """What makes the container for each test; a container that is there already is returned by a lambda."""
+def sessionwire_container() -> Any:
+    """The container, or what makes one for each test."""
     raise pytest.UsageError(NO_CONTAINER)
 
 
@@ -120,7 +121,7 @@ def _sessionwire_runner() -> Iterator[asyncio.Runner]:
 @pytest.fixture(scope="session")
 def _sessionwire_templates(
     request: pytest.FixtureRequest,
-    sessionwire_container: Callable[[], Any],
+    sessionwire_container: Any,
     sessionwire_seed: Seed | None,
     sessionwire_settings: DatabaseSettings,
     _sessionwire_runner: asyncio.Runner,
@@ -139,10 +140,15 @@ def _sessionwire_templates(
                     )
                 )
             )
-            for name, database in _by_settings(sessionwire_container()).items()
+            for name, database in _by_settings(_made(sessionwire_container)).items()
         ]
     finally:
         _sessionwire_runner.run(stack.aclose())
+
+
+def _made(container: Any) -> containers.Container:
+    """What `sessionwire_container` gives, or makes."""
+    return container if isinstance(container, containers.Container) else container()
 
 
 def _by_settings(container: containers.Container) -> dict[str, DatabaseContainer]:
@@ -167,8 +173,10 @@ def sessionwire_databases(
     _sessionwire_templates: list[DatabaseTemplate], _sessionwire_runner: asyncio.Runner
 ) -> Iterator[list[DatabaseSettings]]:
     """Of this worker, one for each database of the container."""
-    with _copies(_sessionwire_templates, _sessionwire_runner) as settings:
-        yield settings
+    with _copies(_sessionwire_templates, _sessionwire_runner) as copies:
+        yield [copy.settings for copy in copies]
+    if left := sum(copy.connections_left for copy in copies):
+        warnings.warn(f"connections that some test has left open: {left}", pytest.PytestWarning, stacklevel=1)
 
 
 @pytest.fixture
@@ -176,22 +184,22 @@ def _sessionwire_own_databases(
     _sessionwire_templates: list[DatabaseTemplate], _sessionwire_runner: asyncio.Runner
 ) -> Iterator[list[DatabaseSettings]]:
     """The same for one test alone."""
-    with _copies(_sessionwire_templates, _sessionwire_runner) as settings:
-        yield settings
+    with _copies(_sessionwire_templates, _sessionwire_runner) as copies:
+        yield [copy.settings for copy in copies]
+    if left := sum(copy.connections_left for copy in copies):
+        pytest.fail(f"connections to the database of the test that were left open: {left}", pytrace=False)
 
 
 @contextmanager
-def _copies(templates: list[DatabaseTemplate], runner: asyncio.Runner) -> Generator[list[DatabaseSettings]]:
+def _copies(templates: list[DatabaseTemplate], runner: asyncio.Runner) -> Generator[list[DatabaseCopy]]:
     stack = AsyncExitStack()
     copies: list[DatabaseCopy] = []
     try:
         for template in templates:
             copies.append(runner.run(stack.enter_async_context(template.copy())))
-        yield [copy.settings for copy in copies]
+        yield copies
     finally:
         runner.run(stack.aclose())
-    if left := sum(copy.connections_left for copy in copies):
-        pytest.fail(f"{left} connections to the database of the test were left open", pytrace=False)
 
 
 # The container
@@ -199,14 +207,21 @@ def _copies(templates: list[DatabaseTemplate], runner: asyncio.Runner) -> Genera
 
 @pytest.fixture
 def _sessionwire_overridden(
-    request: pytest.FixtureRequest, sessionwire_container: Callable[[], Any]
+    request: pytest.FixtureRequest, sessionwire_container: Any
 ) -> Iterator[containers.Container]:
     """Not started yet, on the databases that it is to use."""
     is_shared = _option(request.config, "isolation") == "sandbox"
     settings = request.getfixturevalue("sessionwire_databases" if is_shared else "_sessionwire_own_databases")
-    container = sessionwire_container()
-    with overriding(container, **dict(zip(_by_settings(container), settings, strict=True))):
-        yield container
+    container = _made(sessionwire_container)
+    given: dict[str, object] = dict(zip(_by_settings(container), settings, strict=True))
+    with ExitStack() as stack:
+        for (name, database), own in zip(_by_settings(container).items(), settings, strict=True):
+            with suppress(Exception):  # it lacks settings of its own, and nobody can have it
+                manager = database.sessionmanager()
+                if not manager.is_initialized:  # it stays the one that those have who took it when they were imported
+                    stack.enter_context(manager.opening_with(own))
+                    given[f"{name.removesuffix('settings')}sessionmanager"] = manager
+        yield stack.enter_context(overriding(container, **given))
 
 
 @asynccontextmanager

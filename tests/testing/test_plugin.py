@@ -294,3 +294,37 @@ def test_what_ends_by_itself_after_the_test_is_waited_for(project: Project, isol
     project.write("test_cuts.py", CUTS)
 
     assert_passed(project.run("-o", "asyncio_mode=auto", f"--sessionwire-isolation={isolation}"), 3)
+
+
+APP = """
+from shop import Container, Items
+
+container = Container()
+container.db.config.from_dict({"url": "sqlite:///of-the-application.db"})
+items = Items(container.db.session(), container.db.transaction())
+"""
+OF_THE_MODULE = """
+import pytest
+from app import container as of_the_module, items
+
+@pytest.mark.parametrize("number", range(2))
+async def test_it(container, number):
+    assert container is of_the_module
+    await items.add("pen")
+    assert await container.items().has("pen")
+"""
+
+
+@pytest.mark.parametrize("isolation", ["sandbox", "database"])
+def test_what_a_module_took_from_its_container_works_in_the_test_too(project: Project, isolation: str) -> None:
+    project.write("app.py", APP)
+    project.write(
+        "conftest.py",
+        CONFTEST.replace("from shop import Container", "from app import container").replace(
+            "return Container", "return container"
+        ),
+    )
+    project.write("test_app.py", OF_THE_MODULE)
+
+    assert_passed(project.run("-o", "asyncio_mode=auto", f"--sessionwire-isolation={isolation}"), 2)
+    assert not (project.directory / "of-the-application.db").exists()

@@ -318,7 +318,7 @@ class SharedConnection:
             return ["SET TRANSACTION READ ONLY"]  # up to the end of the savepoint
         raise SandboxError(
             "a transaction that may write cannot begin inside a read-only one in a sandbox, which has one connection: "
-            "test this on a copy of a DatabaseTemplate"
+            "test this on a database: a copy of a DatabaseTemplate, or sessionwire_isolation = database"
         )
 
     def _leaving(self, virtual: VirtualConnection) -> list[str]:
@@ -392,5 +392,5 @@ def _deadlock(virtual: VirtualConnection, holder: VirtualConnection, reason: str
     return SandboxError(
         f"a deadlock on the sandbox's one connection: what was opened at {virtual.party.where} waits for the "
         f"transaction that was opened at {holder.party.where}{held_by}, {reason}; two that must go on side by side "
-        "need a copy of a DatabaseTemplate"
+        "need a database: a copy of a DatabaseTemplate, or of the pytest plugin sessionwire_isolation = database"
     )
