@@ -313,6 +313,16 @@ async def test_what_was_started_by_hand_is_not_started_again_and_ends_with_the_r
     assert layers.log().take() == ALL_DOWN
 
 
+async def test_one_inside_another_starts_and_ends_only_what_that_has_not_started() -> None:
+    async with Lifespan(Layers()) as layers:
+        await layers.third.shutdown()  # type: ignore[misc]
+        assert layers.log().take() == [*ALL_UP, "-third"]
+        async with Lifespan(layers):
+            assert layers.log().take() == ["+third"]
+        assert layers.log().take() == ["-third"]
+    assert layers.log().take() == ["-second", "-first"]
+
+
 async def test_what_was_ended_by_hand_is_not_ended_again() -> None:
     async with Lifespan(Layers()) as layers:
         await layers.third.shutdown()  # type: ignore[misc]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -23,22 +24,28 @@ class Lifespan(Generic[C]):
     """`async with Lifespan(container) as container:`, and `FastAPI(lifespan=Lifespan(container))` or Starlette's alike.
 
     Where a resource fails to start, those already started are shut down, and its error is raised. At the end all are
-    shut down, dependents first; the first failure is raised after that, or noted on the error of the block.
+    shut down, dependents first; the first failure is raised after that, or noted on the error of the block. One inside
+    another of the same container, as that of an application in a test, leaves it as it found it.
     """
 
     def __init__(self, container: C) -> None:
         self.container = container
         self._started: list[AnyResource] = []
+        self._found: list[AnyResource] = []  # which another one around this has started, and ends
 
     async def __aenter__(self) -> C:
         self.container.check_dependencies()
         for database in databases(self.container):
             _check_overrides(database)
         self._started.clear()
+        is_inner = any(other.container is self.container for other in _open)
+        self._found = [each for each in _in_order(self.container) if each.initialized] if is_inner else []
+        _open.add(self)
         try:
             for resource in _in_order(self.container):
-                self._started.append(resource)
-                await _settled(resource.init())
+                if resource not in self._found:
+                    self._started.append(resource)
+                    await _settled(resource.init())
         except BaseException as error:
             await self._shut_down(error)
             raise
@@ -57,7 +64,9 @@ class Lifespan(Generic[C]):
 
     async def _shut_down(self, error: BaseException | None) -> None:
         first = error
-        started_later = [resource for resource in _in_order(self.container) if resource not in self._started]
+        _open.discard(self)
+        known = self._started + self._found
+        started_later = [resource for resource in _in_order(self.container) if resource not in known]
         for resource in reversed(self._started + started_later):
             try:
                 if resource.initialized:
@@ -66,6 +75,9 @@ class Lifespan(Generic[C]):
                 first = after(first, failure, "the shutdown of a resource")
         if first is not None and first is not error:
             raise first
+
+
+_open: weakref.WeakSet[Lifespan[Any]] = weakref.WeakSet()
 
 
 async def _settled(result: Any) -> None:
