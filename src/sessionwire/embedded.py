@@ -12,7 +12,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
+from sqlalchemy import URL
+
 from .errors import ConfigurationError, NotInitializedError
+from .url import DatabaseURL
 
 _serialized = threading.Lock()  # the wheel's registry of servers is not made for threads
 
@@ -68,6 +71,12 @@ class EmbeddedServer:
         with _serialized:
             self._socket_directory = None
             self._handle.close()
+
+    @property
+    def url(self) -> URL:
+        """Of the database `postgres`, for its superuser. Raises `NotInitializedError`."""
+        query = {"host": self.socket_directory}
+        return DatabaseURL.create("postgresql+asyncpg", "postgres", database="postgres", query=query)
 
     @property
     def socket_directory(self) -> str:

@@ -73,7 +73,7 @@ class Rest(Coroutine[Any, Any, T]):
 
 
 async def finish_commit(work: Coroutine[Any, Any, None], timeout: float) -> None:
-    """The same for a commit. Raises `CommitOutcomeUnknownError` where its answer was lost or does not come in time."""
+    """For a commit. Raises `CommitOutcomeUnknownError` where its answer was lost or does not come in time."""
     try:
         await to_the_end(_committing(work), timeout)
     except TimeoutError as error:

@@ -20,7 +20,7 @@ from .errors import AlreadyInitializedError, ConnectionFailedError, NotInitializ
 from .failures import cut_off, failures, lost_after
 from .scope import BeginHook, Scope, current_scope, refuse_second_writer, scopes_here
 from .session import ScopedSession, SessionBlock, run_begin_hooks
-from .settings import DatabaseSettings
+from .settings import DatabaseSettings, settings_of
 from .terms import Terms
 from .transaction import TransactionManager
 
@@ -41,7 +41,7 @@ class DatabaseSessionManager:
         self.metadata = Base.metadata if metadata is None else metadata
         self.transaction = TransactionManager(self)
         self.begin_hooks: list[BeginHook] = []
-        self._given = None if settings is None else _settings(settings)
+        self._given = None if settings is None else settings_of(settings)
         self._settings = self._given
         self._engines: Engines | None = None
         self._make_engines: Callable[[DatabaseSettings], Engines] = Engines
@@ -57,7 +57,7 @@ class DatabaseSessionManager:
         """Make the engine and what makes sessions; no I/O. Raises `ConfigurationError`, `AlreadyInitializedError`."""
         if self._engines is not None:
             raise AlreadyInitializedError("close() it first, or make another manager for another database")
-        self._settings = _settings(host)
+        self._settings = settings_of(host)
         self._engines = self._make_engines(self._settings)
 
     async def open(self) -> None:
@@ -328,10 +328,6 @@ class DatabaseSessionManager:
 
 
 REMEDY = "call init(url) or await open() first, or start the container with Lifespan; after close() open it anew"
-
-
-def _settings(given: DatabaseSettings | str | URL) -> DatabaseSettings:
-    return given if isinstance(given, DatabaseSettings) else DatabaseSettings(url=given)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

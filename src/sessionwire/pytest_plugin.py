@@ -15,7 +15,7 @@ import asyncio
 import shutil
 import warnings
 from collections.abc import AsyncGenerator, Generator, Iterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,9 @@ NO_CONTAINER = """say in conftest.py which container is to be tested:
 @pytest.fixture(scope="session")
 def sessionwire_container():
     return Container  # or a function that makes one for each test"""
+
+OPEN_ALREADY = """the container's sessionmanager is initialized before the test: who has it would work past the test's
+database, on its own. Close it before, or let sessionwire_container return what makes a container for each test"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -104,7 +107,7 @@ def sessionwire_settings(request: pytest.FixtureRequest, _sessionwire_runner: as
         return
     remove_left_by_killed()
     with EmbeddedServer(request.config.stash[DIRECTORY] / "data") as server:
-        settings = DatabaseSettings(url=f"postgresql://postgres@/postgres?host={server.socket_directory}")
+        settings = DatabaseSettings(url=server.url)
         _sessionwire_runner.run(hurry(settings))
         yield settings
 
@@ -213,14 +216,18 @@ def _sessionwire_overridden(
     is_shared = _option(request.config, "isolation") == "sandbox"
     settings = request.getfixturevalue("sessionwire_databases" if is_shared else "_sessionwire_own_databases")
     container = _made(sessionwire_container)
-    given: dict[str, object] = dict(zip(_by_settings(container), settings, strict=True))
+    given: dict[str, object] = {}
     with ExitStack() as stack:
         for (name, database), own in zip(_by_settings(container).items(), settings, strict=True):
-            with suppress(Exception):  # it lacks settings of its own, and nobody can have it
+            given[name] = own
+            try:
                 manager = database.sessionmanager()
-                if not manager.is_initialized:  # it stays the one that those have who took it when they were imported
-                    stack.enter_context(manager.opening_with(own))
-                    given[f"{name.removesuffix('settings')}sessionmanager"] = manager
+            except Exception:  # it lacks settings of its own, and nobody can have it
+                continue
+            if manager.is_initialized:
+                raise pytest.UsageError(OPEN_ALREADY)
+            stack.enter_context(manager.opening_with(own))  # those who took it when they were imported have it too
+            given[f"{name.removesuffix('settings')}sessionmanager"] = manager
         yield stack.enter_context(overriding(container, **given))
 
 

@@ -85,14 +85,12 @@ def open_blocks() -> Iterator[tuple[Block, Scope]]:
 
 
 def _innermost_open() -> Block | None:
-    block = innermost_block.get()
-    while block is not None and block.scope is None:
-        block = block.outer
-    return block
+    return next((block for block, _ in open_blocks()), None)
 
 
 def current_scope(owner: Owner) -> Scope | None:
     """The innermost open scope of this manager in this context."""
+    # by hand, not over open_blocks(): each use of a CurrentSession comes by here
     block = innermost_block.get()
     while block is not None and (block.scope is None or block.scope.owner is not owner):
         block = block.outer
@@ -118,7 +116,7 @@ def entered_twice() -> ScopeError:
 
 
 def require_scope(owner: Owner) -> Scope:
-    """The same; raises `NoSessionError` where there is none."""
+    """The innermost open scope. Raises `NoSessionError` where there is none."""
     scope = current_scope(owner)
     if scope is None:
         mix_up = "one of another database is, was the right one injected? " if any(open_blocks()) else ""
@@ -176,8 +174,8 @@ class Scope:
 
     def end(self) -> None:
         """End all blocks."""
-        for block in self.blocks[:1]:
-            self.leave(block)
+        if self.blocks:
+            self.leave(self.blocks[0])
 
     def cut(self) -> None:
         """End it from outside: nothing of it commits any more."""

@@ -264,3 +264,8 @@ def _did_you_mean(name: str, names: list[str]) -> str:
     close = difflib.get_close_matches(name, names, 1)
     others = f"; there are {', '.join(sorted(names))}" if names else ""
     return f"; did you mean {close[0]!r}?" if close else others
+
+
+def settings_of(given: DatabaseSettings | str | URL) -> DatabaseSettings:
+    """What a manager or a template was given, a URL alone included."""
+    return given if isinstance(given, DatabaseSettings) else DatabaseSettings(url=given)

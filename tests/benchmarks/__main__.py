@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -47,7 +46,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    names = [name for name in MODULES if find_spec(f"{__package__}.{name}")]
+    names = list(MODULES)
     described = "\n".join(f"  {name:10}{MODULES[name]}" for name in names)
     parser = argparse.ArgumentParser(
         prog=f"python -m {__package__}",

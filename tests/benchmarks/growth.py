@@ -17,8 +17,7 @@ import asyncpg
 
 from sessionwire import PoolSettings
 
-from .report import Table, Times, ratios
-from .scopes import rotated
+from .report import Table, Times, ratios, rotated
 from .variants import BARE, EXPERT, KEY, SERVICE, TEXT, VARIANTS, Work, items
 from .wire import url
 

@@ -17,8 +17,7 @@ from sessionwire.embedded import EmbeddedServer
 from sessionwire.testing import DatabaseTemplate, sandbox
 from sessionwire.testing.server import hurry, temporary_directory
 
-from .report import Table, Times, ratios
-from .scopes import rotated
+from .report import Table, Times, ratios, rotated
 from .wire import url
 
 ANEW, SANDBOX, COPY = "drop and create", "sessionwire, sandbox", "sessionwire, template"

@@ -119,3 +119,9 @@ def _bars(table: Table) -> Iterator[str]:
         if table.base:
             x = f"{LABELS + BAR * table.rows[table.base][number] / longest:.1f}"
             yield f'<line x1="{x}" x2="{x}" y1="{started}" y2="{top}" stroke="{INK}" stroke-dasharray="2 3"/>'
+
+
+def rotated(names: list[str], turn: int) -> list[str]:
+    """In another order in each round, since one variant may slow the next."""
+    start = turn % len(names)
+    return names[start:] + names[:start]

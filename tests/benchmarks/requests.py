@@ -15,7 +15,7 @@ from sessionwire import DatabaseSessionManager, DatabaseSettings
 
 from .applications.parts import POOL, Account, Base
 from .load import CLIENTS, WrongAnswersError, check_installed, drive
-from .report import Table
+from .report import Table, rotated
 from .wire import url
 
 BY_HAND = "by_hand"
@@ -61,8 +61,7 @@ async def run(server_socket_directory: str, rounds: int, progress: Callable[[str
                 refuse(name, error, running, missing)
         for turn in range(rounds):
             found: dict[str, list[float]] = {}
-            names = list(running)
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            for name in rotated(list(running), turn):
                 progress(f"round {turn + 1} of {rounds}: {label(name)}")
                 try:
                     found[name] = await running[name].under_load(SECONDS)

@@ -11,7 +11,7 @@ from typing import Any
 
 import asyncpg
 
-from .report import Table, Times, ratios
+from .report import Table, Times, ratios, rotated
 from .variants import BARE, EXPERT, KEY, TEXT, VARIANTS, Work, items
 from .wire import far_away, url
 
@@ -36,12 +36,6 @@ async def run(server_socket_directory: str, rounds: int, progress: Callable[[str
         ratios("time per scope", times, BARE, f"Medians of {rounds} rounds, in turns; the time of the first row is 1."),
         ratios("time per scope, against an expert's", times, EXPERT, "The same rounds."),
     ]
-
-
-def rotated(names: list[str], turn: int) -> list[str]:
-    """In another order in each round, since one variant may slow the next."""
-    start = turn % len(names)
-    return names[start:] + names[:start]
 
 
 async def seconds_to_read(work: Work, database: asyncpg.Connection[Any]) -> float:

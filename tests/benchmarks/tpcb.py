@@ -29,8 +29,7 @@ from sessionwire import (
 )
 
 from .program import output_of
-from .report import NotInstalledError, Table, Times, ratios
-from .scopes import rotated
+from .report import NotInstalledError, Table, Times, ratios, rotated
 from .variants import ASYNCPG, BARE, SERVICE, new_asyncpg_pool, new_engine, new_manager
 from .wire import url
 

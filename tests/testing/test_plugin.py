@@ -205,7 +205,7 @@ async def test_nothing(container):
 """
 
 
-@pytest.mark.parametrize("isolation", ["sandbox", "database"])
+@pytest.mark.parametrize(("backend", "isolation"), [("sqlite", "sandbox"), ("postgresql", "database")])
 def test_what_a_test_leaves_open_fails_it_and_is_named_with_its_line(project: Project, isolation: str) -> None:
     project.write("test_leaks.py", LEAKS)
 
@@ -222,6 +222,9 @@ def test_what_is_wrong_is_said_with_the_remedy(project: Project) -> None:
     (project.directory / "conftest.py").unlink()
     assert "def sessionwire_container():" in project.run("-o", "asyncio_mode=auto").stdout
     assert "'sandbox' or 'database'" in project.run("--sessionwire-isolation=box").stderr
+    project.write("app.py", f"{APP}container.db.sessionmanager().init('sqlite:///of-the-application.db')")
+    project.write("conftest.py", OF_A_MODULE)
+    assert "is initialized before the test" in project.run("-o", "asyncio_mode=auto").stdout
 
 
 TWO = """
@@ -249,14 +252,12 @@ async def test_both(container, number):
 """
 
 
-@pytest.mark.parametrize("isolation", ["sandbox", "database"])
+@pytest.mark.parametrize(("backend", "isolation"), [("sqlite", "database"), ("postgresql", "sandbox")])
 def test_each_of_two_databases_has_its_own_tables_in_every_test(project: Project, isolation: str) -> None:
     project.write("shop.py", TWO)
     project.write("test_both.py", USES_BOTH)
 
-    finished = project.run("-o", "asyncio_mode=auto", "-n", "2", f"--sessionwire-isolation={isolation}")
-
-    assert_passed(finished, 6)
+    assert_passed(project.run("-o", "asyncio_mode=auto", f"--sessionwire-isolation={isolation}"), 6)
 
 
 CUTS = """
@@ -289,7 +290,7 @@ async def test_tasks_that_end_one_after_the_other(container):
 """
 
 
-@pytest.mark.parametrize("isolation", ["sandbox", "database"])
+@pytest.mark.parametrize(("backend", "isolation"), [("sqlite", "sandbox"), ("sqlite", "database")])
 def test_what_ends_by_itself_after_the_test_is_waited_for(project: Project, isolation: str) -> None:
     project.write("test_cuts.py", CUTS)
 
@@ -303,6 +304,7 @@ container = Container()
 container.db.config.from_dict({"url": "sqlite:///of-the-application.db"})
 items = Items(container.db.session(), container.db.transaction())
 """
+OF_A_MODULE = CONFTEST.replace("from shop import C", "from app import c").replace("return C", "return c")
 OF_THE_MODULE = """
 import pytest
 from app import container as of_the_module, items
@@ -315,15 +317,10 @@ async def test_it(container, number):
 """
 
 
-@pytest.mark.parametrize("isolation", ["sandbox", "database"])
+@pytest.mark.parametrize(("backend", "isolation"), [("sqlite", "sandbox"), ("postgresql", "database")])
 def test_what_a_module_took_from_its_container_works_in_the_test_too(project: Project, isolation: str) -> None:
     project.write("app.py", APP)
-    project.write(
-        "conftest.py",
-        CONFTEST.replace("from shop import Container", "from app import container").replace(
-            "return Container", "return container"
-        ),
-    )
+    project.write("conftest.py", OF_A_MODULE)
     project.write("test_app.py", OF_THE_MODULE)
 
     assert_passed(project.run("-o", "asyncio_mode=auto", f"--sessionwire-isolation={isolation}"), 2)

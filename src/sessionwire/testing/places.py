@@ -103,9 +103,7 @@ class Server(Place):
                 server = EmbeddedServer(url.database or "")
                 stack.push_async_callback(lambda: to_the_end(asyncio.to_thread(server.stop), SERVER_TIMEOUT))
                 await to_the_end(asyncio.to_thread(server.start), SERVER_TIMEOUT)
-                query = {"host": server.socket_directory}
-                url = DatabaseURL.create("postgresql+asyncpg", "postgres", database="postgres", query=query)
-                settings = settings.model_copy(update={"url": url})
+                settings = settings.model_copy(update={"url": server.url})
             try:
                 manager = await stack.enter_async_context(DatabaseSessionManager(settings))
             except ConnectionFailedError as error:

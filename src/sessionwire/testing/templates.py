@@ -22,7 +22,7 @@ from sessionwire.ending import to_the_end
 from sessionwire.errors import ConfigurationError, SessionwireError
 from sessionwire.failures import in_short
 from sessionwire.manager import DatabaseSessionManager
-from sessionwire.settings import DatabaseSettings
+from sessionwire.settings import DatabaseSettings, settings_of
 
 from .places import NUMBER, TIMEOUT, Directory, Place, Server, digest
 
@@ -53,7 +53,7 @@ class DatabaseTemplate:
     """
 
     def __init__(self, database: DatabaseSettings | str | URL, seed: Seed, *, key: str | None = None) -> None:
-        self._settings = database if isinstance(database, DatabaseSettings) else DatabaseSettings(url=database)
+        self._settings = settings_of(database)
         self._kind = make_url(self._settings.url).get_backend_name()
         if self._kind not in ("postgresql", "embedded", "sqlite"):
             raise ConfigurationError(f"url: templates are made of PostgreSQL and SQLite databases, not of {self._kind}")

@@ -9,7 +9,6 @@ import re
 import sqlite3
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import takewhile
 from typing import Any, cast
 
 from sqlalchemy import Pool, PoolProxiedConnection, event
@@ -240,7 +239,7 @@ class SharedConnection:
         self._take_turn(virtual)
         self._check_alive()
         entering = self._entering(virtual)
-        around = self._open[-1:]
+        around = self._around(virtual)
         self._open.append(virtual)
         virtual.has_written, virtual.kept = False, []
         try:
@@ -248,10 +247,10 @@ class SharedConnection:
         except Exception as error:
             self._open.remove(virtual)
             self._notify()
-            if around and sqlstate(error) == IN_FAILED_TRANSACTION:
+            if around is not None and sqlstate(error) == IN_FAILED_TRANSACTION:
                 raise SandboxError(
                     f"a statement has failed in the transaction around this one, which was begun at "
-                    f"{around[0].party.where}: in a sandbox, which has one connection, none can begin inside it before "
+                    f"{around.party.where}: in a sandbox, which has one connection, none can begin inside it before "
                     "it is rolled back"
                 ) from error
             raise
@@ -272,9 +271,9 @@ class SharedConnection:
 
     def _release(self, virtual: VirtualConnection) -> None:
         released = f"RELEASE SAVEPOINT {self._name(virtual)}"
-        position = self._open.index(virtual)
+        around = self._around(virtual)
         self._send(virtual, *self._leaving(virtual), released, then=lambda: self._open.remove(virtual))
-        for around in self._open[:position][-1:]:
+        if around is not None:
             around.kept += [*virtual.kept, *([virtual.party.where] if virtual.has_written else [])]
 
     def _undo(self, virtual: VirtualConnection) -> None:
@@ -300,6 +299,11 @@ class SharedConnection:
     def _from(self, virtual: VirtualConnection) -> list[VirtualConnection]:
         """It and those inside it."""
         return self._open[self._open.index(virtual) :] if virtual in self._open else []
+
+    def _around(self, virtual: VirtualConnection) -> VirtualConnection | None:
+        """The transaction that it is inside of, or would begin in."""
+        position = self._open.index(virtual) if virtual in self._open else len(self._open)
+        return self._open[position - 1] if position else None
 
     def _name(self, virtual: VirtualConnection) -> str:
         return f"sandbox_{self._open.index(virtual)}"
@@ -328,8 +332,8 @@ class SharedConnection:
         return []
 
     def _is_read_only_around(self, virtual: VirtualConnection) -> bool:
-        around = list(takewhile(lambda other: other is not virtual, self._open))
-        return any(other.terms.read_only for other in around[-1:])
+        around = self._around(virtual)
+        return around is not None and around.terms.read_only
 
     def _check_constraints(self, virtual: VirtualConnection) -> None:
         if not self._is_sqlite:  # a savepoint of its own, since this would last to the end of the sandbox
