@@ -56,6 +56,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     ):
         parser.addini(f"sessionwire_{name}", f"{what} (default: {default})", default=default)
         group.addoption(f"--sessionwire-{name}", help=f"{what}, instead of the ini key sessionwire_{name}")
+    deferred = "whether commits in a sandbox check deferred constraints (default: false)"
+    parser.addini("sessionwire_check_deferred", deferred, type="bool", default=False)
+    patience = "seconds that a task waits for its turn in a sandbox while nothing happens (default: 5)"
+    parser.addini("sessionwire_patience", patience, type="float", default=5.0)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -236,7 +240,8 @@ async def _started(config: pytest.Config, container: containers.Container) -> As
     is_sandbox = _option(config, "isolation") == "sandbox"
     async with AsyncExitStack() as stack:
         if is_sandbox:
-            await stack.enter_async_context(sandbox(container))
+            check_deferred, patience = map(config.getini, ("sessionwire_check_deferred", "sessionwire_patience"))
+            await stack.enter_async_context(sandbox(container, check_deferred=check_deferred, patience=patience))
         await stack.enter_async_context(Lifespan(container))
         watch = Watch(*managers_of(container))
         for manager in managers_of(container):

@@ -325,3 +325,40 @@ def test_what_a_module_took_from_its_container_works_in_the_test_too(project: Pr
 
     assert_passed(project.run("-o", "asyncio_mode=auto", f"--sessionwire-isolation={isolation}"), 2)
     assert not (project.directory / "of-the-application.db").exists()
+
+
+TERMS = """
+import asyncio
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
+from sessionwire import SandboxError
+
+async def test_a_deferred_constraint(container):
+    with pytest.raises(IntegrityError):
+        async with container.db.transaction()() as session:
+            await session.execute(text("CREATE TABLE parent (id INTEGER PRIMARY KEY)"))
+            reference = "REFERENCES parent (id) DEFERRABLE INITIALLY DEFERRED"
+            await session.execute(text(f"CREATE TABLE child (parent INTEGER {reference})"))
+            await session.execute(text("INSERT INTO child VALUES (7)"))
+
+async def test_patience(container):
+    async def hold():
+        async with container.db.transaction()() as session:
+            await session.execute(text("SELECT 1"))
+            await asyncio.sleep(60)
+    holder = asyncio.create_task(hold())
+    await asyncio.sleep(0.01)
+    async with asyncio.timeout(3):
+        with pytest.raises(SandboxError, match="nothing has happened for 0.1 s"):
+            await container.items().has("pen")
+    holder.cancel()
+"""
+
+
+@pytest.mark.parametrize("backend", ["sqlite"])
+def test_the_terms_of_a_sandbox_are_ini_keys(project: Project) -> None:
+    project.write("test_terms.py", TERMS)
+    terms = "-o", "sessionwire_check_deferred=true", "-o", "sessionwire_patience=0.1"
+
+    assert_passed(project.run("-o", "asyncio_mode=auto", *terms), 2)
