@@ -131,13 +131,6 @@ def test_each_test_finds_the_database_as_it_was_in_whatever_loop_it_runs(project
     assert_passed(project.run("-o", "asyncio_mode=strict", f"--sessionwire-isolation={isolation}"), 2 * len(marks))
 
 
-def test_the_workers_of_a_run_share_an_embedded_server(tmp_path: Path) -> None:
-    project = Project(tmp_path, "embedded")
-    project.write("test_shop.py", "import pytest\n" + "".join(ADDS.format(name=n, mark="") for n in range(4)))
-
-    assert_passed(project.run("-o", "asyncio_mode=auto", "-n", "2"), 8)
-
-
 KILLED = """
 import os, signal
 from sqlalchemy import text
@@ -149,16 +142,16 @@ async def test_is_killed(container):
 """
 
 
-def test_the_server_of_a_killed_run_is_ended_by_the_next(tmp_path: Path) -> None:
+def test_the_workers_of_a_run_share_an_embedded_server_and_end_that_of_a_killed_run(tmp_path: Path) -> None:
     project = Project(tmp_path, "embedded")
     project.write("test_killed.py", KILLED)
-    project.write("test_shop.py", "import pytest\n" + ADDS.format(name="after", mark=""))
+    project.write("test_shop.py", "import pytest\n" + "".join(ADDS.format(name=n, mark="") for n in range(4)))
 
     killed = project.run("-o", "asyncio_mode=auto", "-s", "test_killed.py")
     assert killed.returncode == -signal.SIGKILL
     server, data, *_ = killed.stdout.split()
 
-    assert_passed(project.run("-o", "asyncio_mode=auto", "test_shop.py"), 2)
+    assert_passed(project.run("-o", "asyncio_mode=auto", "-n", "2", "test_shop.py"), 8)
     assert not psutil.pid_exists(int(server))
     assert not Path(data).parent.exists()
 
@@ -219,12 +212,13 @@ def test_what_a_test_leaves_open_fails_it_and_is_named_with_its_line(project: Pr
 @pytest.mark.parametrize("backend", ["sqlite"])
 def test_what_is_wrong_is_said_with_the_remedy(project: Project) -> None:
     project.write("test_shop.py", "async def test_it(container): pass")
-    (project.directory / "conftest.py").unlink()
-    assert "def sessionwire_container():" in project.run("-o", "asyncio_mode=auto").stdout
-    assert "'sandbox' or 'database'" in project.run("--sessionwire-isolation=box").stderr
     project.write("app.py", f"{APP}container.db.sessionmanager().init('sqlite:///of-the-application.db')")
-    project.write("conftest.py", OF_A_MODULE)
-    assert "is initialized before the test" in project.run("-o", "asyncio_mode=auto").stdout
+    project.write("test_app.py", OF_A_MODULE + "async def test_it(container): pass")
+    (project.directory / "conftest.py").unlink()
+    said = project.run("-o", "asyncio_mode=auto").stdout
+    assert "def sessionwire_container():" in said
+    assert "is initialized before the test" in said
+    assert "'sandbox' or 'database'" in project.run("--sessionwire-isolation=box").stderr
 
 
 TWO = """

@@ -83,4 +83,4 @@ async def at_rest(server: DatabaseSessionManager, books: AsyncEngine) -> int:
             await connection.rollback()
             if seen == last and "active" not in seen:
                 return sum(seen.values())
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.2)
