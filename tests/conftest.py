@@ -100,7 +100,7 @@ async def manager(settings: DatabaseSettings) -> AsyncIterator[DatabaseSessionMa
     """An open manager with empty tables. At the end no connection may be checked out."""
     async with DatabaseSessionManager(settings) as manager:
         async with manager.connect() as connection:
-            await manager.create_all(connection)
+            await connection.run_sync(manager.metadata.create_all, checkfirst=False)
         yield manager
         assert checked_out(manager) == 0
 

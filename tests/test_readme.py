@@ -330,7 +330,7 @@ def test_the_server_starts_answers_and_ends(clone: Path) -> None:
 def test_the_comparison_has_the_rows_that_the_page_shows_and_finds_nothing_against_us(clone: Path) -> None:
     (command,) = (command for command in COMMANDS if "-m ledger compare" in command)
 
-    printed = run(clone, "-W", "error", *shlex.split(command)[2:], "--requests", "60", PYTHONPATH=str(clone / "src"))
+    printed = run(clone, "-W", "error", *shlex.split(command)[2:], "--requests", "40", PYTHONPATH=str(clone / "src"))
 
     (shown_here,) = (block for block in BLOCKS if block.language == "text" and "usual recipe" in block.text)
     assert shape(printed) >= shape(shown_here.text)

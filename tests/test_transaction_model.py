@@ -478,7 +478,7 @@ def test_the_library_and_the_model_agree(settings: DatabaseSettings) -> None:
             run_state_machine_as_test(
                 machine,
                 settings=hypothesis_settings(
-                    max_examples=100,
+                    max_examples=60,
                     stateful_step_count=20,
                     derandomize=True,
                     database=None,
