@@ -6,7 +6,7 @@ import asyncio
 from typing import Any, cast
 
 from sqlalchemy import Pool, PoolProxiedConnection, event
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from sessionwire.ending import Rest
@@ -15,10 +15,9 @@ from sessionwire.manager import DatabaseSessionManager
 from sessionwire.scope import Scope
 from sessionwire.terms import Terms
 
-from .turns import Party
+from .parties import PARTY, Party, party_of
 from .where import UNKNOWN, where, where_is
 
-PARTY = "sessionwire_party"  # the execution option that tells a connection whose it is
 GRACE = 0.5  # seconds for tasks that are about to end
 Task = asyncio.Task[Any]
 
@@ -93,12 +92,6 @@ class WatchedEngines(Engines):
 
     def on(self, terms: Terms) -> AsyncEngine:
         return super().on(terms).execution_options(**{PARTY: Party()})
-
-
-def party_of(unit: Scope | AsyncConnection) -> Party | None:
-    """None of one that is not of a sandbox."""
-    engine = cast(AsyncEngine, unit.session.bind if isinstance(unit, Scope) else unit.engine)
-    return cast("Party | None", engine.sync_engine.get_execution_options().get(PARTY))
 
 
 def _is_anothers(task: Task) -> bool:

@@ -25,9 +25,10 @@ from sessionwire.manager import DatabaseSessionManager, give_back
 from sessionwire.scope import current_scope, scopes_here
 from sessionwire.terms import TERMS, Terms
 
-from .leaks import GRACE, PARTY, Watch, party_of
+from .leaks import GRACE, Watch
 from .managers import managers_of
-from .turns import Party, SharedConnection
+from .parties import PARTY, Party, party_of
+from .turns import SharedConnection
 
 D = TypeVar("D", bound=DatabaseSessionManager | containers.Container)
 

@@ -21,7 +21,8 @@ from sessionwire.failures import IN_FAILED_TRANSACTION, sqlstate
 from sessionwire.session import WRITING_VERBS
 from sessionwire.terms import Terms
 
-from .where import where, where_is
+from .parties import Party
+from .where import where_is
 
 logger = logging.getLogger("sessionwire")
 TIMEOUT = 30.0  # seconds for a savepoint to be set or undone
@@ -31,15 +32,6 @@ ENDS_ALL = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 POLL = 0.05  # seconds between two looks at what a task awaits
-
-
-class Party:
-    """Whose turn it is: a scope, or a connection of its own."""
-
-    def __init__(self, around: frozenset[Party | None] = frozenset()) -> None:
-        self.around = around  # the scopes whose code it runs in: it may begin inside their transactions
-        self.task = asyncio.current_task()
-        self.where = where()
 
 
 class VirtualConnection:
