@@ -53,7 +53,7 @@ def postgres() -> Iterator[Postgres]:
     directory = tempfile.mkdtemp(prefix="sessionwire-", dir=temporary_directory())
     with EmbeddedServer(Path(directory) / "data") as server:
         administrator = Postgres(server.socket_directory)
-        asyncio.run(hurry(DatabaseSettings(url=administrator.url("postgres"))))
+        asyncio.run(hurry(DatabaseSettings(url=server.url)))
         asyncio.run(administrator.execute(f"CREATE DATABASE {DATABASE}"))
         yield administrator
     shutil.rmtree(directory)

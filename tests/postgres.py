@@ -87,12 +87,17 @@ class Network(Proxy):
             super().answer(data, line)
 
 
+def at_port(port: int, database_url: str) -> str:
+    """The same database by way of a network."""
+    return f"postgresql://postgres@127.0.0.1:{port}/{make_url(database_url).database}?sslmode=disable"
+
+
 @asynccontextmanager
 async def through(
     network: Network, server: Postgres, database_url: str, **settings: float | PoolSettings
 ) -> AsyncIterator[DatabaseSessionManager]:
     """A manager that reaches its database through this network."""
     async with network.open(server.host) as port, asyncio.timeout(30):
-        url = f"postgresql://postgres@127.0.0.1:{port}/{make_url(database_url).database}?sslmode=disable"
+        url = at_port(port, database_url)
         async with DatabaseSessionManager(DatabaseSettings.model_validate({"url": url, **settings})) as manager:
             yield manager

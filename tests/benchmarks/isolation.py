@@ -18,7 +18,6 @@ from sessionwire.testing import DatabaseTemplate, sandbox
 from sessionwire.testing.server import hurry, temporary_directory
 
 from .report import Table, Times, ratios, rotated
-from .wire import url
 
 ANEW, SANDBOX, COPY = "drop and create", "sessionwire, sandbox", "sessionwire, template"
 METADATA = MetaData()
@@ -42,9 +41,9 @@ async def run(server_socket_directory: str, rounds: int, progress: Callable[[str
         tempfile.TemporaryDirectory(dir=temporary_directory()) as directory,
         EmbeddedServer(Path(directory, "data")) as server,
     ):
-        await hurry(DatabaseSettings(url=url(server.socket_directory)))
+        await hurry(DatabaseSettings(url=server.url))
         for kind, address in (
-            ("PostgreSQL", url(server.socket_directory)),
+            ("PostgreSQL", server.url),
             ("SQLite", f"sqlite:///{Path(directory, 'tests.db')}"),
         ):
             async with (

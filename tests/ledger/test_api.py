@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from asyncpg import CannotConnectNowError
 from dependency_injector import providers
-from sqlalchemy import make_url, text
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -23,7 +23,7 @@ from ledger.errors import Busy
 from ledger.settings import LedgerSettings
 from sessionwire import CommitOutcomeUnknownError, DatabaseSettings, NotInitializedError, PoolSettings
 from tests.conftest import DATABASE, Postgres, checked_out
-from tests.postgres import Network, OnPostgres
+from tests.postgres import Network, OnPostgres, at_port
 
 # the answer comes before it is asked
 without_a_database = pytest.mark.parametrize("sessionwire_settings", ["sqlite"], indirect=True)
@@ -293,18 +293,16 @@ class TestOnAServer(OnPostgres):
         self, postgres: Postgres, database_url: str
     ) -> None:
         network = Network()
-        async with network.open(postgres.host) as port:
-            url = f"postgresql://postgres@127.0.0.1:{port}/{make_url(database_url).database}?sslmode=disable"
-            async with served(not_open(url)) as api:
-                alice, bob = await opened(api, "Alice", "Bob")
-                network.cuts_answer_to = b"COMMIT"
-                unknown = await transfer(api, alice, bob, "10.00", "rent")
-                network.cuts_answer_to = None
-                again = await transfer(api, alice, bob, "10.00", "rent")
+        async with network.open(postgres.host) as port, served(not_open(at_port(port, database_url))) as api:
+            alice, bob = await opened(api, "Alice", "Bob")
+            network.cuts_answer_to = b"COMMIT"
+            unknown = await transfer(api, alice, bob, "10.00", "rent")
+            network.cuts_answer_to = None
+            again = await transfer(api, alice, bob, "10.00", "rent")
 
-                assert_problem(unknown, 503, "outcome-unknown", "same Idempotency-Key", "booked once")
-                assert again.status_code == 201
-                assert [await balance(api, alice), await balance(api, bob)] == [90, 110]
+            assert_problem(unknown, 503, "outcome-unknown", "same Idempotency-Key", "booked once")
+            assert again.status_code == 201
+            assert [await balance(api, alice), await balance(api, bob)] == [90, 110]
 
     async def test_a_server_without_room_for_a_connection_is_a_problem(
         self, postgres: Postgres, database_url: str
