@@ -9,7 +9,7 @@ from sqlalchemy import Pool, PoolProxiedConnection, event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from sessionwire.ending import Rest
+from sessionwire.ending import shielding_tasks
 from sessionwire.engine import Engines
 from sessionwire.manager import DatabaseSessionManager
 from sessionwire.scope import Scope
@@ -96,5 +96,4 @@ class WatchedEngines(Engines):
 
 def _is_anothers(task: Task) -> bool:
     """Whether it does an end for another task, or is the one by which anyio runs a fixture."""
-    work = task.get_coro()
-    return isinstance(work, Rest) or getattr(work, "__qualname__", "") == "TestRunner._call_in_runner_task"
+    return task in shielding_tasks or getattr(task.get_coro(), "__qualname__", "") == "TestRunner._call_in_runner_task"
