@@ -6,7 +6,6 @@ success; SQLite goes on without the one statement. Here they mean the same: only
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
@@ -28,13 +27,15 @@ class _Failures:
         self.savepoints: list[int] = []  # how many errors there were before each
 
 
-_failures: weakref.WeakKeyDictionary[Connection, _Failures] = weakref.WeakKeyDictionary()
+def _failures_of(connection: Connection) -> _Failures:
+    # An attribute, not a mapping: a mapping would keep the connection alive through the tracebacks of its errors.
+    found: _Failures = vars(connection).setdefault("_sessionwire_failures", _Failures())
+    return found
 
 
 def failures(connection: Connection | None) -> list[BaseException]:
     """What failed in the transaction of this connection, and was not undone."""
-    found = _failures.get(connection) if connection is not None else None
-    return found.errors if found else []
+    return [] if connection is None else _failures_of(connection).errors
 
 
 def sqlstate(error: BaseException | None) -> str:
@@ -102,23 +103,22 @@ def watch_failures(engine: Engine) -> None:
     @event.listens_for(engine, "handle_error")
     def failed(context: ExceptionContext) -> None:
         if context.connection is not None and isinstance(context.sqlalchemy_exception, DBAPIError):
-            found = _failures.setdefault(context.connection, _Failures())
-            found.errors.append(context.sqlalchemy_exception)
+            _failures_of(context.connection).errors.append(context.sqlalchemy_exception)
 
     @event.listens_for(engine, "savepoint")
     def begun(connection: Connection, _name: Any) -> None:
-        found = _failures.setdefault(connection, _Failures())
+        found = _failures_of(connection)
         found.savepoints.append(len(found.errors))
 
     @event.listens_for(engine, "release_savepoint")
     def released(connection: Connection, _name: Any, _context: Any) -> None:
-        _failures[connection].savepoints.pop()
+        _failures_of(connection).savepoints.pop()
 
     @event.listens_for(engine, "rollback_savepoint")
     def undone(connection: Connection, _name: Any, _context: Any) -> None:
-        found = _failures[connection]
+        found = _failures_of(connection)
         del found.errors[found.savepoints.pop() :]
 
     @event.listens_for(engine, "rollback")
     def ended(connection: Connection) -> None:
-        _failures.pop(connection, None)
+        vars(connection).pop("_sessionwire_failures", None)
