@@ -45,6 +45,7 @@ NAMES = [
     "TransactionTimeoutError",
     "UncommittedChangesWarning",
     "UnexpectedRollbackError",
+    "is_retryable",
     "read_only",
     "sessionmanager",
     "transactional",

@@ -4,7 +4,6 @@ from datetime import UTC, datetime
 from decimal import Decimal
 
 from sqlalchemy import BigInteger, CheckConstraint, DateTime, Dialect, ForeignKey, Integer, String, TypeDecorator
-from sqlalchemy.exc import IntegrityError, ProgrammingError
 from sqlalchemy.orm import Mapped, mapped_column
 
 from sessionwire import Base, DatabaseSessionManager
@@ -84,10 +83,5 @@ class Transfer(Base):
 
 async def create_tables(manager: DatabaseSessionManager) -> None:
     """Those that are not there yet."""
-    try:
-        async with manager.connect() as connection:
-            await manager.create_all(connection)
-    except (IntegrityError, ProgrammingError):
-        # PostgreSQL's answer where another process creates the same tables at this moment. Now they are there.
-        async with manager.connect() as connection:
-            await manager.create_all(connection)
+    async with manager.connect() as connection:
+        await manager.create_all(connection)

@@ -11,11 +11,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
-from sessionwire import CommitOutcomeUnknownError, NotInitializedError, SessionwireError
+from sessionwire import CommitOutcomeUnknownError, NotInitializedError, SessionwireError, is_retryable
 
 from .errors import (
     Busy,
@@ -28,8 +28,7 @@ from .errors import (
 )
 
 MEDIA_TYPE = "application/problem+json"
-# SQLSTATEs, or their classes: no connection, no room for one, the server stops or starts
-AWAY = ("08", "53", "57P01", "57P02", "57P03")
+NO_ROOM = "53"  # the class of SQLSTATEs of a server that has no memory, disk or connection left
 
 logger = logging.getLogger("ledger.api")
 
@@ -92,8 +91,7 @@ def kind_of(error: Exception) -> Kind:
         if base in KINDS:
             return KINDS[base]
     state = getattr(getattr(error, "orig", error), "sqlstate", None) or ""
-    lost = isinstance(error, DBAPIError) and error.connection_invalidated
-    return UNAVAILABLE if lost or state.startswith(AWAY) else INTERNAL
+    return UNAVAILABLE if is_retryable(error) or state.startswith(NO_ROOM) else INTERNAL
 
 
 def described(*errors: type[Exception]) -> dict[int | str, dict[str, Any]]:

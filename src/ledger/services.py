@@ -5,14 +5,13 @@ from decimal import Decimal
 
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from sessionwire import TransactionManager, read_only, transactional
+from sessionwire import TransactionManager, is_retryable, read_only, transactional
 
 from .errors import Busy, IdempotencyConflict, InsufficientFunds, InvalidAmount, InvalidTransfer, UnknownAccount
 from .models import CENT, KEY_LENGTH, LARGEST_AMOUNT, Account, Transfer
 from .repositories import AccountRepository, Audit, TransferRepository
 
 RETRIES = 40  # of a transfer that others got in the way of, each after a pause; many callers at one account need them
-IN_THE_WAY = ("40001", "40P01", "SQLITE_BUSY")  # what PostgreSQL and SQLite call it
 
 
 def check_amount(amount: Decimal) -> Decimal:
@@ -23,12 +22,6 @@ def check_amount(amount: Decimal) -> Decimal:
     if cents != amount:
         raise InvalidAmount(f"{amount} has more than two digits after the point")
     return cents + 0  # which makes 0 of -0
-
-
-def was_in_the_way(error: DBAPIError) -> bool:
-    """Whether the database ended a transaction for the sake of another one."""
-    code = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "sqlite_errorname", None) or ""
-    return code.startswith(IN_THE_WAY)
 
 
 class AccountService:
@@ -93,8 +86,8 @@ class TransferService:
         try:
             return await self._book(source, target, amount, key)
         except DBAPIError as error:
-            # Inside a caller's transaction it is left as it is, for the caller to try again.
-            if self.transaction.active or not was_in_the_way(error):
+            # Inside a caller's transaction it is left as it is, for the caller to try again. So is a lost connection.
+            if self.transaction.active or error.connection_invalidated or not is_retryable(error):
                 raise
             raise Busy(source, target) from error
 

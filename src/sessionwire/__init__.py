@@ -27,6 +27,7 @@ from .errors import (
     UncommittedChangesWarning,
     UnexpectedRollbackError,
 )
+from .failures import is_retryable
 from .manager import DatabaseSessionManager, sessionmanager
 from .plan import Propagation
 from .session import CurrentSession
@@ -71,6 +72,7 @@ __all__ = [
     "TransactionTimeoutError",
     "UncommittedChangesWarning",
     "UnexpectedRollbackError",
+    "is_retryable",
     "read_only",
     "sessionmanager",
     "transactional",

@@ -11,7 +11,7 @@ import uuid
 import weakref
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlencode
 
 from sqlalchemy import URL, AdaptedConnection, Engine, event, make_url
@@ -87,7 +87,7 @@ class Engines:
 
     def _variant(self, terms: Terms) -> AsyncEngine:
         engine = self._reading if terms.autocommit and terms.read_only else self.primary
-        options = dict(terms.execution_options)
+        options = terms.copy_options()
         if self.is_sqlite:  # where the driver's own isolation level is in the way
             options[TERMS] = terms
         elif engine is self.primary:
@@ -112,7 +112,7 @@ class Engines:
         event.listen(engine.sync_engine, "checkout", self._replace_aged)
         event.listen(engine.sync_engine, "checkin", self._returned)
         event.listen(engine.sync_engine, "close", self._closed)
-        watch_disconnects(engine.sync_engine)
+        watch_disconnects(engine.sync_engine, read_only=read_only)
         if not read_only:  # whose connections have no transactions
             watch_failures(engine.sync_engine)
         return engine
@@ -152,11 +152,15 @@ class Engines:
             url = url.difference_update_query(libpq)
             arguments["dsn"] = "postgresql://?" + urlencode(libpq, doseq=True)
         engine = self._create(url, read_only, arguments)
-        if server := self.server:
 
-            @event.listens_for(engine.sync_engine, "do_connect")
-            def find_server(_dialect: Any, _record: Any, _args: Any, parameters: dict[str, Any]) -> None:
-                parameters["host"] = server.socket_directory
+        @event.listens_for(engine.sync_engine, "do_connect")
+        def connect(dialect: Any, _record: Any, arguments: Any, parameters: dict[str, Any]) -> Any:
+            if self.server:
+                parameters["host"] = self.server.socket_directory
+            try:
+                return dialect.connect(*arguments, **parameters)
+            except (OSError, dialect.loaded_dbapi.Error, dialect.loaded_dbapi.asyncpg.PostgresError) as error:
+                raise _connect_error(dialect.loaded_dbapi, error) from (error.__cause__ or error)
 
         @event.listens_for(engine.sync_engine, "checkout")
         def check(connection: AdaptedConnection, record: ConnectionPoolEntry, _proxy: Any) -> None:
@@ -237,6 +241,14 @@ class Engines:
 
 
 # PostgreSQL
+
+
+def _connect_error(dbapi: Any, error: Exception) -> Exception:
+    """What asyncpg raises from `connect()`, as the driver's error, for SQLAlchemy to wrap like that of a statement."""
+    reason = error.__cause__ or error
+    wrapped: Any = dbapi.OperationalError(f"could not connect: {type(reason).__name__}: {reason}")
+    wrapped.pgcode = wrapped.sqlstate = getattr(reason, "sqlstate", None)
+    return cast(Exception, wrapped)
 
 
 @functools.cache

@@ -17,3 +17,10 @@ class Terms:
     read_only: bool = False
     isolation: str | None = None
     execution_options: tuple[tuple[str, Any], ...] = ()
+
+    def copy_options(self) -> dict[str, Any]:
+        """Copy the execution options for a connection: SQLAlchemy adds to a `schema_translate_map`."""
+        options = dict(self.execution_options)
+        if schemas := options.get("schema_translate_map"):
+            options["schema_translate_map"] = dict(schemas)
+        return options

@@ -133,7 +133,7 @@ class SandboxEngines(Engines):
             shared.guard(pool)
 
     def on(self, terms: Terms) -> AsyncEngine:
-        options = {**dict(terms.execution_options), TERMS: terms, PARTY: self._party()}
+        options = {**terms.copy_options(), TERMS: terms, PARTY: self._party()}
         return self.primary.execution_options(**options)
 
     def _engine(self, real: Engine) -> Engine:
