@@ -17,13 +17,14 @@ from .base import Base
 from .ending import finish_commit, finish_rollback, to_the_end
 from .engine import Engines
 from .errors import AlreadyInitializedError, ConnectionFailedError, NotInitializedError, OwnershipError
-from .failures import cut_off, failures, lost_after
+from .failures import cut_off, failures, lost_after, name_cause
 from .scope import BeginHook, Scope, current_scope, refuse_second_writer, scopes_here
 from .session import ScopedSession, SessionBlock, run_begin_hooks
 from .settings import DatabaseSettings, settings_of
 from .terms import Terms
 from .transaction import TransactionManager
 
+SCHEMA_LOCK = int.from_bytes(b"sessionw")  # the key of the advisory lock, 8315179226536832631
 SERVER_TIMEOUT = 120.0  # seconds for an embedded server to start or stop
 
 
@@ -192,6 +193,7 @@ class DatabaseSessionManager:
                 await finish_commit(transaction.commit(), self.settings.commit_timeout)
             except BaseException as raised:
                 error = raised
+                name_cause(raised, failures(connection.sync_connection))
                 raise
             finally:
                 await finish_rollback(give_back(connection), self.settings.rollback_timeout, error)
@@ -199,11 +201,16 @@ class DatabaseSessionManager:
             self.forget(pending)
 
     async def create_all(self, connection: AsyncConnection) -> None:
-        """Create the tables of `metadata` that are not there."""
+        """Create the missing tables of `metadata`.
+
+        On PostgreSQL, processes that start at once take turns: an advisory lock is held until the transaction ends.
+        """
+        await _lock_schema(connection)
         await connection.run_sync(self.metadata.create_all)
 
     async def drop_all(self, connection: AsyncConnection) -> None:
-        """Drop the tables of `metadata` that are there."""
+        """Drop the tables of `metadata`, one process at a time like `create_all()`."""
+        await _lock_schema(connection)
         await connection.run_sync(self.metadata.drop_all)
 
     @property
@@ -335,6 +342,11 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return asyncio.get_running_loop()
     except RuntimeError:  # a coroutine that goes on in a forked process has none
         return None
+
+
+async def _lock_schema(connection: AsyncConnection) -> None:
+    if connection.dialect.name == "postgresql":
+        await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": SCHEMA_LOCK})
 
 
 async def give_back(connection: AsyncConnection) -> None:

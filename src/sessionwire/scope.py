@@ -45,6 +45,11 @@ class Owner(Protocol):
     def is_sqlite(self) -> bool: ...
 
     @property
+    def in_use(self) -> frozenset[Scope | AsyncConnection]:
+        """The scopes and connections that are open now."""
+        ...
+
+    @property
     def reads_in_transactions(self) -> bool:
         """Whether what only reads cannot go without a transaction here."""
         ...
@@ -65,11 +70,12 @@ class Owner(Protocol):
 class Block:
     """One `async with`, as the contexts inside it remember it; `scope` is None once it has ended."""
 
-    __slots__ = ("outer", "scope")
+    __slots__ = ("aborted", "outer", "scope")
 
     def __init__(self, scope: Scope, outer: Block | None) -> None:
         self.scope: Scope | None = scope
         self.outer = outer
+        self.aborted: Owner | None = None  # the manager whose close() has aborted it
 
 
 innermost_block: ContextVar[Block | None] = ContextVar("sessionwire_innermost_block", default=None)
@@ -119,16 +125,30 @@ def require_scope(owner: Owner) -> Scope:
     """The innermost open scope. Raises `NoSessionError` where there is none."""
     scope = current_scope(owner)
     if scope is None:
-        mix_up = "one of another database is, was the right one injected? " if any(open_blocks()) else ""
-        error = NoSessionError(
-            f"no session is open here: {mix_up}wrap the call in transaction(), @transactional or session()"
-        )
-        error.add_note(
-            "What outlives the block around it opens session() inside itself: the generator of a streamed body, a "
-            "background task. A request's transaction ends when its response begins."
-        )
-        raise error
+        raise _no_session(owner)
     return scope
+
+
+def _no_session(owner: Owner) -> NoSessionError:
+    block = innermost_block.get()
+    while block is not None and block.aborted is not owner:
+        block = block.outer
+    if block is not None:
+        return NoSessionError("the session that was open here is gone: close() of the manager has rolled it back")
+    if any(isinstance(unit, Scope) and unit.task is not None and unit.task.done() for unit in owner.in_use):
+        return NoSessionError(
+            "no session is found here, though one is open: its block was entered in another task, as "
+            "asyncio.wait_for() does before Python 3.12. Write 'async with asyncio.timeout(…):' around it instead"
+        )
+    mix_up = "one of another database is, was the right one injected? " if any(open_blocks()) else ""
+    error = NoSessionError(
+        f"no session is open here: {mix_up}wrap the call in transaction(), @transactional or session()"
+    )
+    error.add_note(
+        "What outlives the block around it opens session() inside itself: the generator of a streamed body, a "
+        "background task. A request's transaction ends when its response begins."
+    )
+    return error
 
 
 class Scope:
@@ -180,6 +200,8 @@ class Scope:
     def cut(self) -> None:
         """End it from outside: nothing of it commits any more."""
         self.cut_off = True
+        for block in self.blocks:
+            block.aborted = self.owner
         self.end()
 
     def check_caller(self) -> None:

@@ -20,7 +20,7 @@ from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.util import await_only
 
 from .errors import ImplicitIOError, ScopeOwnsTransactionError, UncommittedChangesWarning
-from .failures import lost_after, sqlstate
+from .failures import lost_after, name_cause, sqlstate
 from .scope import Owner, Scope, entered_twice, require_scope, scopes_here
 from .terms import Terms
 
@@ -53,7 +53,9 @@ def _guarded(name: str, *, sends: bool = False) -> Callable[..., Any]:
         try:
             return method(self, *args, **options)
         except Exception as error:
-            if not isinstance(error, PendingRollbackError):  # which only tells of an earlier one
+            if isinstance(error, PendingRollbackError):  # which only tells of an earlier one
+                name_cause(error, [scope.failure] if scope.failure else [])
+            else:
                 scope.last_error = error
             is_over = not self.is_active or getattr(error, "connection_invalidated", False)
             if scope.terms.autocommit and is_over and not self.in_nested_transaction():
