@@ -52,6 +52,14 @@ class DatabaseSessionManager:
         self._open: set[Scope | AsyncConnection] = set()  # the latter of connect()
         self._drained: asyncio.Event | None = None
 
+    def __copy__(self) -> Self:
+        """Return the manager itself: a second one on the same database would not find the open scopes of the first."""
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Return the manager itself: containers copy the arguments of their providers."""
+        return self
+
     # Opening and closing
 
     def init(self, host: str | URL | DatabaseSettings) -> None:
