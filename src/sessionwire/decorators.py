@@ -7,25 +7,25 @@ import inspect
 import sys
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, overload
+from typing import Any, Protocol, TypeVar, Unpack, overload
 
 from .plan import BlockOptions, Plan, Propagation, plan
 from .transaction import TransactionManager
 
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-P = ParamSpec("P")
-R = TypeVar("R")
-CoroutineFunction = Callable[P, Coroutine[Any, Any, R]]
+# of the function as a whole, so that it still overrides and implements what it did: pyright tells the CoroutineType
+# that an `async def` returns from a Coroutine
+F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 
 class Decorator(Protocol):
-    """Keeps the signature of what it decorates."""
+    """Keeps the type of what it decorates."""
 
-    def __call__(self, function: CoroutineFunction[P, R], /) -> CoroutineFunction[P, R]: ...
+    def __call__(self, function: F, /) -> F: ...
 
 
 @overload
-def transactional(function: CoroutineFunction[P, R], /) -> CoroutineFunction[P, R]: ...
+def transactional(function: F, /) -> F: ...
 
 
 @overload
@@ -56,7 +56,7 @@ def transactional(
 
 
 @overload
-def read_only(function: CoroutineFunction[P, R], /) -> CoroutineFunction[P, R]: ...
+def read_only(function: F, /) -> F: ...
 
 
 @overload

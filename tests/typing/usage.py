@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import timedelta
-from typing import Annotated, Any, assert_type
+from typing import Annotated, Any, Protocol, assert_type
 
 from dependency_injector import containers, providers
 from dependency_injector.wiring import Provide, inject
@@ -112,6 +113,61 @@ async def use_wrongly(service: Service) -> None:
     await over("1")  # type: ignore[arg-type]
     transactional(isolation_level="SERIALIZABLE")  # type: ignore[call-overload]
     read_only(retries=1)  # type: ignore[call-overload]
+
+
+class Prices(Protocol):
+    async def price(self, item: int, *, currency: str = "EUR") -> float: ...
+
+    async def names(self, *items: int) -> list[str]: ...
+
+
+class PricesWithNotes(Prices, Protocol):
+    async def note(self, item: int) -> None: ...
+
+
+class AbstractPrices(ABC):
+    transaction: TransactionManager
+
+    @abstractmethod
+    async def price(self, item: int, *, currency: str = "EUR") -> float: ...
+
+    @abstractmethod
+    async def names(self, *items: int) -> list[str]: ...
+
+    @transactional
+    @abstractmethod
+    async def note(self, item: int) -> None: ...
+
+
+class ConcretePrices(AbstractPrices):
+    @transactional(retries=1)
+    async def price(self, item: int, *, currency: str = "EUR") -> float:
+        return 1.0
+
+    @read_only()
+    async def names(self, *items: int) -> list[str]:
+        return []
+
+    async def note(self, item: int) -> None:
+        """Overrides a decorated method by one without a decorator."""
+
+
+class DearerPrices(ConcretePrices):
+    @transactional
+    async def price(self, item: int, *, currency: str = "EUR") -> float:
+        return 2 * await super().price(item, currency=currency)
+
+    @transactional
+    async def names(self, *items: str) -> list[str]:  # type: ignore[override]
+        return []
+
+
+def use_protocols(service: Service, concrete: ConcretePrices, dearer: DearerPrices) -> None:
+    prices: list[Prices] = [service, concrete]
+    with_notes: list[PricesWithNotes] = [concrete]
+    prices.extend(with_notes)
+    with_notes.append(service)  # type: ignore[arg-type]
+    prices.append(dearer)  # type: ignore[arg-type]
 
 
 async def add(first: int, second: str) -> bytes:
