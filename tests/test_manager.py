@@ -409,19 +409,6 @@ class TestOwnership:
             second.run(use_session(manager))
             second.run(manager.close())
 
-    async def test_a_forked_process_is_told_so_instead_of_hanging(self, manager: DatabaseSessionManager) -> None:
-        await use_session(manager)
-        receiver, sender = multiprocessing.Pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                asyncio.run(use_session(manager))
-            except BaseException as error:
-                sender.send(f"{type(error).__name__}: {error}")
-            os._exit(0)
-        os.waitpid(pid, 0)
-        assert "OwnershipError: this manager belongs to the process that this one was forked from" in receiver.recv()
-
     async def test_a_coroutine_that_goes_on_in_a_forked_process_is_told_so(
         self, manager: DatabaseSessionManager
     ) -> None:

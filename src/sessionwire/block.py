@@ -71,7 +71,8 @@ class TransactionBlock:
         if self._was_entered:
             raise entered_twice()
         self._was_entered = True
-        current = current_scope(self._owner)
+        while (current := current_scope(self._owner)) is not None and not current.check_loop():
+            pass
         inside = current is not None and current.transaction is not None
         self._act = _ACTS[self._propagation][0 if inside else 1]
         self._scope, self._opened = self._choose(current)
@@ -152,6 +153,8 @@ class TransactionBlock:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._scope.leave_elsewhere(error):
+            return
         failure = error
         if failure is None:
             try:

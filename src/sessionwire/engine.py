@@ -9,6 +9,7 @@ import random
 import tempfile
 import uuid
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any, cast
@@ -54,6 +55,7 @@ class Engines:
         self._variants: dict[Terms, AsyncEngine] = {}
         self.is_retired = False  # by the manager's close(): nothing may commit through it any more
         self._connections: set[AdaptedConnection] = set()
+        self._records: weakref.WeakSet[Any] = weakref.WeakSet()  # of pools
         self._ended: weakref.WeakSet[Any] = weakref.WeakSet()
         self._endings: set[asyncio.Future[Any]] = set()
         self.primary = self._make(read_only=False)
@@ -191,6 +193,7 @@ class Engines:
 
     def _connected(self, connection: AdaptedConnection, record: ConnectionPoolEntry) -> None:
         self._connections.add(connection)
+        self._records.add(record)
         lifetime = self._settings.pool.max_lifetime or float("inf")
         # with a jitter, or a pool that was filled at once would be renewed at once
         record.info[EXPIRES] = monotonic() + lifetime * random.uniform(1 - JITTER, 1)
@@ -231,6 +234,23 @@ class Engines:
             self.end(connection)
         await asyncio.gather(*self._endings, return_exceptions=True)
 
+    def abandon(self, *, is_forked: bool) -> None:
+        """Drop all connections without awaiting: their event loop is closed, or they are the parent process's."""
+        in_use = [record.dbapi_connection for record in self._records if record.in_use]
+        for record in self._records:
+            record.fairy_ref = None  # the garbage collector would give it back
+        for engine in (self._reading, self.primary):
+            engine.sync_engine.dispose(close=False)
+        for task in cast(set[Any], self._endings):
+            task._log_destroy_pending = False
+        for connection in self._connections:
+            driver = connection.driver_connection
+            if self.is_sqlite:
+                sqlite.drop(driver, is_forked=is_forked, is_idle=connection not in in_use)
+            elif hasattr(driver, "_transport"):  # asyncpg's
+                _drop(driver, is_forked=is_forked)
+        self._connections, self._endings = set(), set()
+
     async def dispose(self) -> None:
         """Close the pools and remove a temporary file."""
         for engine in (self._reading, self.primary):
@@ -264,3 +284,23 @@ def _asyncpg_connection() -> Any:
             return status
 
     return Connection
+
+
+_inherited: list[Any] = []  # of the parent process, which their finalizers would disturb
+
+
+def _drop(driver: Any, *, is_forked: bool) -> None:
+    """Close the socket, which no transport does once its loop is closed. In a forked process nothing is sent on it."""
+    transport = driver._transport
+    if not is_forked:
+        with suppress(Exception):  # the loop is closed; the goodbye has been sent by then
+            driver.terminate()
+    tls = getattr(transport, "_ssl_protocol", None)
+    close = getattr(tls._transport if tls else transport, "_call_connection_lost", None)
+    if close is not None:
+        with suppress(Exception):  # those who waited are gone
+            close(None)
+        with suppress(Exception):
+            driver._protocol.connection_lost(None)  # which TLS leaves to the loop
+    elif is_forked:  # uvloop's; a closed loop has closed its own
+        _inherited.append(driver)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -18,7 +19,7 @@ from .ending import finish_commit, finish_rollback, to_the_end
 from .engine import Engines
 from .errors import AlreadyInitializedError, ConnectionFailedError, NotInitializedError, OwnershipError
 from .failures import cut_off, failures, lost_after, name_cause
-from .scope import BeginHook, Scope, current_scope, refuse_second_writer, scopes_here
+from .scope import BeginHook, Scope, current_scope, refuse_second_writer, running_loop, scopes_here
 from .session import ScopedSession, SessionBlock, run_begin_hooks
 from .settings import DatabaseSettings, settings_of
 from .terms import Terms
@@ -33,7 +34,7 @@ class DatabaseSessionManager:
 
     The constructor does no I/O. `settings` are what `open()` opens with; `metadata` (default: `Base.metadata`) holds
     the tables of `create_all()`. A manager belongs to the event loop and process in which it is first used, until it
-    is closed; elsewhere it raises `OwnershipError`.
+    or that loop is closed; elsewhere it raises `OwnershipError`. In a forked process it begins anew.
     """
 
     def __init__(
@@ -64,6 +65,9 @@ class DatabaseSessionManager:
 
     def init(self, host: str | URL | DatabaseSettings) -> None:
         """Make the engine and what makes sessions; no I/O. Raises `ConfigurationError`, `AlreadyInitializedError`."""
+        if self._is_abandoned:
+            self._abandon()
+            self._engines = None
         if self._engines is not None:
             raise AlreadyInitializedError("close() it first, or make another manager for another database")
         self._settings = settings_of(host)
@@ -74,7 +78,7 @@ class DatabaseSessionManager:
 
         Raises `ConnectionFailedError` and leaves nothing open then; `NotInitializedError` where no settings are known.
         """
-        if self._engines is None and self._given is None:
+        if self._engines is None and self._settings is None:
             raise NotInitializedError("give it settings, or call init(url) before open()")
         self._check_loop()
         async with self._turn:
@@ -93,8 +97,8 @@ class DatabaseSessionManager:
 
     async def close(self) -> None:
         """Refuse new scopes, wait `drain_timeout` seconds for the open ones, cut off the rest, dispose the engine."""
-        engines = self._initialized()
         self._check_loop()
+        engines = self._initialized()
         async with self._turn:
             if engines is not self._engines:
                 return  # closed by another task meanwhile
@@ -182,6 +186,7 @@ class DatabaseSessionManager:
         """An `AsyncConnection` in a transaction, which commits when the block ends well, and else rolls back."""
         engines = self._admit()
         refuse_second_writer(self)
+        loop = self._loop
         pending = engines.on(Terms(writes=True)).connect()
         self._open.add(pending)
         error: BaseException | None = None
@@ -194,6 +199,8 @@ class DatabaseSessionManager:
                 transaction = await connection.begin()
                 await connection.run_sync(partial(run_begin_hooks, self))
                 yield connection
+                if running_loop() is not loop:
+                    raise self._owned_elsewhere()
                 if engines.is_retired:
                     raise cut_off()
                 if failed := failures(connection.sync_connection):
@@ -204,7 +211,8 @@ class DatabaseSessionManager:
                 name_cause(raised, failures(connection.sync_connection))
                 raise
             finally:
-                await finish_rollback(give_back(connection), self.settings.rollback_timeout, error)
+                if running_loop() is loop:  # else it is not this process's, or its loop is closed
+                    await finish_rollback(give_back(connection), self.settings.rollback_timeout, error)
         finally:
             self.forget(pending)
 
@@ -224,6 +232,8 @@ class DatabaseSessionManager:
     @property
     def engine(self) -> AsyncEngine:
         """The `AsyncEngine` of the primary. Raises `NotInitializedError`."""
+        if self._is_abandoned:
+            self._abandon()
         return self._initialized().primary
 
     @property
@@ -317,8 +327,8 @@ class DatabaseSessionManager:
 
     def _admit(self) -> Engines:
         """The engines, for one more scope or connection here and now."""
-        engines = self._initialized()
         self._check_loop()
+        engines = self._initialized()
         if self._closing and current_scope(self) is None:
             raise NotInitializedError("it is being closed: only what is open already is still served")
         return engines
@@ -328,28 +338,55 @@ class DatabaseSessionManager:
             raise NotInitializedError(REMEDY)
         return self._engines
 
+    # Ownership
+
     def _check_loop(self) -> None:
-        """The first loop to use it owns it."""
-        loop = _running_loop()
-        if self._loop is None:
+        """Let the first loop to use it own it; another one, once that is closed, or in a forked process."""
+        loop = running_loop()
+        if self._loop is not None and self._loop is loop:
+            return
+        with _taking:
+            if self._is_abandoned and loop is not None:
+                self._abandon()
+            if self._loop is not None:
+                raise self._owned_elsewhere()
             self._loop, self._process, self._turn = loop, os.getpid(), asyncio.Lock()
-        elif self._loop is not loop:
-            forked = self._process != os.getpid()
-            raise OwnershipError(
-                "this manager belongs to "
-                + ("the process that this one was forked from" if forked else "another event loop")
-                + ": its connections cannot be shared. close() it there first, or make a manager for each"
+
+    @property
+    def _is_abandoned(self) -> bool:
+        """Whether nobody can use or close what it has open: its loop is closed, or this process was forked since."""
+        return self._loop is not None and (self._loop.is_closed() or self._process != os.getpid())
+
+    def _abandon(self) -> None:
+        """Drop what is left of that loop, or is the other process's: without a word to the server from here."""
+        if self._engines is not None:
+            self._engines.abandon(is_forked=self._process != os.getpid())
+        for left in self._open:
+            if isinstance(left, Scope):
+                left.cut()
+        if self._closing:  # and will not get further
+            self._engines = None
+        self._open = set()
+        self._proven = self._closing = False
+        self._drained = self._loop = None
+
+    def _owned_elsewhere(self) -> OwnershipError:
+        is_forked = self._process != os.getpid()
+        error = OwnershipError(
+            "this manager belongs to "
+            + ("the process that this one was forked from" if is_forked else "another event loop, which is still open")
+            + ": its connections cannot be shared. close() it there first, or make a manager for each"
+        )
+        if not is_forked:
+            error.add_note(
+                "In an async test, send requests with httpx.AsyncClient(transport=ASGITransport(app)): a TestClient "
+                "runs the application in another event loop."
             )
+        return error
 
 
+_taking = threading.Lock()  # by two threads whose loops are to own one manager
 REMEDY = "call init(url) or await open() first, or start the container with Lifespan; after close() open it anew"
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:  # a coroutine that goes on in a forked process has none
-        return None
 
 
 async def _lock_schema(connection: AsyncConnection) -> None:

@@ -7,6 +7,7 @@ ended is passed over by whoever looks, so that blocks may end in any order, and 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar
 from typing import Protocol
@@ -22,6 +23,7 @@ from .errors import (
     ConcurrentSessionError,
     IncompatibleTransactionError,
     NoSessionError,
+    OwnershipError,
     ScopeError,
     UnexpectedRollbackError,
 )
@@ -117,6 +119,13 @@ def refuse_second_writer(owner: Owner) -> None:
         )
 
 
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:  # a coroutine that goes on in a forked process has none
+        return None
+
+
 def entered_twice() -> ScopeError:
     return ScopeError("a block is entered once: call transaction() or session() anew for each")
 
@@ -159,6 +168,8 @@ class Scope:
         self.session = session
         self.terms = terms
         self.task = asyncio.current_task()
+        self.loop = asyncio.get_running_loop()
+        self.process = os.getpid()
         self.blocks: list[Block] = []
         self.transaction: Transaction | None = None
         self.connection: Connection | None = None  # of the transaction, once it has begun
@@ -204,6 +215,40 @@ class Scope:
             block.aborted = self.owner
         self.end()
 
+    def check_loop(self) -> bool:
+        """Whether the running code may use it; else it is of a closed event loop or another process, and ends here.
+
+        Raises `OwnershipError` in another event loop, as in that of a thread that has inherited a block.
+        """
+        loop = running_loop()
+        if loop is self.loop:
+            return True
+        if loop is None or not self._is_abandoned:
+            raise _elsewhere()
+        self.cut()
+        return False
+
+    def leave_elsewhere(self, error: BaseException | None) -> bool:
+        """Whether a block ends where its session may not be touched. Raises `OwnershipError` if it ends well there.
+
+        In another event loop it stays open.
+        """
+        loop = running_loop()
+        if loop is self.loop:
+            return False
+        if self._is_abandoned:
+            self.cut()
+            self.owner.forget(self)
+        elif loop is None:
+            return False
+        if error is None:
+            raise _elsewhere()
+        return True
+
+    @property
+    def _is_abandoned(self) -> bool:
+        return self.loop.is_closed() or self.process != os.getpid()
+
     def check_caller(self) -> None:
         """With one block open, any task that has the session may use it; else only code inside the innermost one."""
         if len(self.blocks) > 1 and all(block is not self.blocks[-1] for block, _ in open_blocks()):
@@ -214,10 +259,11 @@ class Scope:
     def start(self, operation: object) -> bool:
         """Whether this is a new operation, to be ended with `finish()`, and not a call within the running one.
 
-        Raises `NoSessionError` where the scope has ended, and `ConcurrentSessionError`.
+        Raises `NoSessionError` where the scope has ended, `ConcurrentSessionError`, `OwnershipError`.
         """
         if self._operation is operation:
             return False
+        self.check_loop()
         if not self.blocks:
             raise NoSessionError(
                 "the scope of this session has ended: it was cut off by close()"
@@ -340,6 +386,13 @@ class Scope:
                 raise
 
         await finish_rollback(self.run(undo_or_give_up), self.owner.settings.rollback_timeout, error)
+
+
+def _elsewhere() -> OwnershipError:
+    return OwnershipError(
+        "the session of the block around this belongs to another event loop or process: use it only there, as with "
+        "asyncio.run_coroutine_threadsafe() from a thread, or make a manager for each"
+    )
 
 
 def _concurrent(reason: str) -> ConcurrentSessionError:

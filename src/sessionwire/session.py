@@ -234,6 +234,8 @@ class SessionBlock:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         scope = self._scope
+        if scope.leave_elsewhere(error):
+            return
         lost = error is None and (scope.written or scope.pending)
         scope.leave(self._block)
         await scope.close(error)

@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Awaitable
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from time import monotonic
 from typing import Any
 
@@ -73,6 +74,29 @@ async def stop(driver: Any, *steps: Awaitable[object], patience: float = 0.02) -
     while not (await asyncio.wait((done,), timeout=patience))[0]:
         with suppress(ValueError, sqlite3.ProgrammingError):  # closed
             driver._conn.interrupt()  # only now: where a cursor is unfinished, it would strike the first step instead
+
+
+_inherited: list[Any] = []  # of the parent process
+
+
+def drop(driver: Any, *, is_forked: bool, is_idle: bool) -> None:
+    """Close it without awaiting, once its loop is closed, or in a forked process, which has none of its threads.
+
+    There an idle one is closed by hand: while SQLite knows of it, it would take the parent's locks for its own.
+    """
+    if not is_forked and driver._thread.is_alive():
+        with suppress(ValueError, sqlite3.ProgrammingError):  # closed
+            driver._conn.interrupt()
+        stopping = Thread(target=driver.stop)  # in a thread without a loop, to which its answer would come too late
+        stopping.start()
+        stopping.join()
+        return
+    if is_idle or not is_forked:
+        with suppress(ValueError, sqlite3.Error):
+            driver._conn.close()
+        driver._connection = None  # it would warn that it is not closed
+    else:
+        _inherited.append(driver)  # in the middle of something, which finalizers would end
 
 
 def _begin(connection: Connection, timeout: float) -> None:

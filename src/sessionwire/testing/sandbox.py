@@ -188,6 +188,9 @@ class SandboxEngines(Engines):
     def end(self, dbapi_connection: Any) -> None:
         self._shared.end(dbapi_connection)
 
+    def abandon(self, *, is_forked: bool) -> None:
+        raise SandboxError("a sandbox lives and ends in the event loop and process in which it began")
+
     async def terminate(self) -> None:
         self._shared.end_all()
         await self._shared.ended()

@@ -1,0 +1,449 @@
+"""Event loops, threads and processes: who may use a manager, and who takes it over.
+
+What a closed event loop leaves is looked at in programs of their own: what they warn of is part of the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+from sqlalchemy import select, text
+
+from sessionwire import (
+    CurrentSession,
+    DatabaseSessionManager,
+    NoSessionError,
+    OwnershipError,
+    Propagation,
+)
+from sessionwire.session import SessionBlock
+
+from .conftest import DATABASE, Postgres, notes
+from .postgres import OnPostgres, until
+from .tables import Note
+
+CHECKOUT = Path(__file__).parents[1]
+BEGIN = """
+import asyncio, gc, os, signal, sys, time
+from sqlalchemy import select, text
+from sessionwire import *
+from tests.tables import Note
+
+manager = DatabaseSessionManager(sys.argv[1])
+kept = []
+
+
+async def tables():
+    async with manager.connect() as connection:
+        await manager.create_all(connection)
+
+
+async def write(note):
+    async with manager.transaction() as session:
+        session.add(Note(text=note))
+
+
+async def texts():
+    async with manager.session() as session:
+        return list(await session.scalars(select(Note.text).order_by(Note.text)))
+
+
+async def outcome(work):
+    try:
+        return await work
+    except Exception as error:
+        return type(error).__name__
+
+
+def in_child(function):
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function()
+        finally:
+            sys.stdout.flush()
+            os._exit(0)
+    os.waitpid(pid, 0)
+
+
+"""
+
+
+def run(program: str, database_url: str) -> list[str]:
+    """The lines that it prints. It may not warn of anything, but of its fork() with threads."""
+    code = BEGIN + dedent(program)
+    warnings = ["-W", "always", "-W", "ignore:This process:DeprecationWarning"]
+    command = [sys.executable, *warnings, "-c", code, database_url]
+    environment = {**os.environ, "PYTHONPATH": f"{CHECKOUT / 'src'}{os.pathsep}{CHECKOUT}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == ""
+    assert done.returncode == 0
+    return done.stdout.splitlines()
+
+
+class TestAfterItsLoop:
+    """One manager of a module, and an event loop for each job."""
+
+    def test_the_next_loop_just_uses_it(self, database_url: str) -> None:
+        program = """
+        manager.init(sys.argv[1])
+        asyncio.run(tables())
+        for note in "abc":
+            asyncio.run(write(note))
+            gc.collect()
+        print(asyncio.run(texts()), manager.is_open)
+        asyncio.run(manager.open())
+        print(manager.is_open)
+        asyncio.run(manager.close())
+        gc.collect()
+        """
+        assert run(program, database_url) == ["['a', 'b', 'c'] False", "True"]
+
+    def test_it_can_be_closed_opened_and_initialized_there(self, database_url: str) -> None:
+        program = """
+        async def job():
+            manager.init(sys.argv[1])
+            await tables()
+
+        for _ in range(3):
+            asyncio.run(job())
+            gc.collect()
+        asyncio.run(manager.close())
+        print(manager.is_initialized)
+        asyncio.run(manager.open())
+        asyncio.run(write("a"))
+        asyncio.run(manager.close())
+        gc.collect()
+        """
+        assert run(program, database_url) == ["False"]
+
+    def test_what_the_former_loop_has_left_is_dropped(self, database_url: str) -> None:
+        program = """
+        async def leave():
+            for block in (manager.session(), manager.transaction(read_only=True)):
+                session = await block.__aenter__()
+                await session.execute(select(1))
+                kept.append(block)
+
+        async def leave_written():
+            block = manager.transaction()
+            session = await block.__aenter__()
+            session.add(Note(text="lost"))
+            await session.flush()
+            kept.append((block, session))
+
+        async def leave_connected():
+            block = manager.connect()
+            connection = await block.__aenter__()
+            await connection.execute(text("INSERT INTO note (text) VALUES ('lost')"))
+            kept.append(block)
+
+        asyncio.run(tables())
+        for job in (leave, leave_written, leave_connected):
+            asyncio.run(job())
+            gc.collect()
+            asyncio.run(write(job.__name__))
+            kept.clear()
+            gc.collect()
+        print(asyncio.run(texts()))
+        asyncio.run(manager.close())
+        gc.collect()
+        """
+        program = program.replace("async def leave()", "manager.init(sys.argv[1])\n\n        async def leave()", 1)
+        assert run(program, database_url) == ["['leave', 'leave_connected', 'leave_written']"]
+
+    def test_what_a_loop_was_doing_when_it_was_closed_is_dropped(self, database_url: str) -> None:
+        program = """
+        manager.init(sys.argv[1])
+        asyncio.run(tables())
+
+        async def work():
+            async with manager.transaction() as session:
+                session.add(Note(text="lost"))
+                await session.flush()
+                await asyncio.Event().wait()
+
+        async def begin():
+            task = asyncio.create_task(work())
+            task._log_destroy_pending = False  # it would tell of itself
+            kept.append(task)
+            await asyncio.sleep(0.2)
+
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(begin())
+        loop.close()
+        asyncio.run(write("kept"))
+        kept.clear()
+        gc.collect()
+        print(asyncio.run(texts()))
+        asyncio.run(manager.close())
+        gc.collect()
+        """
+        assert run(program, database_url) == ["['kept']"]
+
+    def test_a_temporary_database_is_still_there(self) -> None:
+        program = """
+        manager.init(sys.argv[1])
+        asyncio.run(tables())
+        asyncio.run(write("a"))
+        print(asyncio.run(texts()))
+        asyncio.run(manager.close())
+        """
+        assert run(program, "sqlite://") == ["['a']"]
+
+    def test_a_block_that_it_has_left_is_no_block_for_others(self, tmp_path: Path) -> None:
+        manager = DatabaseSessionManager(f"sqlite:///{tmp_path / 'a.db'}")
+        manager.init(manager.settings)
+
+        async def leave() -> contextvars.Context:
+            await manager.transaction().__aenter__()
+            return contextvars.copy_context()
+
+        async def use() -> None:
+            with pytest.raises(NoSessionError):
+                await CurrentSession(manager).execute(select(1))
+            async with manager.transaction() as session:
+                await session.execute(select(1))
+
+        context = asyncio.run(leave())
+        for _ in range(2):
+            context.run(asyncio.run, use())
+        asyncio.run(manager.close())
+
+    def test_listeners_on_the_engine_stay(self, database_url: str) -> None:
+        program = """
+        from sqlalchemy import event
+        manager.init(sys.argv[1])
+        event.listen(manager.engine.sync_engine, "connect", lambda *_: print("connected"))
+        engine = manager.engine
+        asyncio.run(tables())
+        asyncio.run(write("a"))
+        print(engine is manager.engine)
+        asyncio.run(manager.close())
+        """
+        assert run(program, database_url) == ["connected", "connected", "True"]
+
+
+class TestOnPostgres(OnPostgres):
+    async def test_the_server_is_told_that_the_connections_are_gone(
+        self, postgres: Postgres, database_url: str
+    ) -> None:
+        sessions = "SELECT 1 FROM pg_stat_activity WHERE datname = $1"
+
+        def job(manager: DatabaseSessionManager) -> None:
+            async def leave() -> None:
+                await (await manager.session().__aenter__()).execute(select(1))
+                await (await manager.connect().__aenter__()).execute(select(1))
+
+            asyncio.run(leave())
+
+        manager = DatabaseSessionManager(database_url)
+        manager.init(database_url)
+        await asyncio.to_thread(job, manager)
+        assert len(await postgres.execute(sessions, DATABASE)) == 2
+        await manager.close()
+
+        async def all_are_gone() -> bool:
+            return not await postgres.execute(sessions, DATABASE)
+
+        await until(all_are_gone)
+
+
+class TestInAThread:
+    """A block is inherited by threads that `asyncio.to_thread()` starts; its session is not for their loops."""
+
+    @pytest.fixture(
+        params=[*(Propagation), "session", "connect", "the session", "a current session", "a refresh", "close"],
+        ids=lambda param: getattr(param, "name", param),
+    )
+    def use(self, request: pytest.FixtureRequest, manager: DatabaseSessionManager) -> Callable[..., Awaitable[object]]:
+        kind = request.param
+
+        async def use(session: object, note: Note) -> object:
+            if isinstance(kind, Propagation):
+                async with manager.transaction(kind) as joined:
+                    return await joined.execute(select(1))
+            if kind == "session":
+                async with manager.session() as own:
+                    return await own.execute(select(1))
+            if kind == "connect":
+                async with manager.connect() as connection:
+                    return await connection.execute(select(1))
+            if kind == "close":
+                return await manager.close()
+            if kind == "a refresh":
+                return await CurrentSession(manager).refresh(note)
+            current = session if kind == "the session" else CurrentSession(manager)
+            return await current.execute(select(1))  # type: ignore[attr-defined]
+
+        return use
+
+    async def test_it_is_told_so_and_the_block_goes_on(
+        self, manager: DatabaseSessionManager, use: Callable[..., Awaitable[object]]
+    ) -> None:
+        async with manager.transaction() as session:
+            note = Note(text="before")
+            session.add(note)
+            await session.flush()
+
+            async def work() -> None:
+                await use(session, note)
+
+            with pytest.raises(OwnershipError, match="another event loop"):
+                await asyncio.to_thread(asyncio.run, work())
+            session.add(Note(text="after"))
+        assert await notes(manager) == ["after", "before"]
+
+    async def test_it_is_told_so_in_autocommit_and_in_a_bare_session(self, manager: DatabaseSessionManager) -> None:
+        async def work() -> None:
+            async with manager.transaction():
+                raise AssertionError
+
+        for block in (manager.session(), manager.transaction(Propagation.SUPPORTS, read_only=True)):
+            async with block as session:
+                await session.execute(select(1))
+                with pytest.raises(OwnershipError):
+                    await asyncio.to_thread(asyncio.run, work())
+                await session.execute(select(1))
+
+    async def test_it_may_use_a_manager_of_its_own(self, manager: DatabaseSessionManager) -> None:
+        other = DatabaseSessionManager(manager.settings)
+
+        async def work() -> list[str]:
+            async with other, other.transaction(read_only=True) as session:
+                return list(await session.scalars(select(Note.text)))
+
+        async with manager.transaction() as session:
+            await session.execute(select(1))
+            assert await asyncio.to_thread(asyncio.run, work()) == []
+
+    async def test_it_may_hand_work_to_the_loop_of_the_block(self, manager: DatabaseSessionManager) -> None:
+        session, loop = CurrentSession(manager), asyncio.get_running_loop()
+
+        async def work() -> int:
+            return (await session.scalars(text("SELECT 1"))).one()
+
+        async with manager.transaction():
+            done = await asyncio.to_thread(lambda: asyncio.run_coroutine_threadsafe(work(), loop).result())
+            assert done == 1
+
+    async def test_a_block_does_not_end_in_another_loop(self, manager: DatabaseSessionManager) -> None:
+        for block in (manager.session(), manager.transaction()):
+            session = await block.__aenter__()
+            session.add(Note(text=str(block)))
+
+            async def end(block: AbstractAsyncContextManager[object] = block) -> None:
+                await block.__aexit__(None, None, None)
+
+            with pytest.raises(OwnershipError):
+                await asyncio.to_thread(asyncio.run, end())
+            await session.flush()
+            await session.rollback() if isinstance(block, SessionBlock) else None
+            await block.__aexit__(None, None, None)
+        assert len(await notes(manager)) == 1
+
+
+class TestInAForkedProcess:
+    """What the parent has open is the parent's: the child begins anew, and sends nothing on it."""
+
+    def test_the_child_just_uses_it_and_the_parent_goes_on(self, database_url: str) -> None:
+        program = """
+        manager.init(sys.argv[1])
+        asyncio.run(tables())
+
+        def child():
+            asyncio.run(write("child"))
+            asyncio.run(manager.close())
+            asyncio.run(manager.open())
+            asyncio.run(write("again"))
+            asyncio.run(manager.close())
+            gc.collect()
+
+        async def parent():
+            await write("before")
+            in_child(child)
+            await write("after")
+            print(await texts())
+            await manager.close()
+
+        asyncio.run(parent())
+        gc.collect()
+        """
+        assert run(program, database_url) == ["['after', 'again', 'before', 'child']"]
+
+    def test_a_loop_was_closed_before(self, database_url: str) -> None:
+        program = """
+        manager.init(sys.argv[1])
+        asyncio.run(tables())
+        for note in "ab":
+            in_child(lambda: (asyncio.run(write(note)), asyncio.run(manager.close()), gc.collect()))
+        print(asyncio.run(texts()))
+        asyncio.run(manager.close())
+        gc.collect()
+        """
+        assert run(program, database_url) == ["['a', 'b']"]
+
+    def test_blocks_of_the_parent_are_no_blocks_of_the_child(self, database_url: str) -> None:
+        program = """
+        manager.init(sys.argv[1])
+        asyncio.run(tables())
+
+        async def child():
+            print(await outcome(CurrentSession(manager).execute(select(1))))
+            async with manager.transaction(read_only=True) as session:
+                print(list(await session.scalars(select(Note.text))))
+            await manager.close()
+
+        async def parent():
+            async with manager.transaction() as session, manager.session() as other:
+                session.add(Note(text="parent"))
+                await session.flush()
+                await other.execute(select(1))
+                in_child(lambda: (asyncio.run(child()), gc.collect()))
+                await session.execute(select(1))
+            print(await texts())
+            await manager.close()
+
+        asyncio.run(parent())
+        gc.collect()
+        """
+        assert run(program, database_url) == ["NoSessionError", "[]", "['parent']"]
+
+    def test_a_child_that_leaves_a_block_of_the_parent_undoes_nothing(self, database_url: str) -> None:
+        program = """
+        manager.init(sys.argv[1])
+        asyncio.run(tables())
+
+        async def parent(kind):
+            async with getattr(manager, kind)() as opened:
+                await opened.execute(text(f"INSERT INTO note (text) VALUES ('{kind}')"))
+                pid = os.fork()
+                if pid == 0:
+                    if kind != "connect":
+                        print(await outcome(opened.execute(select(1))))
+                    print(await outcome(write("child")))
+                    raise OSError
+                os.waitpid(pid, 0)
+                if kind == "session":
+                    await opened.commit()
+
+        for kind in ("transaction", "session", "connect"):
+            try:
+                asyncio.run(parent(kind))
+            except OSError:
+                sys.stdout.flush()
+                os._exit(0)
+        print(asyncio.run(texts()))
+        asyncio.run(manager.close())
+        """
+        assert run(program, database_url) == ["OwnershipError"] * 5 + ["['connect', 'session', 'transaction']"]
