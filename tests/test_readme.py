@@ -373,6 +373,11 @@ def test_tests_of_the_page_run_in_the_databases_of_the_plugin(command: str, tmp_
     assert_passed(pytest_run(reader.directory, *shlex.split(command)[1:]), 2)
 
 
+def test_a_test_of_the_page_that_is_not_async_runs_too(tmp_path: Path) -> None:
+    assert "pytest test_web.py" in COMMANDS
+    assert_passed(pytest_run(Reader(tmp_path, "postgresql://nowhere.invalid/shop").directory, "test_web.py"), 1)
+
+
 PIP = [command for command in COMMANDS if command.startswith("pip install ")]
 
 
@@ -396,7 +401,7 @@ def test_no_command_is_left_out() -> None:
         r"\.ci/env pytest",
         "pip install .+",
         r"python (shop|worker|tasks)\.py",
-        r"pytest test_(shop|sales)\.py.*",
+        r"pytest test_(shop|sales|web)\.py.*",
     )
     for command in COMMANDS:
         assert any(re.fullmatch(pattern, command) for pattern in known), f"nobody runs {command!r}"

@@ -6,12 +6,14 @@ A user's conftest.py says what is to be tested, and tests take `container`:
     def sessionwire_container():
         return Container
 
-All but the last step is synchronous, so that it serves whatever runs the tests: pytest-asyncio or anyio, in any loop.
+All but the last step is synchronous, so that it serves whatever runs the tests: pytest-asyncio or anyio, in any loop. A
+test without async code leaves that step out, so that it serves the loop that the test runs, as that of a `TestClient`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import shutil
 import warnings
 from collections.abc import AsyncGenerator, Generator, Iterator
@@ -25,6 +27,7 @@ from dependency_injector import containers
 
 from .containers import DatabaseContainer
 from .embedded import EmbeddedServer
+from .errors import OwnershipError
 from .lifespan import Lifespan, databases
 from .manager import DatabaseSessionManager
 from .settings import DatabaseSettings
@@ -217,7 +220,7 @@ def _sessionwire_overridden(
     request: pytest.FixtureRequest, sessionwire_container: Any
 ) -> Iterator[containers.Container]:
     """Not started yet, on the databases that it is to use."""
-    is_shared = _option(request.config, "isolation") == "sandbox"
+    is_shared = _option(request.config, "isolation") == "sandbox" and not _is_sync(request)
     settings = request.getfixturevalue("sessionwire_databases" if is_shared else "_sessionwire_own_databases")
     container = _made(sessionwire_container)
     given: dict[str, object] = {}
@@ -257,15 +260,54 @@ async def _started(config: pytest.Config, container: containers.Container) -> As
 
 @pytest.fixture
 def container(request: pytest.FixtureRequest, sessionwire_settings: DatabaseSettings) -> Any:
-    """The container of `sessionwire_container`, started, in a sandbox or on a database of the test's own."""
+    """The container of `sessionwire_container`, started, in a sandbox or on a database of the test's own.
+
+    For a test without async code, as one with a `TestClient`, it is on a database of the test's own, and ready for the
+    event loop that the test runs.
+    """
     if "anyio_backend" in request.fixturenames:
         return request.getfixturevalue("_sessionwire_anyio")
+    if _is_sync(request):
+        return request.getfixturevalue("_sessionwire_ready")
     if not request.config.pluginmanager.has_plugin("asyncio"):
-        raise pytest.UsageError("the fixture container is for async tests: install pytest-asyncio, or use anyio's")
+        raise pytest.UsageError(
+            "this test or one of its fixtures is async: install pytest-asyncio, or use anyio's plugin"
+        )
     marker: Any = request.node.get_closest_marker("asyncio")
     loop_scope = marker and marker.kwargs.get("loop_scope")
     loop_scope = loop_scope or request.config.getini("asyncio_default_test_loop_scope")
     return request.getfixturevalue(f"_sessionwire_asyncio_{loop_scope}")
+
+
+def _is_sync(request: pytest.FixtureRequest) -> bool:
+    """Whether neither the test nor a fixture of it, but for those of this module, runs in an event loop of pytest's."""
+    definitions: dict[str, Any] = getattr(request.node, "_fixtureinfo").name2fixturedefs  # noqa: B009  # it is private
+    functions = [definitions[name][-1].func for name in request.fixturenames if name in definitions]
+    return "anyio_backend" not in request.fixturenames and not any(
+        inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+        for function in map(inspect.unwrap, (request.function, *functions))
+        if function.__module__ != __name__
+    )
+
+
+@pytest.fixture
+def _sessionwire_ready(
+    _sessionwire_overridden: containers.Container, _sessionwire_runner: asyncio.Runner
+) -> Iterator[containers.Container]:
+    """Not started, so that no event loop of pytest's has it."""
+    managers = managers_of(_sessionwire_overridden)
+    for manager in managers:
+        manager.init(manager.settings)
+    yield _sessionwire_overridden
+    left = sum(len(manager.in_use) for manager in managers)
+    for manager in managers:
+        if manager.is_initialized:
+            try:
+                _sessionwire_runner.run(manager.close())
+            except OwnershipError:
+                pytest.fail("an event loop that used the database was left open: close it in the test", pytrace=False)
+    if left:
+        pytest.fail(f"sessions or connections that were left open: {left}", pytrace=False)
 
 
 @pytest.fixture
