@@ -27,7 +27,7 @@ from .errors import ConfigurationError, UnexpectedRollbackError
 from .failures import watch_disconnects, watch_failures
 from .settings import DatabaseSettings
 from .terms import TERMS, Terms
-from .url import LIBPQ_KEYS, DatabaseURL
+from .url import LIBPQ_KEYS, DatabaseURL, typed_arguments
 
 LAST_USED, EXPIRES = "sessionwire_last_used", "sessionwire_expires"  # of a pooled connection, by the monotonic clock
 JITTER = 0.2  # of its lifetime
@@ -150,6 +150,9 @@ class Engines:
             "server_settings": server_settings,
             "connection_class": _asyncpg_connection(),
         }
+        typed = typed_arguments(url)  # which in the URL would be text
+        url = url.difference_update_query(typed)
+        arguments |= typed
         if libpq:  # in its DSN asyncpg gives them the meaning that they have in libpq
             url = url.difference_update_query(libpq)
             arguments["dsn"] = "postgresql://?" + urlencode(libpq, doseq=True)

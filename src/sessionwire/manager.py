@@ -24,6 +24,7 @@ from .session import ScopedSession, SessionBlock, run_begin_hooks
 from .settings import DatabaseSettings, settings_of
 from .terms import Terms
 from .transaction import TransactionManager
+from .url import whereabouts
 
 SCHEMA_LOCK = int.from_bytes(b"sessionw")  # the key of the advisory lock, 8315179226536832631
 SERVER_TIMEOUT = 120.0  # seconds for an embedded server to start or stop
@@ -130,16 +131,12 @@ class DatabaseSessionManager:
             async with asyncio.timeout(timeout), engines.primary.connect() as connection:
                 await connection.execute(text("SELECT 1"))
         except Exception as error:
-            url = make_url(self.settings.url)
-            host = f"{url.host or 'its default'}{f':{url.port}' if url.port else ''}"
-            user = url.username or "its default"
-            server = "" if url.get_backend_name() == "sqlite" else f" on host {host} as user {user}"
             reason: BaseException = error
             while reason.__cause__ is not None:
                 reason = reason.__cause__
             why = f"no answer within {timeout:g} s" if isinstance(error, TimeoutError) else str(reason)
             raise ConnectionFailedError(
-                f"could not open database {url.database!r}{server}: {type(reason).__name__}: {why}"
+                f"could not open {whereabouts(make_url(self.settings.url))}: {type(reason).__name__}: {why}"
             ) from error
 
     async def _drain(self) -> None:

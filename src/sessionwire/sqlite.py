@@ -44,7 +44,11 @@ def prepare(engine: Engine, *, read_only: bool, patience: float) -> None:
     def connected(connection: Any, _record: Any) -> None:
         cursor = connection.cursor()
         cursor.execute("PRAGMA foreign_keys=ON")
-        cursor.execute("PRAGMA journal_mode=WAL")
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+        except Exception as error:
+            if not sqlstate(error).startswith("SQLITE_READONLY"):  # a file that can't be written stays as it is
+                raise
         if read_only:
             cursor.execute("PRAGMA query_only=ON")
         cursor.close()
