@@ -12,7 +12,7 @@ from .transaction import TransactionManager
 
 
 class DatabaseContainer(containers.DeclarativeContainer):
-    """Give it `settings=` (a `DatabaseSettings`) or `config=` (raw values), and start it with `Lifespan`.
+    """Give it `settings=` (a `DatabaseSettings`, or a URL) or `config=` (raw values), and start it with `Lifespan`.
 
     `sessionmanager` is the manager, `manager` its switch: nothing depends on the `Resource`, so nothing above it
     becomes awaitable.

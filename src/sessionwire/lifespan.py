@@ -14,7 +14,7 @@ from dependency_injector import containers, providers
 from .containers import DatabaseContainer
 from .errors import ConfigurationError
 from .failures import after
-from .settings import DatabaseSettings
+from .settings import DatabaseSettings, settings_of
 
 C = TypeVar("C", bound=containers.Container)
 AnyResource: TypeAlias = "providers.Resource[Any]"
@@ -29,6 +29,9 @@ class Lifespan(Generic[C]):
     """
 
     def __init__(self, container: C) -> None:
+        given: Any = container
+        if not isinstance(given, containers.DynamicContainer | providers.Container):
+            raise ConfigurationError(_meant_by(given))
         self.container = container
         self._started: list[AnyResource] = []
         self._found: list[AnyResource] = []  # which another one around this has started, and ends
@@ -75,6 +78,13 @@ class Lifespan(Generic[C]):
                 first = after(first, failure, "the shutdown of a resource")
         if first is not None and first is not error:
             raise first
+
+
+def _meant_by(given: object) -> str:
+    kind = type(given).__name__
+    if isinstance(given, type) and issubclass(given, containers.DeclarativeContainer):
+        return f"Lifespan needs a container, and {given.__name__} is a class: write Lifespan({given.__name__}())"
+    return f"Lifespan needs a container, such as Lifespan(Container()), and this is of type {kind}"
 
 
 _open: weakref.WeakSet[Lifespan[Any]] = weakref.WeakSet()
@@ -136,7 +146,7 @@ def _check_overrides(database: Any) -> None:
         raise ConfigurationError(
             f"{name}config was changed after settings were built from it: call {name}settings.reset() first"
         )
-    if sessionmanager().settings != settings() or sessionmanager().metadata is not database.metadata():
+    if sessionmanager().settings != settings_of(settings()) or sessionmanager().metadata is not database.metadata():
         raise ConfigurationError(
             f"{name}settings or metadata were overridden after sessionmanager was built from others: "
             f"call {name}sessionmanager.reset() first"
