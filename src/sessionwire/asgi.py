@@ -34,7 +34,7 @@ class TransactionMiddleware:
     """
 
     def __init__(self, app: ASGIApp, *, transaction: TransactionManager, **options: Unpack[BlockOptions]) -> None:
-        """Raises `ValueError` for an option that cannot be."""
+        """Raises `ValueError` and `TypeError` for an option that cannot be."""
         transaction(**options)  # at each request would be late to learn it
         self._app = app
         self._transaction = transaction

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Protocol, TypeVar, Unpack, overload
 
-from .plan import BlockOptions, Plan, Propagation, plan
+from .plan import BlockOptions, Plan, Propagation, attempts, plan
 from .transaction import TransactionManager
 
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -52,7 +52,7 @@ def transactional(
     """
     if not isinstance(propagation, Propagation):  # without parentheses it is the function
         return transactional()(propagation)
-    return partial(_decorate, "@transactional", of, plan(propagation, **options), retries)
+    return partial(_decorate, "@transactional", of, plan(propagation, **options), attempts(retries))
 
 
 @overload
@@ -65,18 +65,18 @@ def read_only(*, of: str = ...) -> Decorator: ...
 
 def read_only(function: Any = None, /, *, of: str = "transaction") -> Any:
     """Run a coroutine function that only reads: in what is current, or else in a read scope, without a transaction."""
-    decorate = partial(_decorate, "@read_only", of, plan(Propagation.SUPPORTS, read_only=True), 0)
+    decorate = partial(_decorate, "@read_only", of, plan(Propagation.SUPPORTS, read_only=True), 1)
     return decorate if function is None else decorate(function)
 
 
-def _decorate(name: str, of: str, planned: Plan, retries: int, function: Any) -> Any:
+def _decorate(name: str, of: str, planned: Plan, attempts: int, function: Any) -> Any:
     if not inspect.iscoroutinefunction(function):
         raise TypeError(f"{name} takes a coroutine function: {_remedy(name, function)}")
     find_manager = _finder(name, function, of)
 
     @functools.wraps(function)
     async def in_block(*args: Any, **kwargs: Any) -> Any:
-        return await find_manager(args, kwargs).run_planned(planned, retries, partial(function, *args, **kwargs))
+        return await find_manager(args, kwargs).run_planned(planned, attempts, partial(function, *args, **kwargs))
 
     return in_block
 

@@ -57,7 +57,7 @@ def plan(
     timeout: float | timedelta | None = None,
     execution_options: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """The same, checked. Raises `ValueError`."""
+    """The same, checked. Raises `TypeError`, `ValueError`."""
     for name, instead in REPLACED_OPTIONS.items():
         if name in (execution_options or {}):
             raise ValueError(f"execution_options: {name!r} is not for a block to set: {instead}")
@@ -69,8 +69,26 @@ def plan(
         isolation=_isolation(isolation, propagation),
         execution_options=tuple(sorted((execution_options or {}).items())),
     )
-    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-    return Plan(propagation, terms, seconds if seconds is None else float(seconds))
+    return Plan(propagation, terms, None if timeout is None else _seconds(timeout))
+
+
+def attempts(retries: object) -> int:
+    """Return how many attempts they allow. Raises `TypeError`, `ValueError`."""
+    if isinstance(retries, bool) or not isinstance(retries, int):
+        raise TypeError(f"retries={retries!r} is not a number of retries: write an int, such as retries=3")
+    if retries < 0:
+        raise ValueError(f"retries={retries} is less than none: write retries=0 for one attempt")
+    return retries + 1
+
+
+def _seconds(timeout: float | timedelta) -> float:
+    if isinstance(timeout, timedelta):
+        timeout = timeout.total_seconds()
+    if isinstance(timeout, bool) or not hasattr(timeout, "__float__"):
+        raise TypeError(f"timeout={timeout!r} is not a time: write seconds as a number, or a timedelta")
+    if not timeout >= 0:  # nor is NaN
+        raise ValueError(f"timeout={timeout!r} is not a deadline: write the seconds from now on, 0 or more")
+    return float(timeout)
 
 
 def _isolation(level: str | None, propagation: Propagation) -> str | None:

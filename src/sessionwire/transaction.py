@@ -13,8 +13,9 @@ from typing import Any, TypeVar, TypeVarTuple, Unpack
 from .block import TransactionBlock
 from .errors import TransactionRequiredError
 from .failures import in_short, is_retryable
+from .hooks import to_call
 from .levels import Hook, Transaction
-from .plan import BlockOptions, Plan, Propagation, plan
+from .plan import BlockOptions, Plan, Propagation, attempts, plan
 from .scope import BeginHook, Owner, current_scope, innermost_block
 
 logger = logging.getLogger("sessionwire.retry")
@@ -48,7 +49,8 @@ class TransactionManager:
         - `timeout`: a deadline for the block, up to its commit, in seconds or as a `timedelta`.
         - `execution_options`: SQLAlchemy's, for the connection of the block.
 
-        Raises `ValueError` for an isolation level that there is not. Entering the block raises
+        Raises `ValueError` for an isolation level that there is not and for a negative `timeout`, `TypeError` for
+        a `timeout` that is no time. Entering the block raises
         `TransactionRequiredError`, `TransactionForbiddenError`, `IncompatibleTransactionError`,
         `ConcurrentSessionError`; leaving it `UnexpectedRollbackError`, `TransactionTimeoutError`,
         `CommitOutcomeUnknownError`, and what the database says to the commit.
@@ -77,7 +79,11 @@ class TransactionManager:
 
         It is dropped where the savepoint that it was given in is rolled back. What it raises undoes nothing: the
         others still run, then the block raises it.
+
+        Raises:
+            TypeError: It can't be called without arguments.
         """
+        to_call(function, "on_commit()")
         transaction = self._current()
         if transaction is not None:
             transaction.add_hook(function, on_rollback=False)
@@ -88,6 +94,7 @@ class TransactionManager:
 
     def on_rollback(self, function: Hook) -> None:
         """The same after a rollback, of a savepoint too: at the outermost end. Without a transaction it never runs."""
+        to_call(function, "on_rollback()")
         transaction = self._current()
         if transaction is not None:
             transaction.add_hook(function, on_rollback=True)
@@ -104,8 +111,11 @@ class TransactionManager:
         """Call it with the `AsyncConnection` at the begin of every transaction of this manager, from now on.
 
         For what must hold in each, such as `SET LOCAL` for row-level security; reads run in transactions too then.
+
+        Raises:
+            TypeError: It can't be called with one argument.
         """
-        self._owner.begin_hooks.append(function)
+        self._owner.begin_hooks.append(to_call(function, "on_begin()", "the connection"))
         return function
 
     async def detached(self, work: Coroutine[Any, Any, R]) -> R:
@@ -130,12 +140,18 @@ class TransactionManager:
         That is after a serialization failure, a deadlock (SQLSTATE 40001, 40P01; SQLite busy), and a connection lost
         before the commit was sent; after a pause each time. Inside another scope it is one attempt. The options are
         those of a block.
-        """
-        return await self.run_planned(plan(propagation, **options), retries, partial(function, *args))
 
-    async def run_planned(self, planned: Plan, retries: int, function: Callable[[], Awaitable[R]]) -> R:
+        Raises:
+            TypeError: The function can't be called with these arguments, or an option is of a wrong type.
+            ValueError: An option has a value that can't be.
+        """
+        to_call(function, "run()", *args)
+        return await self.run_planned(plan(propagation, **options), attempts(retries), partial(function, *args))
+
+    async def run_planned(self, planned: Plan, attempts: int, function: Callable[[], Awaitable[R]]) -> R:
         """The same, of what a decorator has planned before."""
-        attempts = 1 if current_scope(self._owner) is not None else retries + 1
+        if current_scope(self._owner) is not None:
+            attempts = 1
         again = False
 
         def is_repeated_after(outcome: BaseException | None) -> bool:
