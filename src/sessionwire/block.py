@@ -64,6 +64,7 @@ class TransactionBlock:
         self._level: Level | None = None  # what a failure of this block dooms
         self._savepoint: AsyncSessionTransaction | None = None
         self.is_repeated_after: Callable[[BaseException | None], bool] = lambda failure: False
+        self.put_off: list[Hook] = []  # which are due, unless what is repeated begins
 
     # Begin
 
@@ -262,12 +263,15 @@ class TransactionBlock:
                 await scope.roll_back(failure)
         except asyncio.CancelledError as cancellation:
             failure = reason = cancellation
-        if isinstance(outcome, CommitOutcomeUnknownError) or self.is_repeated_after(reason):
+        if isinstance(outcome, CommitOutcomeUnknownError):
             return failure
-        return await _run_hooks(transaction.hooks(), failure)
+        if self.is_repeated_after(reason):
+            self.put_off = transaction.hooks()
+            return failure
+        return await run_hooks(transaction.hooks(), failure)
 
 
-async def _run_hooks(hooks: list[Hook], failure: BaseException | None) -> BaseException | None:
+async def run_hooks(hooks: list[Hook], failure: BaseException | None) -> BaseException | None:
     """Call them all; the first error is what the block raises, the others are notes on it."""
     for hook in hooks:
         try:

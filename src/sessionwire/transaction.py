@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, TypeVar, TypeVarTuple, Unpack
 
-from .block import TransactionBlock
+from .block import TransactionBlock, run_hooks
 from .errors import TransactionRequiredError
 from .failures import in_short, is_retryable
 from .hooks import to_call
@@ -152,24 +152,32 @@ class TransactionManager:
         """The same, of what a decorator has planned before."""
         if current_scope(self._owner) is not None:
             attempts = 1
-        again = False
+        attempt, again = 0, False
 
         def is_repeated_after(outcome: BaseException | None) -> bool:
             nonlocal again  # not so after the error of a hook, when all is committed, nor without a transaction
-            again = is_retryable(outcome)
+            again = attempt < attempts and is_retryable(outcome)
             return again
 
-        for attempt in range(1, attempts):
+        put_off: list[Hook] = []  # of the attempt that failed: they run if no other one begins
+        while True:
+            attempt += 1
             again = False
             block = TransactionBlock(self._owner, planned)
             block.is_repeated_after = is_repeated_after
             try:
+                if attempt > 1:
+                    longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(attempt - 1, 20))
+                    await asyncio.sleep(random.uniform(0, longest))
                 async with block:
+                    put_off = []
                     return await function()
-            except Exception as error:
-                if not again:
-                    raise
-                logger.info("attempt %d of %d failed: %s", attempt, attempts, in_short(error))
-            await asyncio.sleep(random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(attempt, 20))))
-        async with TransactionBlock(self._owner, planned):
-            return await function()
+            except BaseException as error:
+                if again:
+                    put_off = block.put_off
+                    logger.info("attempt %d of %d failed: %s", attempt, attempts, in_short(error))
+                    continue
+                failure = await run_hooks(put_off, error)
+                if failure is not None and failure is not error:
+                    raise failure from error
+                raise
