@@ -295,16 +295,12 @@ class TestWithoutATransaction:
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         diary.register(manager.transaction, "nothing open")
-        async with manager.session():
-            diary.register(manager.transaction, "session")
         async with manager.transaction(Propagation.SUPPORTS):
             diary.register(manager.transaction, "supports")
         async with manager.transaction(), manager.transaction(Propagation.NOT_SUPPORTED):
             diary.register(manager.transaction, "not supported")
-            assert len(diary.entries) == 4
-        assert diary.entries == [
-            f"{name} committed" for name in ("nothing open", "session", "supports", "not supported")
-        ]
+            assert len(diary.entries) == 3
+        assert diary.entries == [f"{name} committed" for name in ("nothing open", "supports", "not supported")]
 
     async def test_what_a_sync_on_commit_raises_reaches_the_caller(self, manager: DatabaseSessionManager) -> None:
         with pytest.raises(ZeroDivisionError):

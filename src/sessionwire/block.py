@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum, auto
@@ -23,7 +22,8 @@ from .errors import (
     TransactionTimeoutError,
     UnexpectedRollbackError,
 )
-from .failures import after, cut_off, lost_after, origin
+from .failures import cut_off, lost_after, origin
+from .hooks import run_hooks
 from .levels import Hook, Level, Transaction
 from .plan import Plan, Propagation
 from .scope import Owner, Scope, current_scope, entered_twice, refuse_second_writer
@@ -268,16 +268,4 @@ class TransactionBlock:
         if self.is_repeated_after(reason):
             self.put_off = transaction.hooks()
             return failure
-        return await run_hooks(transaction.hooks(), failure)
-
-
-async def run_hooks(hooks: list[Hook], failure: BaseException | None) -> BaseException | None:
-    """Call them all; the first error is what the block raises, the others are notes on it."""
-    for hook in hooks:
-        try:
-            result = hook()
-            if inspect.isawaitable(result):
-                await result
-        except BaseException as error:
-            failure = after(failure, error, "a hook")
-    return failure
+        return await run_hooks([*scope.take_due_hooks(), *transaction.hooks()], failure)

@@ -1,10 +1,12 @@
-"""Hooks: what may be one."""
+"""Hooks: what may be one, and how they are called."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
+
+from .failures import after
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -42,3 +44,15 @@ def to_call(function: F, taken_by: str, *arguments: object) -> F:
 
 def _name(function: Any) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
+
+
+async def run_hooks(hooks: list[Callable[[], object]], failure: BaseException | None) -> BaseException | None:
+    """Call them all; the first error is what the block raises, the others are notes on it."""
+    for hook in hooks:
+        try:
+            result = hook()
+            if inspect.isawaitable(result):
+                await result
+        except BaseException as error:
+            failure = after(failure, error, "a hook")
+    return failure

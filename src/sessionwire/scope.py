@@ -28,7 +28,8 @@ from .errors import (
     UnexpectedRollbackError,
 )
 from .failures import cut_off, failures, lost_after
-from .levels import Transaction
+from .hooks import run_hooks
+from .levels import Hook, Transaction
 from .settings import DatabaseSettings
 from .terms import Terms
 
@@ -175,6 +176,8 @@ class Scope:
         self.connection: Connection | None = None  # of the transaction, once it has begun
         self.last_error: Exception | None = None  # of an operation
         self.written = False  # since the last commit or rollback
+        self.is_bare = False  # of session(): its commits are the caller's
+        self.due_hooks: list[Hook] = []  # of its commits, to be called once no operation is running
         self.cut_off = False  # by the manager's close(): the connection is gone
         self._operation: object = None  # the greenlet of the one that is running
         self._idle: asyncio.Future[None] | None = None
@@ -282,6 +285,11 @@ class Scope:
             self._idle.set_result(None)
             self._idle = None
 
+    @property
+    def is_operating(self) -> bool:
+        """Whether an operation is running."""
+        return self._operation is not None
+
     async def run(self, function: Callable[[Session], None]) -> None:
         """Run a method of SQLAlchemy's own session as the one operation, after that which a task left running.
 
@@ -376,6 +384,22 @@ class Scope:
             Session.close(self.session.sync_session)
             self.owner.forget(self)
             del self.session  # which knows its scope: one that is done with is freed without the garbage collector
+
+    def take_due_hooks(self) -> list[Hook]:
+        """Return those that a commit has made due, once."""
+        due, self.due_hooks = self.due_hooks, []
+        return due
+
+    async def run_due_hooks(self) -> None:
+        """Call them as from outside this scope, as those of `transaction()` are. Raises the first of their errors."""
+        around = innermost_block.get()
+        innermost_block.set(self.blocks[0].outer if self.blocks else None)
+        try:
+            failure = await run_hooks(self.take_due_hooks(), None)
+        finally:
+            innermost_block.set(around)
+        if failure is not None:
+            raise failure
 
     async def _undo(self, undo: Callable[[Session], None], error: BaseException | None) -> None:
         def undo_or_give_up(session: Session) -> None:

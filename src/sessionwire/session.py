@@ -8,7 +8,7 @@ import operator
 import warnings
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, cast
 
 from greenlet import getcurrent, greenlet
 from sqlalchemy import Connection, Executable, TextClause, event
@@ -21,6 +21,7 @@ from sqlalchemy.util import await_only
 
 from .errors import ImplicitIOError, ScopeOwnsTransactionError, UncommittedChangesWarning
 from .failures import lost_after, name_cause, sqlstate
+from .levels import Hook
 from .scope import Owner, Scope, entered_twice, require_scope, scopes_here
 from .terms import Terms
 
@@ -32,6 +33,51 @@ class ScopedSession(Session):
     """What all use of a scope's session passes through: lazy loads, `awaitable_attrs` and `run_sync` too."""
 
     scope: Scope
+    commit_hooks: CommitHooks | None = None
+
+
+class CommitHooks:
+    """The functions that wait for a commit of a bare session; each until then, or until a rollback around it."""
+
+    def __init__(self, session: ScopedSession) -> None:
+        self._waiting: list[tuple[Hook, SessionTransaction | None]] = []  # with the savepoint that each was given in
+        event.listen(session, "after_commit", self._committed)
+        event.listen(session, "after_soft_rollback", self._rolled_back)
+        event.listen(session, "after_transaction_end", self._ended)
+
+    def add(self, hook: Hook, savepoint: SessionTransaction | None) -> None:
+        self._waiting.append((hook, savepoint))
+
+    def end(self, scope: Scope) -> None:
+        """Drop those that wait in vain, and call those that are due; not within an operation, after whose end it is."""
+        self._waiting.clear()
+        if scope.due_hooks and not scope.is_operating:
+            await_only(scope.run_due_hooks())
+
+    def _committed(self, session: ScopedSession) -> None:
+        if not session.in_nested_transaction():
+            session.scope.due_hooks += [hook for hook, _ in self._waiting]
+            self._waiting.clear()
+
+    def _rolled_back(self, _session: ScopedSession, undone: SessionTransaction) -> None:
+        self._waiting = [each for each in self._waiting if not _is_within(each[1], undone)]
+
+    def _ended(self, session: ScopedSession, transaction: SessionTransaction) -> None:
+        if transaction.parent is None:
+            self.end(session.scope)
+
+
+def _is_within(savepoint: SessionTransaction | None, transaction: SessionTransaction) -> bool:
+    while savepoint is not None and savepoint is not transaction:
+        savepoint = savepoint.parent
+    return savepoint is transaction
+
+
+def call_after_commit(scope: Scope, hook: Hook) -> None:
+    """Let it wait for the next commit of this bare session."""
+    session = cast(ScopedSession, scope.session.sync_session)
+    session.commit_hooks = session.commit_hooks or CommitHooks(session)
+    session.commit_hooks.add(hook, session.get_nested_transaction())
 
 
 def _guarded(name: str, *, sends: bool = False) -> Callable[..., Any]:
@@ -148,6 +194,8 @@ def _ending(name: str) -> Callable[..., Any]:
         result = end(self, *args, **options)
         if name != "begin":
             self.scope.written = False
+        if self.commit_hooks is not None and name not in ("begin", "prepare"):
+            self.commit_hooks.end(self.scope)
         return result
 
     return ending
@@ -227,6 +275,7 @@ class SessionBlock:
             raise entered_twice()
         self._was_entered = True
         self._scope = self._owner.open_scope(Terms())
+        self._scope.is_bare = True
         self._block = self._scope.enter()
         return self._scope.session
 

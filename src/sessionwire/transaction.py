@@ -10,13 +10,14 @@ from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, TypeVar, TypeVarTuple, Unpack
 
-from .block import TransactionBlock, run_hooks
+from .block import TransactionBlock
 from .errors import TransactionRequiredError
 from .failures import in_short, is_retryable
-from .hooks import to_call
+from .hooks import run_hooks, to_call
 from .levels import Hook, Transaction
 from .plan import BlockOptions, Plan, Propagation, attempts, plan
 from .scope import BeginHook, Owner, current_scope, innermost_block
+from .session import call_after_commit
 
 logger = logging.getLogger("sessionwire.retry")
 R = TypeVar("R")
@@ -77,6 +78,8 @@ class TransactionManager:
     def on_commit(self, function: Hook) -> None:
         """Call it, sync or async, after the commit of the current transaction; with none, at once (sync only).
 
+        In `session()` it waits for the next `commit()` of that session, and is dropped at a rollback.
+
         It is dropped where the savepoint that it was given in is rolled back. What it raises undoes nothing: the
         others still run, then the block raises it.
 
@@ -84,16 +87,22 @@ class TransactionManager:
             TypeError: It can't be called without arguments.
         """
         to_call(function, "on_commit()")
-        transaction = self._current()
+        transaction, scope = self._current(), current_scope(self._owner)
         if transaction is not None:
             transaction.add_hook(function, on_rollback=False)
+        elif scope is not None and scope.is_bare:
+            scope.check_caller()
+            call_after_commit(scope, function)
         elif inspect.isawaitable(result := function()):  # of which nothing has run yet
             if inspect.iscoroutine(result):
                 result.close()
             raise TransactionRequiredError("no transaction is current, so there is nothing to wait for: await it")
 
     def on_rollback(self, function: Hook) -> None:
-        """The same after a rollback, of a savepoint too: at the outermost end. Without a transaction it never runs."""
+        """The same after a rollback, of a savepoint too: at the outermost end.
+
+        Without a transaction it never runs, nor in `session()`, whose rollback is the caller's own.
+        """
         to_call(function, "on_rollback()")
         transaction = self._current()
         if transaction is not None:
