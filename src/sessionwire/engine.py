@@ -276,15 +276,30 @@ def _connect_error(dbapi: Any, error: Exception) -> Exception:
 
 @functools.cache
 def _asyncpg_connection() -> Any:
-    """asyncpg's connection, but for a COMMIT that the server answers with ROLLBACK, which asyncpg takes for success."""
+    """asyncpg's connection, but for what asyncpg takes for success and what it would not forget.
+
+    A COMMIT that the server answers with ROLLBACK is an error. A BEGIN that fails leaves nothing behind: asyncpg has
+    taken note of the transaction by then, and would take each later one for a savepoint in it.
+    """
     import asyncpg
 
     class Connection(asyncpg.Connection):
         async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
-            status: str = await super().execute(query, *args, timeout=timeout)
+            try:
+                status: str = await super().execute(query, *args, timeout=timeout)
+            except BaseException as error:
+                if query.startswith("BEGIN") and not self.is_closed():
+                    self._forget_transaction(error)
+                raise
             if status == "ROLLBACK" and query == "COMMIT;":
                 raise UnexpectedRollbackError("the server answered the commit with a rollback: a statement had failed")
             return status
+
+        def _forget_transaction(self, error: BaseException) -> None:
+            if not isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError):
+                self.terminate()  # the answer is still to come, and the transaction may have begun
+            elif not self.is_in_transaction():
+                self._top_xact = None
 
     return Connection
 

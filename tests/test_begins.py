@@ -1,0 +1,115 @@
+"""A BEGIN that fails: the pooled connection that it was sent on is clean afterwards, or gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+from sqlalchemy import insert, text
+from sqlalchemy.exc import DBAPIError
+
+from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
+
+from .cluster import cluster
+from .conftest import Postgres, checked_out, notes
+from .postgres import Network, OnPostgres, at_port
+from .proxy import Line
+from .tables import Note
+
+ONE = PoolSettings(size=1, max_overflow=0)  # so that the next transaction has the connection that is left
+
+
+async def write(manager: DatabaseSessionManager, note: str) -> None:
+    async with manager.transaction() as session:
+        await session.execute(insert(Note).values(text=note))
+
+
+async def write_past_sqlalchemy(manager: DatabaseSessionManager, note: str) -> None:
+    async with manager.connect() as connection:
+        driver = (await connection.get_raw_connection()).driver_connection
+        assert driver is not None
+        async with driver.transaction():
+            await driver.execute("INSERT INTO note (text) VALUES ($1)", note)
+
+
+class SlowBegin(Network):
+    """The answer to the next BEGIN takes `delay` seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.delay = 0.0
+        self._late: set[Line] = set()
+
+    def ask(self, data: bytes, line: Line) -> None:
+        if self.delay and b"BEGIN" in data:
+            self._late.add(line)
+        super().ask(data, line)
+
+    def answer(self, data: bytes, line: Line) -> None:
+        if line in self._late:
+            self._late.discard(line)
+            asyncio.get_running_loop().call_later(self.delay, super().answer, data, line)
+            self.delay = 0
+        else:
+            super().answer(data, line)
+
+
+@pytest.mark.parametrize("write_first", [write, write_past_sqlalchemy])
+class TestUnanswered(OnPostgres):
+    @pytest.fixture
+    def network(self) -> SlowBegin:
+        return SlowBegin()
+
+    @pytest.fixture
+    async def one(
+        self, network: SlowBegin, manager: DatabaseSessionManager, postgres: Postgres, database_url: str
+    ) -> AsyncIterator[DatabaseSessionManager]:
+        async with network.open(postgres.host) as port:
+            url = at_port(port, database_url) + "&command_timeout=0.3"
+            async with DatabaseSessionManager(DatabaseSettings(url=url, pool=ONE)) as one:
+                await write(one, "first")
+                yield one
+                await write(one, "next")
+                assert checked_out(one) == 0
+        assert await notes(manager) == ["first", "next"]
+
+    async def test_after_one_that_timed_out_the_next_transaction_is_kept(
+        self,
+        network: SlowBegin,
+        one: DatabaseSessionManager,
+        write_first: Callable[[DatabaseSessionManager, str], Awaitable[None]],
+    ) -> None:
+        network.delay = 0.4
+        with pytest.raises(TimeoutError):
+            await write_first(one, "lost")
+
+    async def test_after_one_that_was_cancelled_too(
+        self,
+        network: SlowBegin,
+        one: DatabaseSessionManager,
+        write_first: Callable[[DatabaseSessionManager, str], Awaitable[None]],
+    ) -> None:
+        network.delay = 0.3
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await write_first(one, "lost")
+
+
+async def test_one_that_a_standby_refused_leaves_its_connection_clean_also_after_the_promotion() -> None:
+    async with cluster() as servers:
+        await servers.primary.execute("CREATE TABLE note (id serial PRIMARY KEY, text text)")
+        await servers.catch_up()
+        async with DatabaseSessionManager(DatabaseSettings(url=servers.standby.url("postgres"), pool=ONE)) as one:
+            async with one.transaction(read_only=True) as session:
+                pid = await session.scalar(text("SELECT pg_backend_pid()"))
+            for read_only in (True, False):
+                with pytest.raises(DBAPIError, match="serializable mode in a hot standby"):
+                    async with one.transaction(isolation="SERIALIZABLE", read_only=read_only) as session:
+                        await session.scalar(text("SELECT 1"))
+            assert await notes(one) == []
+            await servers.standby.promote()
+            async with one.transaction(isolation="SERIALIZABLE") as session:
+                await session.execute(insert(Note).values(text="kept"))
+                assert await session.scalar(text("SELECT pg_backend_pid()")) == pid
+            assert await servers.standby.execute("SELECT text FROM note") == [("kept",)]
