@@ -15,8 +15,10 @@ from typing import Any, TypeVar, cast
 from sqlalchemy.exc import DBAPIError, InterfaceError
 
 from .errors import CommitOutcomeUnknownError
-from .failures import in_short
+from .failures import in_short, sqlstate
 
+OUTCOME_UNKNOWN = ("40003", "08007")  # SQLSTATEs statement_completion_unknown and transaction_resolution_unknown
+ENDED_WHILE_IDLE = "25P03"  # idle_in_transaction_session_timeout: the server had read nothing of the commit
 T = TypeVar("T")
 logger = logging.getLogger("sessionwire")
 
@@ -83,15 +85,24 @@ def _continue(
             return cast(T, done.value)
 
 
-async def finish_commit(work: Coroutine[Any, Any, None], timeout: float) -> None:
-    """For a commit. Raises `CommitOutcomeUnknownError` where its answer was lost or does not come in time."""
+async def finish_commit(work: Coroutine[Any, Any, None], timeout: float, *, read_only: bool = False) -> None:
+    """For a commit. Raises `CommitOutcomeUnknownError` where its answer was lost or does not come in time.
+
+    The outcome of a `read_only` transaction makes no difference to anybody: there a lost answer is no error.
+    """
     try:
         await to_the_end(_committing(work), timeout)
     except TimeoutError as error:
-        raise _unknown("no answer came in time") from error
+        if not read_only:
+            raise _unknown("no answer came in time") from error
+    except CommitOutcomeUnknownError:
+        if not read_only:
+            raise
     except asyncio.CancelledError as cancellation:
         if isinstance(cancellation.__cause__, TimeoutError):
             cancellation.__cause__ = _unknown("no answer came in time")
+        if read_only and isinstance(cancellation.__cause__, CommitOutcomeUnknownError):
+            cancellation.__cause__ = None
         raise
 
 
@@ -116,22 +127,27 @@ async def _committing(work: Coroutine[Any, Any, None]) -> None:
     try:
         await work
     except DBAPIError as error:
-        if _was_refused(error):
-            raise
-        raise _unknown("the connection was lost before its answer came") from error
+        if reason := _doubt(error):
+            raise _unknown(reason) from error
+        raise
 
 
-def _was_refused(error: DBAPIError) -> bool:
-    """Whether it is certain that this commit was not carried out.
+def _doubt(error: DBAPIError) -> str | None:
+    """Why it is not certain, after this error, that the commit was not carried out; nothing where it is.
 
-    An `InterfaceError` was not sent. An answer of severity ERROR is a refusal; one of severity FATAL may follow a
-    commit that was carried out (PostgreSQL, "Message Formats", field V).
+    An `InterfaceError` was not sent. An answer of severity ERROR is a refusal, but for two which say that the server
+    doesn't know; one of severity FATAL may follow a commit that was carried out (PostgreSQL, "Message Formats", V).
     """
     cause = error.orig.__cause__ if error.orig is not None and error.orig.__cause__ is not None else error.orig
     if isinstance(error, InterfaceError) or isinstance(cause, sqlite3.Error):
-        return True
+        return None
+    # the second is what the server said before a connection was lost
+    states = {sqlstate(cause), sqlstate(cause.__cause__ if cause is not None else None)}
+    if not states.isdisjoint(OUTCOME_UNKNOWN):
+        return "the server doesn't know its outcome"
     severity = getattr(cause, "severity_en", None) or getattr(cause, "severity", None)
-    return severity == "ERROR" if hasattr(cause, "sqlstate") else not error.connection_invalidated
+    is_lost = severity != "ERROR" if hasattr(cause, "sqlstate") else error.connection_invalidated
+    return "the connection was lost before its answer came" if is_lost and ENDED_WHILE_IDLE not in states else None
 
 
 def _unknown(reason: str) -> CommitOutcomeUnknownError:

@@ -359,7 +359,8 @@ class Scope:
                 raise UnexpectedRollbackError("the transaction was ended in its block, past the session: not kept")
             return
         try:
-            await finish_commit(self.run(Session.commit), self.owner.settings.commit_timeout)
+            read_only = self.terms.read_only and not self.written
+            await finish_commit(self.run(Session.commit), self.owner.settings.commit_timeout, read_only=read_only)
         except PendingRollbackError as error:
             raise lost_after(self.last_error or error) from None
         self.written = False

@@ -1,0 +1,161 @@
+"""What the answer to a COMMIT means, and what it means that there is none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import pytest
+from sqlalchemy import event, func, insert, select, text
+from sqlalchemy.exc import DBAPIError
+
+from sessionwire import CommitOutcomeUnknownError, CurrentSession, DatabaseSessionManager
+
+from .conftest import Postgres, checked_out, notes
+from .postgres import Network, OnPostgres, at_commit, through, until
+from .proxy import Line
+from .tables import Note
+
+
+class TestErrors(OnPostgres):
+    @pytest.mark.parametrize("kind", ["transaction", "connect"])
+    @pytest.mark.parametrize("sqlstate", ["40003", "08007"])
+    async def test_an_error_that_says_that_the_server_does_not_know_is_an_outcome_unknown(
+        self, manager: DatabaseSessionManager, sqlstate: str, kind: str
+    ) -> None:
+        await at_commit(manager, f"RAISE EXCEPTION 'no idea' USING ERRCODE = '{sqlstate}'")
+        with pytest.raises(CommitOutcomeUnknownError, match="the server doesn't know") as raised:
+            async with getattr(manager, kind)() as opened:
+                await opened.execute(insert(Note).values(text="who knows"))
+        assert isinstance(raised.value.__cause__, DBAPIError)
+
+    async def test_it_is_not_tried_again_and_no_hook_runs(self, manager: DatabaseSessionManager) -> None:
+        await at_commit(manager, "RAISE EXCEPTION 'no idea' USING ERRCODE = '40003'")
+        ran: list[str] = []
+
+        async def work() -> None:
+            ran.append("work")
+            manager.transaction.on_commit(lambda: ran.append("committed"))
+            manager.transaction.on_rollback(lambda: ran.append("rolled back"))
+            await CurrentSession(manager).execute(insert(Note).values(text="who knows"))
+
+        with pytest.raises(CommitOutcomeUnknownError):
+            await manager.transaction.run(work, retries=2)
+        assert ran == ["work"]
+
+    async def test_any_other_error_is_a_refusal(self, manager: DatabaseSessionManager) -> None:
+        await at_commit(manager, "RAISE EXCEPTION 'no' USING ERRCODE = '08006'")
+        with pytest.raises(DBAPIError, match="no"):
+            async with manager.transaction() as session:
+                await session.execute(insert(Note).values(text="lost"))
+        assert await notes(manager) == []
+
+
+class Holding(Network):
+    """It can hold answers back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.holds = False
+        self.held: list[tuple[bytes, Line]] = []
+
+    def answer(self, data: bytes, line: Line) -> None:
+        if self.holds:
+            self.held.append((data, line))
+        else:
+            super().answer(data, line)
+
+    def release(self) -> None:
+        self.holds = False
+        for data, line in self.held:
+            super().answer(data, line)
+
+    async def _carry_answers(self, reader: asyncio.StreamReader, line: Line) -> None:
+        try:
+            with suppress(ConnectionError):
+                while data := await reader.read(65536):
+                    self.answer(data, line)
+            while self.holds:
+                await asyncio.sleep(0.01)
+        finally:
+            self.lines.discard(line)
+            line.to_client.close()
+
+
+class TestLostAnswers(OnPostgres):
+    @pytest.fixture
+    def network(self) -> Holding:
+        return Holding()
+
+    @pytest.fixture
+    async def remote(
+        self, network: Holding, database_url: str, postgres: Postgres, manager: DatabaseSessionManager
+    ) -> AsyncIterator[DatabaseSessionManager]:
+        """A manager that reaches the database through it."""
+        async with through(network, postgres, database_url, commit_timeout=0.3, rollback_timeout=0.3) as remote:
+            yield remote
+            assert checked_out(remote) == 0
+
+    @pytest.mark.parametrize(("how", "cancelled"), [("cut", False), ("swallowed", False), ("swallowed", True)])
+    async def test_that_of_a_read_only_transaction_is_no_error(
+        self, remote: DatabaseSessionManager, network: Holding, how: str, cancelled: bool
+    ) -> None:
+        ran: list[str] = []
+
+        async def work() -> int | None:
+            async with remote.transaction(read_only=True) as session:
+                remote.transaction.on_commit(lambda: ran.append("committed"))
+                count = await session.scalar(select(func.count(Note.id)))
+                if how == "cut":
+                    network.cuts_answer_to = b"COMMIT"
+                else:
+                    network.swallows = True
+            return count
+
+        async def sent() -> bool:
+            return b"COMMIT" in network.asked
+
+        task = asyncio.create_task(work())
+        if cancelled:
+            await until(sent)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError) as raised:
+                await task
+            assert raised.value.__cause__ is None
+        else:
+            assert await task == 0
+        assert ran == ["committed"]
+        network.cuts_answer_to, network.swallows = None, False
+        assert await notes(remote) == []
+
+    async def test_that_of_one_that_only_happened_to_read_is_an_outcome_unknown(
+        self, remote: DatabaseSessionManager, network: Holding
+    ) -> None:
+        """A function that it called may have written."""
+        with pytest.raises(CommitOutcomeUnknownError):
+            async with remote.transaction() as session:
+                await session.execute(select(func.count(Note.id)))
+                network.cuts_answer_to = b"COMMIT"
+
+    async def test_a_transaction_that_the_server_had_ended_for_idling_is_not_committed(
+        self, remote: DatabaseSessionManager, network: Holding, manager: DatabaseSessionManager
+    ) -> None:
+        """Also where that is learnt as the answer to the COMMIT."""
+
+        async def ended() -> bool:
+            return any(b"25P03" in data for data, _ in network.held)
+
+        with pytest.raises(DBAPIError, match="idle-in-transaction timeout") as raised:
+            async with remote.transaction() as session:
+                await session.execute(insert(Note).values(text="lost"))
+                await session.execute(text("SET LOCAL idle_in_transaction_session_timeout = '50ms'"))
+                network.holds = True
+                await until(ended)
+
+                @event.listens_for(session.sync_session, "before_commit")
+                def sent_soon(_session: object) -> None:
+                    asyncio.get_running_loop().call_later(0.1, network.release)
+
+        assert raised.value.connection_invalidated
+        assert await notes(manager) == []
