@@ -10,8 +10,16 @@ import pytest
 from sqlalchemy import event, func, insert, select, text
 from sqlalchemy.exc import DBAPIError
 
-from sessionwire import CommitOutcomeUnknownError, CurrentSession, DatabaseSessionManager
+from sessionwire import (
+    CommitOutcomeUnknownError,
+    CurrentSession,
+    DatabaseSessionManager,
+    DatabaseSettings,
+    PoolSettings,
+    Propagation,
+)
 
+from .cluster import cluster
 from .conftest import Postgres, checked_out, notes
 from .postgres import Network, OnPostgres, at_commit, through, until
 from .proxy import Line
@@ -50,6 +58,12 @@ class TestErrors(OnPostgres):
             async with manager.transaction() as session:
                 await session.execute(insert(Note).values(text="lost"))
         assert await notes(manager) == []
+
+    async def test_a_warning_in_a_commit_is_none(self, manager: DatabaseSessionManager) -> None:
+        await at_commit(manager, "RAISE WARNING 'canceling wait for synchronous replication due to user request'")
+        async with manager.transaction() as session:
+            await session.execute(insert(Note).values(text="kept"))
+        assert await notes(manager) == ["kept"]
 
 
 class Holding(Network):
@@ -159,3 +173,92 @@ class TestLostAnswers(OnPostgres):
 
         assert raised.value.connection_invalidated
         assert await notes(manager) == []
+
+
+async def in_a_transaction(manager: DatabaseSessionManager, note: str) -> None:
+    async with manager.transaction() as session:
+        await session.execute(insert(Note).values(text=note))
+
+
+async def in_a_connection(manager: DatabaseSessionManager, note: str) -> None:
+    async with manager.connect() as connection:
+        await connection.execute(insert(Note).values(text=note))
+
+
+async def in_a_session(manager: DatabaseSessionManager, note: str) -> None:
+    async with manager.session() as session:
+        await session.execute(insert(Note).values(text=note))
+        await session.commit()
+
+
+async def in_a_session_that_goes_on(manager: DatabaseSessionManager, note: str) -> None:
+    async with manager.session() as session:
+        await session.execute(insert(Note).values(text=note))
+        try:
+            await session.commit()
+        finally:
+            await session.rollback()
+            assert await session.scalar(select(Note.text).where(Note.text == note)) == note
+
+
+async def without_a_transaction(manager: DatabaseSessionManager, note: str) -> None:
+    async with manager.transaction(Propagation.NOT_SUPPORTED) as session:
+        await session.execute(insert(Note).values(text=note))
+
+
+async def without_a_transaction_many(manager: DatabaseSessionManager, note: str) -> None:
+    async with manager.transaction(Propagation.NOT_SUPPORTED) as session:
+        await session.execute(text("INSERT INTO note (text) VALUES (:text)"), [{"text": note}, {"text": f"{note} 2"}])
+
+
+async def test_a_commit_whose_wait_for_a_synchronous_standby_was_cancelled_is_committed_here_and_perhaps_lost() -> None:
+    async with cluster(synchronous=True) as servers:
+        primary = servers.primary
+        async with DatabaseSessionManager(
+            DatabaseSettings(url=primary.url("postgres"), pool=PoolSettings(size=1, max_overflow=0))
+        ) as manager:
+            async with manager.connect() as connection:
+                await manager.create_all(connection)
+            servers.standby.pause()
+            kept = []
+            for number, work in enumerate(
+                (
+                    in_a_transaction,
+                    in_a_connection,
+                    in_a_session,
+                    in_a_session_that_goes_on,
+                    without_a_transaction,
+                    without_a_transaction_many,
+                )
+            ):
+                kept.append(note := f"{number}")
+                task = asyncio.create_task(work(manager, note))
+                await until(lambda: primary.execute(WAITING))
+                await primary.execute(f"SELECT pg_cancel_backend(pid) FROM ({WAITING}) AS waiting")
+                with pytest.raises(CommitOutcomeUnknownError, match="committed here, perhaps not replicated"):
+                    await task
+                assert checked_out(manager) == 0
+            assert await notes(manager) == [*kept, "5 2"]
+
+            ran: list[str] = []
+
+            async def with_hooks() -> None:
+                ran.append("work")
+                manager.transaction.on_commit(lambda: ran.append("committed"))
+                manager.transaction.on_rollback(lambda: ran.append("rolled back"))
+                await CurrentSession(manager).execute(insert(Note).values(text=f"with hooks {len(ran)}"))
+
+            for cancelled in (False, True):
+                task = asyncio.create_task(manager.transaction.run(with_hooks, retries=2))
+                await until(lambda: primary.execute(WAITING))
+                if cancelled:
+                    task.cancel()
+                await primary.execute(f"SELECT pg_cancel_backend(pid) FROM ({WAITING}) AS waiting")
+                with pytest.raises(asyncio.CancelledError if cancelled else CommitOutcomeUnknownError) as raised:
+                    await task
+                assert not cancelled or isinstance(raised.value.__cause__, CommitOutcomeUnknownError)
+            assert ran == ["work", "work"]
+            servers.standby.resume()
+
+
+WAITING = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"

@@ -23,7 +23,7 @@ from sqlalchemy.util import await_only
 
 from . import sqlite
 from .embedded import EmbeddedServer
-from .errors import ConfigurationError, UnexpectedRollbackError
+from .errors import CommitOutcomeUnknownError, ConfigurationError, UnexpectedRollbackError
 from .failures import watch_disconnects, watch_failures
 from .settings import DatabaseSettings
 from .terms import TERMS, Terms
@@ -278,7 +278,8 @@ def _connect_error(dbapi: Any, error: Exception) -> Exception:
 def _asyncpg_connection() -> Any:
     """asyncpg's connection, but for what asyncpg takes for success and what it would not forget.
 
-    A COMMIT that the server answers with ROLLBACK is an error. A BEGIN that fails leaves nothing behind: asyncpg has
+    A COMMIT that the server answers with ROLLBACK is an error, and so is one whose wait for a synchronous standby was
+    cancelled, of which the server only warns. A BEGIN that fails leaves nothing behind: asyncpg has
     taken note of the transaction by then, and would take each later one for a savepoint in it.
     """
     import asyncpg
@@ -300,6 +301,15 @@ def _asyncpg_connection() -> Any:
                 self.terminate()  # the answer is still to come, and the transaction may have begun
             elif not self.is_in_transaction():
                 self._top_xact = None
+
+        def _process_log_message(self, fields: dict[str, str], last_query: str | None) -> None:
+            parent: Any = super()
+            parent._process_log_message(fields, last_query)
+            if fields.get("R") == "SyncRepWaitForLSN":  # the server's routine: the text is in any language
+                raise CommitOutcomeUnknownError(  # which the command fails with that is being answered
+                    "committed here, perhaps not replicated: the wait for a synchronous standby was cancelled. Look in "
+                    "the database whether it was kept, before trying again, above all after a failover"
+                )
 
     return Connection
 
