@@ -23,10 +23,11 @@ from .errors import (
     UnexpectedRollbackError,
 )
 from .failures import cut_off, lost_after, origin
+from .generators import is_told_otherwise, left_early
 from .hooks import run_hooks
 from .levels import Hook, Level, Transaction
 from .plan import Plan, Propagation
-from .scope import Owner, Scope, current_scope, entered_twice, refuse_second_writer
+from .scope import Owner, Scope, current_scope, entered_twice, refuse_second_writer, refuse_write_of_loop
 from .terms import Terms
 
 
@@ -78,6 +79,9 @@ class TransactionBlock:
         self._act = _ACTS[self._propagation][0 if inside else 1]
         self._scope, self._opened = self._choose(current)
         self._block = self._scope.enter()
+        if not self._opened and self._act is not _Act.SAVEPOINT and not self._terms.read_only:
+            self._scope.work += 1
+        self._work_before = self._scope.work
         if self._act is _Act.BEGIN:
             self._scope.transaction = Transaction(self._block)
             self._scope.transaction.has_begun = self._scope.session.in_transaction()
@@ -100,6 +104,8 @@ class TransactionBlock:
                 raise TransactionForbiddenError("Propagation.NEVER: a transaction is current; end it before this call")
             raise TransactionRequiredError("Propagation.MANDATORY: wrap the call in transaction() or @transactional")
         if current is not None and self._propagation not in _ALONE:
+            if current.generator is not None and not self._terms.read_only and current.is_iterated_here:
+                raise refuse_write_of_loop()
             if current.terms.read_only and not self._terms.read_only:
                 raise IncompatibleTransactionError(
                     "this block may write, and the one around it is read-only: make the outer call transactional"
@@ -157,11 +163,17 @@ class TransactionBlock:
         if self._scope.leave_elsewhere(error):
             return
         failure = error
+        loses_work = True
         if failure is None:
             try:
                 await self._check_and_flush()
             except BaseException as found:
                 failure = found
+        elif isinstance(error, GeneratorExit):
+            loses_work = self._loses_work()
+            lost = left_early(self._level.doomed_by if self._level is not None else None)
+            if loses_work and not is_told_otherwise(lost):
+                failure = lost
         failure = await self._at_deadline(failure)
         if self._act is _Act.BEGIN:
             failure = await self._end_transaction(failure)
@@ -171,10 +183,18 @@ class TransactionBlock:
             await self._scope.close(failure)
         else:  # it had joined, or is a savepoint that ended with the one around it
             self._scope.leave(self._block)
-            if failure is not None and self._level is not None:
+            if failure is not None and self._level is not None and loses_work:
                 self._level.doom(failure)
         if failure is not None and failure is not error:
             raise failure
+
+    def _loses_work(self) -> bool:
+        """Whether a rollback would undo something that was done in this block, and nobody else tells of it."""
+        scope = self._scope
+        if self._act is _Act.GO_WITHOUT:
+            return self._opened and scope.pending
+        ended_with_outer = self._block.scope is None and not scope.cut_off
+        return not ended_with_outer and (scope.work != self._work_before or scope.pending)
 
     async def _check_and_flush(self) -> None:
         """What must hold for the block to end well."""
@@ -225,8 +245,10 @@ class TransactionBlock:
         try:
             if failure is None and not level.rollback_only:
                 await savepoint.commit()
+                scope.work += not self._terms.read_only
             else:
                 level.undo()
+                scope.work = self._work_before
                 undo = scope.run(lambda _: cast(SessionTransaction, savepoint.sync_transaction).rollback())
                 if trouble := await finish_rollback(undo, self._owner.settings.rollback_timeout, failure):
                     level.outer.doom(trouble)

@@ -11,7 +11,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, cast
 
-from sqlalchemy import URL, Connection, Engine, MetaData, make_url, text
+from sqlalchemy import URL, Connection, Engine, MetaData, event, make_url, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
 from .base import Base
@@ -19,8 +19,9 @@ from .ending import finish_commit, finish_rollback, to_the_end
 from .engine import Engines
 from .errors import AlreadyInitializedError, ConnectionFailedError, NotInitializedError, OwnershipError
 from .failures import cut_off, failures, lost_after, name_cause
+from .generators import is_told_otherwise, left_early
 from .scope import BeginHook, Scope, current_scope, refuse_second_writer, running_loop, scopes_here
-from .session import ScopedSession, SessionBlock, run_begin_hooks
+from .session import ScopedSession, SessionBlock, run_begin_hooks, writes
 from .settings import DatabaseSettings, settings_of
 from .terms import Terms
 from .transaction import TransactionManager
@@ -187,6 +188,12 @@ class DatabaseSessionManager:
         pending = engines.on(Terms(writes=True)).connect()
         self._open.add(pending)
         error: BaseException | None = None
+        written = False
+
+        def note_write(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+            nonlocal written
+            written = written or writes(statement)
+
         try:
             connection = await pending
             try:
@@ -195,6 +202,7 @@ class DatabaseSessionManager:
                     raise NotInitializedError("it was closed while connect() waited for a connection")
                 transaction = await connection.begin()
                 await connection.run_sync(partial(run_begin_hooks, self))
+                event.listen(connection.sync_connection, "after_cursor_execute", note_write)
                 yield connection
                 if running_loop() is not loop:
                     raise self._owned_elsewhere()
@@ -203,6 +211,13 @@ class DatabaseSessionManager:
                 if failed := failures(connection.sync_connection):
                     raise lost_after(failed[0])
                 await finish_commit(transaction.commit(), self.settings.commit_timeout)
+            except GeneratorExit as left:
+                error = left
+                lost = left_early()
+                if not written or is_told_otherwise(lost):
+                    raise
+                error = lost
+                raise lost from None
             except BaseException as raised:
                 error = raised
                 name_cause(raised, failures(connection.sync_connection))

@@ -10,6 +10,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar
+from types import FrameType
 from typing import Protocol
 
 from greenlet import getcurrent
@@ -28,6 +29,7 @@ from .errors import (
     UnexpectedRollbackError,
 )
 from .failures import cut_off, failures, lost_after
+from .generators import is_at_yield, iterated_generator
 from .hooks import run_hooks
 from .levels import Hook, Transaction
 from .settings import DatabaseSettings
@@ -178,6 +180,8 @@ class Scope:
         self.written = False  # since the last commit or rollback
         self.is_bare = False  # of session(): its commits are the caller's
         self.due_hooks: list[Hook] = []  # of its commits, to be called once no operation is running
+        self.work = 0  # counts writes, and blocks that joined and may have written
+        self.generator: FrameType | None = None  # which opened it inside another block, and is iterated over
         self.cut_off = False  # by the manager's close(): the connection is gone
         self._operation: object = None  # the greenlet of the one that is running
         self._idle: asyncio.Future[None] | None = None
@@ -188,6 +192,8 @@ class Scope:
         """Open a block, inside which this scope is the current one. Raises `ConcurrentSessionError`."""
         self.check_caller()
         block = Block(self, _innermost_open())
+        if block.outer is not None and not self.blocks:
+            self.generator = iterated_generator()
         self.blocks.append(block)
         innermost_block.set(block)
         return block
@@ -203,6 +209,8 @@ class Scope:
             for ended in self.blocks[position:until]:
                 ended.scope = None
             del self.blocks[position:until]
+            if not self.blocks:
+                self.generator = None
         if innermost_block.get() is block:
             innermost_block.set(_innermost_open())
 
@@ -256,6 +264,16 @@ class Scope:
         """With one block open, any task that has the session may use it; else only code inside the innermost one."""
         if len(self.blocks) > 1 and all(block is not self.blocks[-1] for block, _ in open_blocks()):
             raise _concurrent("a block that joined it in another task is still open")
+
+    @property
+    def is_iterated_here(self) -> bool:
+        """Whether the running code is a loop over the generator that opened this scope, in a transaction of its own."""
+        others = scopes_here(self.owner) - {self}
+        return (
+            self.generator is not None
+            and is_at_yield(self.generator)
+            and any(scope.transaction is not None for scope in others)
+        )
 
     # Operations: the session serves one at a time
 
@@ -332,6 +350,10 @@ class Scope:
         """Whether it is in a transaction that writes, which on SQLite excludes all others."""
         begun = self.transaction is not None and not self.terms.read_only
         return begun or (self.written and not self.terms.autocommit)
+
+    def note_write(self) -> None:
+        self.written = True
+        self.work += 1
 
     @property
     def pending(self) -> bool:
@@ -417,6 +439,15 @@ def _elsewhere() -> OwnershipError:
     return OwnershipError(
         "the session of the block around this belongs to another event loop or process: use it only there, as with "
         "asyncio.run_coroutine_threadsafe() from a thread, or make a manager for each"
+    )
+
+
+def refuse_write_of_loop() -> IncompatibleTransactionError:
+    """Make the error of a write that would leave the transaction around it, unseen by the code that writes."""
+    return IncompatibleTransactionError(
+        "an async generator that this code iterates over has opened a session of its own, so this write would go "
+        "there and not to the transaction around the loop: fetch all items before you write, use the session that "
+        "transaction() gave you, or write in transaction(Propagation.REQUIRES_NEW)"
     )
 
 

@@ -21,8 +21,9 @@ from sqlalchemy.util import await_only
 
 from .errors import ImplicitIOError, ScopeOwnsTransactionError, UncommittedChangesWarning
 from .failures import lost_after, name_cause, sqlstate
+from .generators import is_told_otherwise, left_early
 from .levels import Hook
-from .scope import Owner, Scope, entered_twice, require_scope, scopes_here
+from .scope import Owner, Scope, entered_twice, refuse_write_of_loop, require_scope, scopes_here
 from .terms import Terms
 
 NO_TRANSACTION = "25P01"  # SQLSTATE no_active_sql_transaction
@@ -168,15 +169,19 @@ def _executing(name: str) -> Callable[..., Any]:
     @functools.wraps(execute)
     def executing(self: ScopedSession, statement: Executable, *args: Any, **options: Any) -> Any:
         result = execute(self, statement, *args, **options)
-        if statement.is_dml or (isinstance(statement, TextClause) and _writes(statement.text)):
-            self.scope.written = True
+        if _is_write(statement):
+            self.scope.note_write()
         return result
 
     return executing
 
 
-def _writes(sql: str) -> bool:
+def writes(sql: str) -> bool:
     return sql.lstrip().upper().startswith(WRITING_VERBS)
+
+
+def _is_write(statement: Executable) -> bool:
+    return statement.is_dml or (isinstance(statement, TextClause) and writes(statement.text))
 
 
 def _ending(name: str) -> Callable[..., Any]:
@@ -218,7 +223,7 @@ for _name in ("begin", "commit", "rollback", "close", "reset", "invalidate", "pr
 
 @event.listens_for(ScopedSession, "after_flush")
 def _note_written(session: ScopedSession, _context: Any) -> None:
-    session.scope.written = True
+    session.scope.note_write()
 
 
 @event.listens_for(ScopedSession, "before_commit")
@@ -263,6 +268,37 @@ def run_begin_hooks(owner: Owner, connection: Connection) -> None:
             await_only(result)
 
 
+class ReadingSession(ScopedSession):
+    """A scope's session as the loop over the generator that opened it has it: the loop may not write there.
+
+    It shares the state of the session itself.
+    """
+
+    @classmethod
+    def of(cls, session: ScopedSession) -> ReadingSession:
+        reading = cls.__new__(cls)
+        reading.__dict__ = session.__dict__
+        return reading
+
+
+def _refusing(name: str, is_write: Callable[[Any], bool] = lambda _: True) -> Callable[..., Any]:
+    method = getattr(ScopedSession, name)
+
+    @functools.wraps(method)
+    def refusing(self: ReadingSession, subject: Any, *args: Any, **options: Any) -> Any:
+        if is_write(subject):
+            raise refuse_write_of_loop()
+        return method(self, subject, *args, **options)
+
+    return refusing
+
+
+for _name in ("add", "delete", "merge", "bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings"):
+    setattr(ReadingSession, _name, _refusing(_name))
+for _name in ("execute", "scalar", "scalars"):
+    setattr(ReadingSession, _name, _refusing(_name, _is_write))
+
+
 class SessionBlock:
     """`async with manager.session()`: a session that commits nothing by itself."""
 
@@ -285,10 +321,16 @@ class SessionBlock:
         scope = self._scope
         if scope.leave_elsewhere(error):
             return
-        lost = error is None and (scope.written or scope.pending)
+        is_left_early = isinstance(error, GeneratorExit)
+        lost = (error is None or is_left_early) and (scope.written or scope.pending)
+        failure = left_early() if lost and is_left_early else None
+        if failure is not None and is_told_otherwise(failure):
+            failure = None
         scope.leave(self._block)
-        await scope.close(error)
-        if lost:
+        await scope.close(failure or error)
+        if failure is not None:
+            raise failure
+        if lost and not is_left_early:
             warnings.warn(
                 "a session() block ended with changes that are now lost: call commit() or rollback() in it, "
                 "or use transaction(), which commits at its end",
@@ -313,7 +355,11 @@ class CurrentSession(AsyncSession):
 
     @property
     def sync_session(self) -> Session:  # type: ignore[override]  # the one attribute that all of AsyncSession goes by
-        return require_scope(self._owner).session.sync_session
+        scope = require_scope(self._owner)
+        session = scope.session.sync_session
+        if scope.generator is not None and scope.is_iterated_here:
+            return ReadingSession.of(cast(ScopedSession, session))
+        return session
 
     _proxied = sync_session
 

@@ -1,0 +1,560 @@
+"""Blocks that are open in an async generator, which the code that iterates over it finds between two items."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+from sqlalchemy import func, insert, select, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from sessionwire import (
+    CurrentSession,
+    DatabaseSessionManager,
+    IncompatibleTransactionError,
+    Propagation,
+    TransactionTimeoutError,
+    UncommittedChangesWarning,
+    UnexpectedRollbackError,
+    read_only,
+    transactional,
+)
+
+from .conftest import checked_out, notes
+from .postgres import OnPostgres, until
+from .tables import Note
+
+Rows = AsyncGenerator[int, None]
+
+
+class Notes:
+    def __init__(self, manager: DatabaseSessionManager) -> None:
+        self.manager, self.transaction, self.session = manager, manager.transaction, CurrentSession(manager)
+
+    async def numbers(self, propagation: Propagation = Propagation.REQUIRED, **options: Any) -> Rows:
+        async with self.transaction(propagation, **options):
+            for number in (1, 2, 3):
+                yield int(await self.session.scalar(select(number)) or 0)
+
+    async def in_session(self, work: Callable[[AsyncSession], Awaitable[object]] | None = None) -> Rows:
+        async with self.manager.session() as session:
+            for number in (1, 2, 3):
+                if work is not None:
+                    await work(session)
+                yield int(await session.scalar(select(number)) or 0)
+
+    async def in_connection(self, sql: str = "SELECT 1") -> Rows:
+        async with self.manager.connect() as connection:
+            await connection.execute(text(sql))
+            yield 1
+            yield 2
+
+    @transactional
+    async def add(self, line: str) -> None:
+        await self.session.execute(insert(Note).values(text=line))
+
+    @transactional
+    async def add_then_fail(self, line: str) -> None:
+        await self.session.execute(insert(Note).values(text=line))
+        raise ZeroDivisionError
+
+    @read_only
+    async def count(self) -> int:
+        return int(await self.session.scalar(select(func.count(Note.id))) or 0)
+
+
+@pytest.fixture
+def service(manager: DatabaseSessionManager) -> Notes:
+    return Notes(manager)
+
+
+async def first_of(rows: Rows, work: Callable[[], Awaitable[object]] | None = None) -> None:
+    """Do the work with the first item, and leave the rest."""
+    async with aclosing(rows):
+        async for _ in rows:
+            if work is not None:
+                await work()
+            break
+
+
+def insert_note(session: AsyncSession) -> Awaitable[object]:
+    return session.execute(insert(Note).values(text="lost"))
+
+
+async def add_note(session: AsyncSession) -> None:
+    session.add(Note(text="lost"))
+
+
+class TestLeftEarly:
+    """No block whose generator is left ends quietly with something lost."""
+
+    async def test_what_joined_it_is_not_lost_quietly(self, manager: DatabaseSessionManager, service: Notes) -> None:
+        with pytest.raises(UnexpectedRollbackError, match=r"left before its end.* let the generator only read"):
+            await first_of(service.numbers(), lambda: service.add("lost"))
+        assert await notes(manager) == []
+        assert checked_out(manager) == 0
+
+    @pytest.mark.parametrize("write", [insert_note, add_note])
+    async def test_nor_what_the_loop_wrote_itself(
+        self, manager: DatabaseSessionManager, service: Notes, write: Callable[[AsyncSession], Awaitable[object]]
+    ) -> None:
+        with pytest.raises(UnexpectedRollbackError):
+            await first_of(service.numbers(), lambda: write(service.session))
+        assert await notes(manager) == []
+
+    @pytest.mark.parametrize("write", [insert_note, add_note])
+    async def test_nor_what_the_generator_wrote_itself(
+        self, manager: DatabaseSessionManager, write: Callable[[AsyncSession], Awaitable[object]]
+    ) -> None:
+        async def rows() -> Rows:
+            async with manager.transaction() as session:
+                await write(session)
+                yield 1
+
+        with pytest.raises(UnexpectedRollbackError):
+            await first_of(rows())
+        assert await notes(manager) == []
+
+    @pytest.mark.parametrize("write", [insert_note, add_note])
+    async def test_nor_what_a_session_did_not_commit(
+        self, manager: DatabaseSessionManager, service: Notes, write: Callable[[AsyncSession], Awaitable[object]]
+    ) -> None:
+        with pytest.raises(UnexpectedRollbackError):
+            await first_of(service.in_session(write))
+        assert await notes(manager) == []
+
+    async def test_nor_what_a_connection_did(self, manager: DatabaseSessionManager, service: Notes) -> None:
+        with pytest.raises(UnexpectedRollbackError):
+            await first_of(service.in_connection("INSERT INTO note (text) VALUES ('lost')"))
+        assert await notes(manager) == []
+        assert checked_out(manager) == 0
+
+    async def test_nor_what_is_pending_in_autocommit(self, manager: DatabaseSessionManager, service: Notes) -> None:
+        with pytest.raises(UnexpectedRollbackError):
+            await first_of(service.numbers(Propagation.SUPPORTS), lambda: add_note(service.session))
+        assert await notes(manager) == []
+
+    async def test_a_savepoint_takes_nothing_else_along(self, manager: DatabaseSessionManager, service: Notes) -> None:
+        async with manager.transaction():
+            await service.add("kept")
+            with pytest.raises(UnexpectedRollbackError):
+                await first_of(service.numbers(Propagation.NESTED), lambda: service.add("lost"))
+        assert await notes(manager) == ["kept"]
+
+    async def test_what_a_savepoint_inside_it_kept_is_lost_with_it(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
+        async def nested() -> None:
+            async with manager.transaction(Propagation.NESTED):
+                await insert_note(service.session)
+
+        with pytest.raises(UnexpectedRollbackError):
+            await first_of(service.numbers(), nested)
+        assert await notes(manager) == []
+
+    async def test_one_that_had_joined_and_written_takes_the_outer_one_along(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
+        with pytest.raises(UnexpectedRollbackError) as raised:
+            async with manager.transaction():
+                with suppress(UnexpectedRollbackError):
+                    await first_of(service.numbers(), lambda: service.add("lost"))
+        assert isinstance(raised.value.__cause__, UnexpectedRollbackError)
+        assert await notes(manager) == []
+
+    async def test_the_failure_that_has_doomed_it_is_the_cause(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
+        async def swallow() -> None:
+            with suppress(ZeroDivisionError):
+                await service.add_then_fail("lost")
+
+        with pytest.raises(UnexpectedRollbackError) as raised:
+            await first_of(service.numbers(), swallow)
+        assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+    async def test_hooks_run_as_after_any_rollback(self, service: Notes) -> None:
+        ran: list[str] = []
+
+        async def work() -> None:
+            service.transaction.on_commit(lambda: ran.append("commit"))
+            service.transaction.on_rollback(lambda: ran.append("rollback"))
+            await service.add("lost")
+
+        with pytest.raises(UnexpectedRollbackError):
+            await first_of(service.numbers(), work)
+        assert ran == ["rollback"]
+
+    async def test_through_a_context_manager_in_the_generator(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
+        @asynccontextmanager
+        async def unit() -> AsyncIterator[None]:
+            async with manager.transaction():
+                yield
+
+        async def rows() -> Rows:
+            async with unit():
+                yield 1
+
+        with pytest.raises(UnexpectedRollbackError):
+            await first_of(rows(), lambda: service.add("lost"))
+        assert await notes(manager) == []
+
+    @pytest.mark.parametrize("kind", ["transaction", "session", "connect"])
+    async def test_a_generator_that_is_dropped_tells_the_event_loop(
+        self, manager: DatabaseSessionManager, service: Notes, kind: str
+    ) -> None:
+        told: list[BaseException] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+        try:
+            if kind == "transaction":
+                async for _ in service.numbers():
+                    await service.add("lost")
+                    break
+            elif kind == "session":
+                async for _ in service.in_session(insert_note):
+                    break
+            else:
+                async for _ in service.in_connection("INSERT INTO note (text) VALUES ('lost')"):
+                    break
+
+            async def is_told() -> bool:
+                gc.collect()
+                return bool(told)
+
+            await until(is_told)
+        finally:
+            asyncio.get_running_loop().set_exception_handler(None)
+        assert [type(error) for error in told] == [UnexpectedRollbackError]
+        assert await notes(manager) == []
+        assert checked_out(manager) == 0
+
+
+class TestLeftEarlyWithNothingLost:
+    @pytest.mark.parametrize(
+        "rows",
+        [
+            lambda service: service.numbers(),
+            lambda service: service.numbers(read_only=True),
+            lambda service: service.numbers(Propagation.SUPPORTS, read_only=True),
+            lambda service: service.numbers(Propagation.SUPPORTS),
+            lambda service: service.in_session(),
+            lambda service: service.in_session(AsyncSession.commit),
+            lambda service: service.in_connection(),
+        ],
+    )
+    async def test_one_that_only_reads_ends_quietly(
+        self, manager: DatabaseSessionManager, service: Notes, rows: Callable[[Notes], Rows]
+    ) -> None:
+        await first_of(rows(service), service.count)
+        assert checked_out(manager) == 0
+
+    async def test_what_a_session_has_committed_is_kept(self, manager: DatabaseSessionManager, service: Notes) -> None:
+        async def work(session: AsyncSession) -> None:
+            session.add(Note(text="kept"))
+            await session.commit()
+
+        await first_of(service.in_session(work))
+        assert await notes(manager) == ["kept"]
+
+    async def test_what_autocommit_has_done_is_kept(self, manager: DatabaseSessionManager, service: Notes) -> None:
+        kept = insert(Note).values(text="kept")
+        await first_of(service.numbers(Propagation.SUPPORTS), lambda: service.session.execute(kept))
+        assert await notes(manager) == ["kept"]
+
+    @pytest.mark.parametrize("propagation", [Propagation.REQUIRED, Propagation.NESTED, Propagation.SUPPORTS])
+    async def test_one_that_reads_inside_a_transaction_leaves_that_alone(
+        self, manager: DatabaseSessionManager, service: Notes, propagation: Propagation
+    ) -> None:
+        async with manager.transaction():
+            await service.add("before")
+            await first_of(service.numbers(propagation))
+            await service.add("behind")
+        assert await notes(manager) == ["before", "behind"]
+
+    async def test_what_a_savepoint_inside_it_has_undone_was_told_before(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
+        await service.add("there")
+
+        async def nested() -> None:
+            with suppress(IntegrityError):
+                async with manager.transaction(Propagation.NESTED):
+                    await insert_note(service.session)
+                    await service.session.execute(insert(Note).values(text="there"))
+
+        await first_of(service.numbers(), nested)
+        assert await notes(manager) == ["there"]
+
+    async def test_one_that_runs_to_its_end_commits(self, manager: DatabaseSessionManager, service: Notes) -> None:
+        async for number in service.numbers():
+            await service.add(str(number))
+        assert await notes(manager) == ["1", "2", "3"]
+
+
+class TestLeftByAnError:
+    """An error or a cancellation is not replaced: it tells that the work was not done."""
+
+    @pytest.mark.parametrize("kind", ["transaction", "session", "connect"])
+    async def test_the_error_of_the_loop_goes_on_with_a_note(
+        self, manager: DatabaseSessionManager, service: Notes, kind: str
+    ) -> None:
+        rows = {
+            "transaction": service.numbers,
+            "session": lambda: service.in_session(insert_note),
+            "connect": lambda: service.in_connection("INSERT INTO note (text) VALUES ('lost')"),
+        }[kind]()
+
+        async def fail() -> None:
+            if kind == "transaction":
+                await service.add("lost")
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError) as raised:
+            await first_of(rows, fail)
+        assert "left before its end" in raised.value.__notes__[0]
+        assert await notes(manager) == []
+
+    async def test_also_through_a_generator_around_it(self, manager: DatabaseSessionManager, service: Notes) -> None:
+        async def doubled() -> Rows:
+            async with aclosing(service.numbers()) as rows:
+                async for number in rows:
+                    yield 2 * number
+
+        with pytest.raises(ZeroDivisionError):
+            await first_of(doubled(), lambda: service.add_then_fail("lost"))
+        with pytest.raises(UnexpectedRollbackError):
+            await first_of(doubled(), lambda: service.add("lost"))
+        assert await notes(manager) == []
+
+    async def test_so_does_a_cancellation_however_the_generator_is_closed(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
+        async def work() -> None:
+            rows = service.numbers()
+            try:
+                async for _ in rows:
+                    await service.add("lost")
+                    written.set()
+                    await asyncio.sleep(60)
+            finally:
+                await rows.aclose()
+
+        written = asyncio.Event()
+        task = asyncio.create_task(work())
+        await written.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await notes(manager) == []
+
+    async def test_and_a_deadline_of_a_block_around_the_loop(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
+        async def wait() -> None:
+            await service.add("lost")
+            await asyncio.sleep(60)
+
+        with pytest.raises(TransactionTimeoutError):
+            async with manager.transaction(timeout=0.1):
+                await first_of(service.numbers(), wait)
+        assert await notes(manager) == []
+
+
+class TestWritesInsideATransaction:
+    """The session of a generator is not the transaction around the loop."""
+
+    @staticmethod
+    async def join(service: Notes, propagation: Propagation) -> None:
+        async with service.transaction(propagation):
+            pass
+
+    WRITES: tuple[Callable[[Notes], Awaitable[object]], ...] = (
+        lambda service: service.add("lost"),
+        lambda service: service.session.execute(insert(Note).values(text="lost")),
+        lambda service: service.session.execute(text("INSERT INTO note (text) VALUES ('lost')")),
+        lambda service: service.session.scalars(insert(Note).values(text="lost").returning(Note.id)),
+        lambda service: add_note(service.session),
+        lambda service: asyncio.sleep(0, service.session.add_all([Note(text="lost")])),
+        lambda service: service.session.merge(Note(id=1, text="lost")),
+        lambda service: service.session.delete(Note(id=1, text="lost")),
+        lambda service: service.session.run_sync(lambda session: session.execute(insert(Note).values(text="lost"))),
+        lambda service: TestWritesInsideATransaction.join(service, Propagation.NESTED),
+        lambda service: TestWritesInsideATransaction.join(service, Propagation.SUPPORTS),
+        lambda service: asyncio.create_task(service.add("lost")),  # type: ignore[arg-type]
+    )
+
+    @pytest.mark.parametrize("write", WRITES)
+    async def test_they_are_refused(
+        self, manager: DatabaseSessionManager, service: Notes, write: Callable[[Notes], Awaitable[object]]
+    ) -> None:
+        async with manager.transaction() as session:
+            async for _ in service.in_session():
+                with pytest.raises(IncompatibleTransactionError, match="not to the transaction around the loop"):
+                    await write(service)
+            session.add(Note(text="kept"))  # what was refused has done nothing to the transaction
+        assert await notes(manager) == ["kept"]
+
+    async def test_also_in_a_comprehension_and_through_other_generators(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
+        async def doubled() -> Rows:
+            async for number in service.in_session():
+                yield 2 * number
+
+        async with manager.transaction():
+            with pytest.raises(IncompatibleTransactionError):
+                _ = [await service.add(str(number)) async for number in service.in_session()]
+            with pytest.raises(IncompatibleTransactionError):
+                async for number in doubled():
+                    await service.add(str(number))
+            with pytest.raises(IncompatibleTransactionError):
+                async for number in (number async for number in service.in_session()):
+                    await service.add(str(number))
+        assert await notes(manager) == []
+
+    async def test_the_loop_may_read_there_and_write_elsewhere(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
+        async with manager.transaction() as session:
+            async for number in service.in_session():
+                assert await service.session.scalar(select(number)) == number
+                assert await service.count() == 0
+                assert service.session.in_transaction()
+                session.add(Note(text=str(number)))
+            await service.add("behind")
+        assert await notes(manager) == ["1", "2", "3", "behind"]
+
+    async def test_one_that_joins_is_the_transaction(self, manager: DatabaseSessionManager, service: Notes) -> None:
+        async with manager.transaction():
+            async for number in service.numbers():
+                await service.add(str(number))
+        assert await notes(manager) == ["1", "2", "3"]
+
+    async def test_without_a_transaction_the_session_is_as_ever(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
+        async with manager.session():
+            async for number in service.in_session():
+                await service.add(str(number))
+        assert await notes(manager) == ["1", "2", "3"]
+
+    async def test_a_session_that_the_loop_is_given_is_its_own(self, manager: DatabaseSessionManager) -> None:
+        async def sessions() -> AsyncGenerator[AsyncSession, None]:
+            async with manager.session() as session:
+                yield session
+
+        async with manager.transaction():
+            async for session in sessions():
+                session.add(Note(text="kept"))
+                await session.commit()
+        assert await notes(manager) == ["kept"]
+
+    async def test_code_that_opens_the_session_itself_writes_in_it(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
+        async with manager.transaction(), manager.session() as session:
+            await service.session.execute(insert(Note).values(text="first"))
+            await session.commit()
+            await service.add("second")
+        assert await notes(manager) == ["first", "second"]
+
+    async def test_so_does_the_generator(self, manager: DatabaseSessionManager, service: Notes) -> None:
+        async def rows() -> Rows:
+            async with manager.session() as session:
+                await service.session.execute(insert(Note).values(text="itself"))
+                yield 1
+                await asyncio.create_task(service.add("in a task"))  # type: ignore[arg-type]
+                await session.commit()
+                yield 2
+
+        async with manager.transaction():
+            assert [number async for number in rows()] == [1, 2]
+        assert await notes(manager) == ["in a task", "itself"]
+
+    async def test_and_code_inside_a_context_manager_or_a_fixture(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
+        async def unit() -> AsyncIterator[AsyncSession]:
+            async with manager.session() as session:
+                yield session
+                await session.commit()
+
+        async def set_up(fixture: AsyncIterator[AsyncSession]) -> None:
+            await anext(fixture)
+
+        async with manager.transaction():
+            async with asynccontextmanager(unit)():
+                await service.session.execute(insert(Note).values(text="context manager"))
+            fixture = unit()
+            await set_up(fixture)
+            await service.session.execute(insert(Note).values(text="fixture"))
+            await anext(fixture, None)
+        assert await notes(manager) == ["context manager", "fixture"]
+
+    async def test_a_function_that_runs_inside_a_generator_opens_its_own(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
+        async def beside() -> None:
+            async with manager.session() as session:
+                await service.session.execute(insert(Note).values(text="beside"))
+                await session.commit()
+
+        async def rows() -> Rows:
+            await beside()
+            yield 1
+
+        async with manager.transaction():
+            async for _ in rows():
+                pass
+        assert await notes(manager) == ["beside"]
+
+    async def test_nothing_of_the_generator_is_kept_alive(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
+        async with manager.transaction():
+            async for _ in service.in_session():
+                (scope,) = [scope for scope in manager.in_use if getattr(scope, "generator", None)]
+                break
+            gc.collect()
+            async with asyncio.timeout(5):
+                while scope in manager.in_use:
+                    await asyncio.sleep(0.01)
+        assert getattr(scope, "generator", 0) is None
+
+    async def test_changes_that_the_loop_made_to_what_it_read_there_are_warned_of(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
+        async def change() -> None:
+            async with manager.transaction():
+                async for _ in service.in_session():
+                    note = await service.session.scalar(select(Note))
+                    assert note is not None
+                    note.text = "changed"
+
+        await service.add("as it was")
+        with pytest.warns(UncommittedChangesWarning):
+            await change()
+        assert await notes(manager) == ["as it was"]
+
+
+class TestWritesInsideATransactionOnPostgres(OnPostgres):
+    @pytest.mark.parametrize("propagation", [Propagation.REQUIRES_NEW, Propagation.NOT_SUPPORTED])
+    async def test_they_are_refused_in_each_session_of_its_own(
+        self, manager: DatabaseSessionManager, service: Notes, propagation: Propagation
+    ) -> None:
+        async with manager.transaction():
+            async for number in service.numbers(propagation):
+                with pytest.raises(IncompatibleTransactionError):
+                    await service.add("lost")
+                with pytest.raises(IncompatibleTransactionError):
+                    await insert_note(service.session)
+                async with manager.transaction(Propagation.REQUIRES_NEW):
+                    await service.add(str(number))
+        assert await notes(manager) == ["1", "2", "3"]
