@@ -59,9 +59,10 @@ def parse() -> argparse.Namespace:
 
     command = commands.add_parser(
         "compare",
-        help="send the same to a service written the usual way and to ours",
-        description="Sends the same to a service written the usual way and to ours, and holds each answer against the "
-        "books. It starts a PostgreSQL of its own, in var/compare.",
+        help="send the same to a service as documentation writes it, by hand, and with sessionwire",
+        description="Sends the same to a service as documentation writes it, to one written by hand with care, and to "
+        "one with sessionwire. Holds each answer against the books, and counts the lines of each service. It starts a "
+        "PostgreSQL of its own, in var/compare.",
     )
     command.set_defaults(command=compare)
     option = command.add_argument

@@ -1,11 +1,12 @@
-"""What both implementations write: payments, and who has paid before."""
+"""What all three services write: payments, and who has paid before."""
 
 from pydantic import BaseModel
 from sqlalchemy import ForeignKey
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 ACCOUNTS = range(1, 6)  # there are no others
-LARGEST_REFUND = 100
+DEPOSIT = 1_000_000  # what each regular payer has paid before the first request
+RETRIES = 20  # of a refund that others got in the way of
 
 
 class Base(DeclarativeBase):

@@ -1,4 +1,4 @@
-"""The same service with sessionwire."""
+"""The service with sessionwire."""
 # pyright: reportUnknownMemberType=false
 # The providers of a nested container have no types in dependency-injector.
 
@@ -24,7 +24,7 @@ from sessionwire import (
 )
 from sessionwire.fastapi import Provide, inject
 
-from .books import LARGEST_REFUND, Order, Payer, Payment
+from .books import RETRIES, Order, Payer, Payment
 
 
 class Payments:
@@ -38,12 +38,12 @@ class Payments:
             async with self.transaction(Propagation.NESTED):
                 await self.session.execute(insert(Payer).values(name=order.payer))
 
-    @transactional
+    @transactional(isolation="SERIALIZABLE", retries=RETRIES)
     async def refund(self, order: Order) -> None:
         self.session.add(Payment(**order.model_dump() | {"amount": -order.amount}))
-        await self.session.flush()
-        if order.amount > LARGEST_REFUND:
-            raise HTTPException(409, "too much to give back at once")
+        balance = await self.session.scalar(select(func.sum(Payment.amount)).where(Payment.payer == order.payer))
+        if balance is None or balance < 0:
+            raise HTTPException(409, "more than was paid")
 
     @read_only
     async def count(self, what: type[Payment] | type[Payer]) -> int:

@@ -1,6 +1,6 @@
 """The table of the comparison."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -9,12 +9,14 @@ from rich.table import Table
 
 from .trial import Findings
 
-WIDTH = 65
+WIDTH = 88
+COLUMNS = ("documented recipe", "by hand, with care", "sessionwire")
 ROWS: dict[str, Callable[[Findings], int]] = {
     "answered 2xx, row missing": lambda findings: findings.lost,
     "answered an error, row written": lambda findings: findings.kept,
     "failed, nothing was wrong": lambda findings: findings.failed,
     "connections not given back": lambda findings: findings.held,
+    "lines of code": lambda findings: findings.lines,
 }
 
 
@@ -26,13 +28,14 @@ def progress(total: int) -> Generator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-def show(usual: Findings, ours: Findings) -> None:
+def show(findings: Sequence[Findings]) -> None:
+    """Print the findings of each service, in the order of the columns."""
     table = Table(box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
-    for column in ("usual recipe", "sessionwire"):
-        table.add_column(column, justify="right", no_wrap=True, min_width=15)
+    for column in COLUMNS:
+        table.add_column(column, justify="right", no_wrap=True)
     for label, count in ROWS.items():
-        table.add_row(label, f"{count(usual)}", f"{count(ours)}")
+        table.add_row(label, *(f"{count(of_one)}" for of_one in findings))
     console = Console(highlight=False)
     console.width = max(console.width, WIDTH)  # a terminal that is narrower wraps it, and shows all
     console.print(table)

@@ -1,4 +1,4 @@
-"""What is sent to both: payments, refunds and reports as life brings them, the same ones in the same order."""
+"""What is sent to each: payments, refunds and reports as life brings them, the same ones in the same order."""
 
 import asyncio
 import random
@@ -8,8 +8,9 @@ from enum import Enum
 
 import httpx
 
-from .books import ACCOUNTS, LARGEST_REFUND, Order
+from .books import ACCOUNTS, DEPOSIT, Order
 
+LARGEST = 100  # amount of what is ordinary
 REGULARS = [f"regular {number}" for number in range(5)]
 SOON = 0.003  # seconds after which an impatient client hangs up
 
@@ -19,7 +20,7 @@ class Kind(Enum):
     PAYMENT = "payment, payer is known already"
     UNKNOWN_ACCOUNT = "payment to an account that is not there"
     REFUND = "refund"
-    LARGE_REFUND = "refund that is too large"
+    LARGE_REFUND = "refund of more than was paid"
     REPORT = "report"
     IMPATIENT = "payment, the client hangs up"
 
@@ -28,7 +29,7 @@ SHARES = {
     Kind.FIRST_PAYMENT: 8,
     Kind.PAYMENT: 4,
     Kind.UNKNOWN_ACCOUNT: 1,
-    Kind.REFUND: 2,
+    Kind.REFUND: 4,
     Kind.LARGE_REFUND: 1,
     Kind.REPORT: 1,
     Kind.IMPATIENT: 1,
@@ -50,9 +51,9 @@ def plan(number: int) -> list[Request]:
 
 
 def _order(kind: Kind, key: str, chance: random.Random) -> Order:
-    payer = chance.choice(REGULARS) if kind is Kind.PAYMENT else f"payer {key}"
+    payer = f"payer {key}" if kind is Kind.FIRST_PAYMENT else chance.choice(REGULARS)
     account = max(ACCOUNTS) + 1 if kind is Kind.UNKNOWN_ACCOUNT else chance.choice(ACCOUNTS)
-    amount = LARGEST_REFUND + 1 if kind is Kind.LARGE_REFUND else chance.randint(1, LARGEST_REFUND)
+    amount = 2 * DEPOSIT if kind is Kind.LARGE_REFUND else chance.randint(1, LARGEST)
     return Order(key=key, payer=payer, account=account, amount=amount)
 
 

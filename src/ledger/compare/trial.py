@@ -1,4 +1,4 @@
-"""Starts a database and two servers, sends both the same, and holds what they answered against their books."""
+"""Starts a database and a server for each service, sends all the same, and holds the answers against the books."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,27 +10,32 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sessionwire import DatabaseSessionManager
 
-from .books import ACCOUNTS, Account, Base, Payer, Payment
+from .books import ACCOUNTS, DEPOSIT, Account, Base, Payer, Payment
+from .lines import lines_of_code
 from .server import PATIENCE, new_database, served
 from .traffic import FAULTLESS, REGULARS, Kind, Request, plan, send
 
-IMPLEMENTATIONS = ("usual", "ours")  # modules of this package
+SERVICES = ("recipe", "by_hand", "ours")  # modules of this package
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the books of one implementation say of its answers."""
+    """What the books of one service say of its answers."""
 
     lost: int  # answered 2xx, row missing
     kept: int  # answered an error, row written
     failed: int  # answered an error or not at all, though nothing was wrong
     held: int  # connections not given back
+    lines: int  # of code that the service has
+
+    def are_faultless(self) -> bool:
+        return self.lost == self.kept == self.failed == self.held == 0
 
 
 async def compare(directory: Path, requests: int, workers: int, answered: Callable[[], None]) -> list[Findings]:
-    """Of the usual recipe, and of sessionwire."""
+    """Of the documented recipe, of the service by hand, and of sessionwire."""
     async with DatabaseSessionManager(f"embedded:{directory}") as server:
-        return [await try_out(server, name, plan(requests), workers, answered) for name in IMPLEMENTATIONS]
+        return [await try_out(server, name, plan(requests), workers, answered) for name in SERVICES]
 
 
 async def try_out(
@@ -51,6 +56,7 @@ async def try_out(
         kept=sum(is_bad(request) and request.order.key in rows for request in requests),
         failed=sum(not is_good(request) and request.kind in FAULTLESS for request in requests),
         held=held,
+        lines=lines_of_code(Path(__file__).with_name(f"{name}.py").read_text()),
     )
 
 
@@ -71,6 +77,8 @@ async def fill(books: AsyncEngine) -> None:
         await connection.run_sync(Base.metadata.create_all)
         await connection.execute(insert(Account), [{"id": number} for number in ACCOUNTS])
         await connection.execute(insert(Payer), [{"name": payer} for payer in REGULARS])
+        deposit = {"account": ACCOUNTS[0], "amount": DEPOSIT}
+        await connection.execute(insert(Payment), [{"key": payer, "payer": payer} | deposit for payer in REGULARS])
 
 
 async def at_rest(server: DatabaseSessionManager, books: AsyncEngine) -> int:
