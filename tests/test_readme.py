@@ -18,6 +18,7 @@ import tomllib
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import get_args
@@ -378,6 +379,16 @@ def test_tests_of_the_page_run_in_the_databases_of_the_plugin(command: str, tmp_
 def test_a_test_of_the_page_that_is_not_async_runs_too(tmp_path: Path) -> None:
     assert "pytest test_web.py" in COMMANDS
     assert_passed(pytest_run(Reader(tmp_path, "postgresql://nowhere.invalid/shop").directory, "test_web.py"), 1)
+
+
+def test_tests_of_the_page_need_no_plugin_that_the_extra_does_not_bring(tmp_path: Path) -> None:
+    brought = {"sessionwire", *(Requirement(line).name for line in PROJECT["optional-dependencies"]["testing"])}
+    others = [
+        plugin.name for plugin in entry_points(group="pytest11") if plugin.dist and plugin.dist.name not in brought
+    ]
+    reader = Reader(tmp_path, "postgresql://nowhere.invalid/shop")
+    command = "test_sales.py", "--sessionwire-url=sqlite://", *(f"-pno:{name}" for name in others)
+    assert_passed(pytest_run(reader.directory, *command), 2)
 
 
 PIP = [command for command in COMMANDS if command.startswith("pip install ")]
