@@ -1,0 +1,80 @@
+"""`.ci/env` makes an environment anew where it is out of date or has another interpreter, and only there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project whose environment is this Python's and up to date. What would make it anew says so, and fails."""
+    scripts = tmp_path / ".ci"
+    scripts.mkdir()
+    shutil.copy(CHECKOUT / ".ci" / "env", scripts)
+    (scripts / "venv").write_text('#!/bin/sh\necho "anew: $1 with ${PYTHON:-python3}"\nexit 3\n')
+    (scripts / "venv").chmod(0o755)
+    (tmp_path / "pyproject.toml").write_text("# anything")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+    shutil.copy(tmp_path / "pyproject.toml", tmp_path / ".venv" / "installed-from")
+    return tmp_path
+
+
+@pytest.fixture
+def other_python(tmp_path: Path) -> str:
+    """An interpreter that is not the one of the environment: it says so where it is asked."""
+    path = tmp_path / "python3.99"
+    path.write_text("#!/bin/sh\necho /elsewhere 3.99\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def env(project: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "VENV")}
+    return subprocess.run(
+        [project / ".ci" / "env", "python", "-c", "import sys; print(sys.prefix)"],
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_an_environment_of_that_interpreter_is_used_as_it_is(project: Path) -> None:
+    ended = env(project, PYTHON=sys.executable)
+
+    assert ended.stdout == f"{project / '.venv'}\n", ended.stderr
+
+
+def test_an_environment_of_another_interpreter_is_made_anew(project: Path, other_python: str) -> None:
+    ended = env(project, PYTHON=other_python)
+
+    assert (ended.returncode, ended.stdout) == (3, f"anew: .venv with {other_python}\n"), ended.stderr
+
+
+def test_an_environment_made_from_another_project_file_is_made_anew(project: Path) -> None:
+    (project / "pyproject.toml").write_text("# something else")
+
+    ended = env(project, PYTHON=sys.executable)
+
+    assert (ended.returncode, ended.stdout) == (3, f"anew: .venv with {sys.executable}\n"), ended.stderr
+
+
+def test_each_directory_is_an_environment_of_its_own(project: Path) -> None:
+    ended = env(project, PYTHON=sys.executable, VENV=".venv-other")
+
+    assert (ended.returncode, ended.stdout) == (3, f"anew: .venv-other with {sys.executable}\n"), ended.stderr
+
+
+def test_an_interpreter_that_is_not_there_leaves_the_environment_alone(project: Path) -> None:
+    ended = env(project, PYTHON="python3.99")
+
+    assert ended.returncode != 0
+    assert "python3.99" in ended.stderr
+    assert (project / ".venv" / "installed-from").exists()
