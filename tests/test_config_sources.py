@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import pytest
 from dependency_injector import containers, providers
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from sessionwire import (
@@ -281,6 +281,26 @@ def test_a_misspelt_key_of_ones_own_is_refused_in_the_environment(made: Any, mon
 def test_sections_that_say_what_to_do_with_others_keys_are_asked(file: Path) -> None:
     loaded = load(file, "open: {hots: x}\nconverted: {server: x}\nanything: {a: {hots: x}}")
     assert (loaded.open.host, loaded.converted.host, loaded.anything) == ("localhost", "x", {"a": {"hots": "x"}})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        SECRET,
+        {"url": f"postgresql+psycopg2://shop:{SECRET}@db/shop"},
+        {"url": "sqlite://", "password": SECRET},
+        {"url": "sqlite://", "pool": {"size": SECRET}},
+        {"url": "sqlite://", "pool": {"size": 0, "sizes": SECRET}},
+    ],
+)
+def test_a_model_of_ones_own_around_settings_shows_no_password_in_its_error(given: Any) -> None:
+    class Application(BaseModel):
+        database: DatabaseSettings
+
+    with pytest.raises(ValidationError, match="for Application\ndatabase") as refused:
+        Application(database=given)
+    assert SECRET not in f"{refused.value} {refused.value.errors()} {refused.value.json()}"
+    assert SECRET not in "".join(traceback.format_exception(refused.value))
 
 
 # What is given in place of settings

@@ -17,12 +17,14 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     PlainSerializer,
     PlainValidator,
     ValidationError,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, InitErrorDetails
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -99,6 +101,23 @@ class _Frozen:
 
 class _Model(_Frozen, BaseModel, metaclass=ReportsConfigurationErrors):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _hide_input(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Keep what was given out of the error, which a model of the user's own around this one would show."""
+        try:
+            return handler(values)
+        except ValidationError as error:
+            problems = error.errors(include_url=False)
+        raise ValidationError.from_exception_data(
+            cls.__name__,
+            [
+                InitErrorDetails(type=each["type"], loc=each["loc"], input="***", ctx=each.get("ctx", {}))
+                for each in problems
+            ],
+            hide_input=True,
+        )
 
 
 class PoolSettings(_Model):
