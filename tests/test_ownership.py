@@ -145,7 +145,7 @@ class TestAfterItsLoop:
         async def leave_connected():
             block = manager.connect()
             connection = await block.__aenter__()
-            await connection.execute(text("INSERT INTO note (text) VALUES ('lost')"))
+            await connection.execute(text("SELECT 1"))
             kept.append(block)
 
         asyncio.run(tables())
@@ -161,6 +161,28 @@ class TestAfterItsLoop:
         """
         program = program.replace("async def leave()", "manager.init(sys.argv[1])\n\n        async def leave()", 1)
         assert run(program, database_url) == ["['leave', 'leave_connected', 'leave_written']"]
+
+    def test_a_connection_that_has_written_is_reported_and_dropped(self, database_url: str) -> None:
+        program = """
+        manager.init(sys.argv[1])
+
+        async def leave_connected():
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: print(context["exception"]))
+            block = manager.connect()
+            connection = await block.__aenter__()
+            await connection.execute(text("INSERT INTO note (text) VALUES ('lost')"))
+            kept.append(block)
+
+        asyncio.run(tables())
+        asyncio.run(leave_connected())
+        kept.clear()
+        print(asyncio.run(texts()))
+        asyncio.run(manager.close())
+        gc.collect()
+        """
+        reported, kept = run(program, database_url)
+        assert "rolled back" in reported
+        assert kept == "[]"
 
     def test_what_a_loop_was_doing_when_it_was_closed_is_dropped(self, database_url: str) -> None:
         program = """

@@ -75,11 +75,19 @@ class TestBlocks:
             session.add(Note(text="kept"))
         assert await notes(manager) == ["kept"]
 
-    @pytest.mark.parametrize("error", [ValueError, asyncio.CancelledError, KeyboardInterrupt, GeneratorExit])
+    @pytest.mark.parametrize(
+        ("error", "raised"),
+        [
+            (ValueError, ValueError),
+            (asyncio.CancelledError, asyncio.CancelledError),
+            (KeyboardInterrupt, KeyboardInterrupt),
+            (GeneratorExit, UnexpectedRollbackError),  # nobody would be told of it
+        ],
+    )
     async def test_it_rolls_back_on_any_error(
-        self, manager: DatabaseSessionManager, error: type[BaseException]
+        self, manager: DatabaseSessionManager, error: type[BaseException], raised: type[BaseException]
     ) -> None:
-        with pytest.raises(error):
+        with pytest.raises(raised):
             async with manager.transaction() as session:
                 session.add(Note(text="lost"))
                 await session.flush()
