@@ -28,6 +28,7 @@ from .hooks import run_hooks
 from .levels import Hook, Level, Transaction
 from .plan import Plan, Propagation
 from .scope import Owner, Scope, current_scope, entered_twice, refuse_second_writer, refuse_write_of_loop
+from .session import EnteredAsync
 from .terms import Terms
 
 
@@ -52,7 +53,7 @@ _ACTS = {
 _ALONE = (Propagation.REQUIRES_NEW, Propagation.NOT_SUPPORTED)  # never in a session that is there already
 
 
-class TransactionBlock:
+class TransactionBlock(EnteredAsync):
     """`async with transaction(…)`."""
 
     def __init__(self, owner: Owner, plan: Plan) -> None:

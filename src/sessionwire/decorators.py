@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any, Protocol, TypeVar, Unpack, overload
+from typing import Any, Protocol, TypeVar, Unpack, cast, overload
 
 from .plan import BlockOptions, Plan, Propagation, attempts, plan
 from .transaction import TransactionManager
@@ -50,9 +50,10 @@ def transactional(
     Its `TransactionManager` is the parameter that `of` names, or else that attribute of `self`. Raises `TypeError`
     where there is none.
     """
-    if not isinstance(propagation, Propagation):  # without parentheses it is the function
-        return transactional()(propagation)
-    return partial(_decorate, "@transactional", of, plan(propagation, **options), attempts(retries))
+    is_bare = not isinstance(propagation, Propagation | str)  # without parentheses it is the function
+    planned = plan(Propagation.REQUIRED if is_bare else cast(Propagation, propagation), **options)
+    decorate = partial(_decorate, "@transactional", of, planned, attempts(retries))
+    return decorate(propagation) if is_bare else decorate
 
 
 @overload
@@ -98,24 +99,43 @@ def _finder(
             place = f"the argument {of!r}"
         else:
             holder = args[0] if args else kwargs.get(next(iter(parameters)))
-            found = getattr(holder, of, None)
+            found = getattr(holder, of, inspect.Parameter.empty)
             place = f"the attribute {of!r} of {type(holder).__name__}"
         if not isinstance(found, TransactionManager):
-            kind = "missing" if found is inspect.Parameter.empty else type(found).__name__
-            raise TypeError(
-                f"{_name(function)}() is {decorator}, but {place} is {kind}, not a "
-                "TransactionManager: inject one, as db.transaction provides it, with @inject above @transactional"
+            kind = (
+                "missing" if found is inspect.Parameter.empty else f"{type(found).__name__}, not a TransactionManager"
             )
+            remedy = "inject one, as db.transaction provides it"
+            if of in parameters:
+                remedy += f", with @inject above {decorator}, and wire() the container to the module"
+            elif others := _managers_in(args[0] if args else None):
+                remedy = f"there is one in {others[0]!r}, so write {decorator}(of={others[0]!r})"
+            raise TypeError(f"{_name(function)}() is {decorator}, but {place} is {kind}: {remedy}")
         return found
 
     return find
 
 
+def _managers_in(holder: object) -> list[str]:
+    """The attributes that are a `TransactionManager`."""
+    names = (*getattr(holder, "__dict__", ()), *_slots(type(holder)))
+    return [name for name in names if isinstance(getattr(holder, name, None), TransactionManager)]
+
+
+def _slots(kind: type) -> list[str]:
+    slots = [getattr(base, "__slots__", ()) for base in kind.__mro__]
+    return [name for each in slots for name in ((each,) if isinstance(each, str) else each)]
+
+
 def _remedy(decorator: str, function: Any) -> str:
+    if inspect.isclass(function):
+        return f"write it above each method of {function.__name__} that is to be a block, not above the class"
     if inspect.isasyncgenfunction(function):
         return f"{_name(function)}() would keep its transaction open between its items; open transaction() in it"
     if type(function) in (classmethod, staticmethod):
         return f"write {decorator} below @{type(function).__name__}"
+    if isinstance(function, TransactionManager) or not callable(function) or hasattr(function, "provided"):
+        return f"write {decorator} without it, above 'async def'; it finds its TransactionManager when it is called"
     return f"write 'async def {_name(function)}'"
 
 

@@ -35,6 +35,9 @@ else:
         async def __call__(self):
             return self
 
+        def __get_pydantic_core_schema__(self, *_):  # FastAPI takes the parameter for one of the request
+            raise TypeError(f"{self!r} is on a parameter of an endpoint without @inject: write it below the route")
+
         def __getattr__(self, name):
             if name.startswith("__"):  # what inspect, copy and FastAPI look for in everything
                 raise AttributeError(name)
@@ -57,9 +60,33 @@ def inject(function: F) -> F:
         warnings.warn(f"@inject has nothing to inject into {function!r}", wiring.DIWiringWarning, stacklevel=2)
         return function
     function.__signature__ = signature  # type: ignore[attr-defined]  # where dependency-injector looks for markers
-    injected: Any = _handing_on(function) if inspect.isasyncgenfunction(function) else wiring.inject(function)
+    injected: Any = _handing_on(function) if inspect.isasyncgenfunction(function) else wiring.inject(_telling(function))
     injected.__signature__ = signature.replace(parameters=shown)
     return cast(F, injected)
+
+
+def _telling(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, which tells why an argument is missing, where the container is not wired."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except TypeError as error:
+            if error.__traceback__ is not None and error.__traceback__.tb_next is None:  # the call itself failed
+                error.add_note(
+                    "Nothing was injected: call container.wire(modules=[…]) with the module of this function, once the "
+                    "function is there."
+                )
+            raise
+
+    if not inspect.iscoroutinefunction(function):
+        return functools.wraps(function)(call)
+
+    @functools.wraps(function)
+    async def called(*args: Any, **kwargs: Any) -> Any:
+        return await call(*args, **kwargs)
+
+    return called
 
 
 def _handing_on(function: Callable[..., AsyncGenerator[Any, Any]]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from difflib import get_close_matches
 from enum import Enum, auto
 from typing import Any, TypedDict
 
@@ -25,6 +26,13 @@ class Propagation(Enum):
 
 MAY_GO_WITHOUT = (Propagation.SUPPORTS, Propagation.NOT_SUPPORTED, Propagation.NEVER)
 ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
+INSTEAD_OF = {  # what others call an option
+    "isolation_level": "write isolation=…",
+    "readonly": "write read_only=True",
+    "retries": "only @transactional(retries=…) and run(function, retries=…) can call a function again",
+    "of": "only @transactional and @read_only look for their TransactionManager",
+    "nested": "write transaction(Propagation.NESTED)",
+}
 REPLACED_OPTIONS = {
     "isolation_level": "ask with isolation=…, and for autocommit with Propagation.NOT_SUPPORTED",
     "postgresql_readonly": "ask with read_only=True",
@@ -56,8 +64,13 @@ def plan(
     read_only: bool = False,
     timeout: float | timedelta | None = None,
     execution_options: Mapping[str, Any] | None = None,
+    **unknown: object,
 ) -> Plan:
-    """The same, checked. Raises `TypeError`, `ValueError`."""
+    """Check what a block asks for. Raises `TypeError` for an unknown option or a wrong type, and `ValueError`."""
+    for name in unknown:
+        raise _no_option(name)
+    if propagation not in Propagation.__members__.values():
+        raise _no_propagation(propagation)
     for name, instead in REPLACED_OPTIONS.items():
         if name in (execution_options or {}):
             raise ValueError(f"execution_options: {name!r} is not for a block to set: {instead}")
@@ -91,10 +104,30 @@ def _seconds(timeout: float | timedelta) -> float:
     return float(timeout)
 
 
+def _no_option(name: str) -> TypeError:
+    known = list(BlockOptions.__annotations__)
+    close = get_close_matches(name, known, n=1)
+    instead = INSTEAD_OF.get(name) or (f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}")
+    return TypeError(f"a block has no option {name!r}: {instead}")
+
+
+def _no_propagation(given: object) -> TypeError:
+    name = str(given).upper()
+    if name in Propagation.__members__:
+        instead = f"write Propagation.{name}"
+    elif name in ISOLATION_LEVELS:
+        instead = f"write isolation={name!r}"
+    elif isinstance(given, str) and (close := get_close_matches(name, Propagation.__members__, n=1)):
+        instead = f"did you mean Propagation.{close[0]}?"
+    else:
+        instead = f"there are Propagation.{', '.join(Propagation.__members__)}"
+    return TypeError(f"{given!r} is not a Propagation: {instead}")
+
+
 def _isolation(level: str | None, propagation: Propagation) -> str | None:
     if level is None:
         return None
-    if level.upper() not in ISOLATION_LEVELS:
+    if str(level).upper() not in ISOLATION_LEVELS:
         raise ValueError(f"there is no isolation level {level!r}; there are {', '.join(ISOLATION_LEVELS)}")
     if propagation in MAY_GO_WITHOUT:
         raise ValueError(

@@ -8,7 +8,7 @@ import operator
 import warnings
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from greenlet import getcurrent, greenlet
 from sqlalchemy import Connection, Executable, TextClause, event
@@ -17,6 +17,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute, RelationshipProperty, Session, SessionTransaction
 from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.orm.exc import DetachedInstanceError
 from sqlalchemy.util import await_only
 
 from .errors import ImplicitIOError, ScopeOwnsTransactionError, UncommittedChangesWarning
@@ -27,6 +28,7 @@ from .scope import Owner, Scope, entered_twice, refuse_write_of_loop, require_sc
 from .terms import Terms
 
 NO_TRANSACTION = "25P01"  # SQLSTATE no_active_sql_transaction
+READ_ONLY = ("25006", "SQLITE_READONLY")
 WRITING_VERBS = ("INSERT", "UPDATE", "DELETE", "MERGE", "REPLACE", "TRUNCATE", "COPY")
 
 
@@ -119,11 +121,31 @@ def _guarded(name: str, *, sends: bool = False) -> Callable[..., Any]:
 ACCESSES = {getattr(InstrumentedAttribute, name).__code__ for name in ("__get__", "__set__", "__delete__")}
 
 
-def _implicit_io() -> ImplicitIOError:
-    """Names the attribute that the running code is about, and what would load it."""
+def _access() -> FrameType | None:
+    """The use of an attribute that the running code is about."""
     frame: FrameType | None = inspect.currentframe()
     while frame is not None and frame.f_code not in ACCESSES:
         frame = frame.f_back
+    return frame
+
+
+def _note_of_detached(error: DetachedInstanceError, *arguments: Any, **options: Any) -> None:
+    """Says what to write instead where it is made, since SQLAlchemy, which raises it, has no session to tell."""
+    super(DetachedInstanceError, error).__init__(*arguments, **options)
+    if frame := _access():
+        attribute, instance = frame.f_locals["self"], frame.f_locals["instance"]
+        name = f"{type(instance).__name__}.{attribute.key}"
+        is_relationship = isinstance(getattr(attribute, "property", None), RelationshipProperty)
+        option = f", with selectinload({name}) in the query" if is_relationship else ""
+        error.add_note(f"{name} was not loaded when the block of its session ended: load it inside the block{option}")
+
+
+setattr(DetachedInstanceError, "__init__", _note_of_detached)  # noqa: B010  # to type checkers it is a method of theirs
+
+
+def _implicit_io() -> ImplicitIOError:
+    """Names the attribute that the running code is about, and what would load it."""
+    frame = _access()
     if frame is None:
         return ImplicitIOError(
             "this would send a statement without await: call the AsyncSession's own methods, or call this in "
@@ -156,6 +178,11 @@ def _explain(scope: Scope, error: Exception) -> None:
         )
     if sqlstate(error) == NO_TRANSACTION:
         error.add_note("a cursor, as of stream(), needs a transaction: for reading, transaction(read_only=True)")
+    if scope.terms.read_only and sqlstate(error).startswith(READ_ONLY):
+        error.add_note(
+            "the block around this only reads, by read_only=True or @read_only: write in a transaction() or a "
+            "@transactional without read_only"
+        )
     if sqlstate(error).startswith("SQLITE_BUSY") and any(other.is_writer for other in others):
         error.add_note(
             "SQLite has one writer at a time, and it is the transaction around this block: write in that one"
@@ -299,7 +326,27 @@ for _name in ("execute", "scalar", "scalars"):
     setattr(ReadingSession, _name, _refusing(_name, _is_write))
 
 
-class SessionBlock:
+class EnteredAsync:
+    """What is entered with `async with`, and nothing before."""
+
+    if not TYPE_CHECKING:  # to which it has no such methods
+
+        def __enter__(self):
+            raise TypeError("a block of sessionwire is entered with `async with`, not with `with`")
+
+        def __exit__(self, *_):
+            """Let Python call the one above."""
+
+        def __getattr__(self, name):
+            if name.startswith("_"):
+                raise AttributeError(name)
+            raise AttributeError(
+                f"{name!r} was looked for in a block that is not entered: write `async with …() as session:`, and use "
+                "that session inside it"
+            )
+
+
+class SessionBlock(EnteredAsync):
     """`async with manager.session()`: a session that commits nothing by itself."""
 
     def __init__(self, owner: Owner) -> None:

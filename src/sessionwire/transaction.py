@@ -8,7 +8,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
-from typing import Any, TypeVar, TypeVarTuple, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
 
 from .block import TransactionBlock
 from .errors import TransactionRequiredError
@@ -50,13 +50,24 @@ class TransactionManager:
         - `timeout`: a deadline for the block, up to its commit, in seconds or as a `timedelta`.
         - `execution_options`: SQLAlchemy's, for the connection of the block.
 
-        Raises `ValueError` for an isolation level that there is not and for a negative `timeout`, `TypeError` for
-        a `timeout` that is no time. Entering the block raises
+        Raises `TypeError` for an unknown option and a `timeout` that is no time, `ValueError` for an unknown isolation
+        level and a negative `timeout`. Entering the block raises
         `TransactionRequiredError`, `TransactionForbiddenError`, `IncompatibleTransactionError`,
         `ConcurrentSessionError`; leaving it `UnexpectedRollbackError`, `TransactionTimeoutError`,
         `CommitOutcomeUnknownError`, and what the database says to the commit.
         """
         return TransactionBlock(self._owner, plan(propagation, **options))
+
+    if not TYPE_CHECKING:  # to which it has no such methods
+
+        async def __aenter__(self):
+            raise TypeError(
+                "this is the TransactionManager, which opens blocks: call it, as in `async with transaction():`, or "
+                "`async with container.db.transaction()():`, where the first call only builds it"
+            )
+
+        async def __aexit__(self, *_):
+            """Let Python call the one above."""
 
     @property
     def active(self) -> bool:
