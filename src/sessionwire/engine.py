@@ -23,7 +23,7 @@ from sqlalchemy.util import await_only
 
 from . import sqlite
 from .embedded import EmbeddedServer
-from .errors import CommitOutcomeUnknownError, ConfigurationError, UnexpectedRollbackError
+from .errors import CommitOutcomeUnknownError, ConfigurationError, NotInitializedError, UnexpectedRollbackError
 from .failures import watch_disconnects, watch_failures
 from .settings import DatabaseSettings
 from .terms import TERMS, Terms
@@ -111,6 +111,7 @@ class Engines:
         else:
             engine = self._create(self._url, read_only, {})
         event.listen(engine.sync_engine, "connect", self._connected)
+        event.listen(engine.sync_engine, "checkout", self._refuse_retired)
         event.listen(engine.sync_engine, "checkout", self._replace_aged)
         event.listen(engine.sync_engine, "checkin", self._returned)
         event.listen(engine.sync_engine, "close", self._closed)
@@ -177,7 +178,7 @@ class Engines:
         return engine
 
     def _sqlite(self, read_only: bool) -> AsyncEngine:
-        engine = self._create(self._url, read_only, sqlite.ARGUMENTS)
+        engine = self._create(self._url, read_only, sqlite.ARGUMENTS, poolclass=sqlite.FilePool)
         file = Path(self._url.database or "")
 
         @event.listens_for(engine.sync_engine, "do_connect")
@@ -201,6 +202,11 @@ class Engines:
         # with a jitter, or a pool that was filled at once would be renewed at once
         record.info[EXPIRES] = monotonic() + lifetime * random.uniform(1 - JITTER, 1)
         record.info[LAST_USED] = monotonic()
+
+    def _refuse_retired(self, *_: object) -> None:
+        """Whatever was made during the close: nobody would end it any more, so the pool is told to."""
+        if self.is_retired:
+            raise NotInitializedError("it was closed while this waited for a connection")
 
     def _replace_aged(self, _connection: AdaptedConnection, record: ConnectionPoolEntry, _proxy: Any) -> None:
         if monotonic() > record.info[EXPIRES]:

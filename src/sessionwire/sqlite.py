@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
+import weakref
 from collections.abc import Awaitable
 from contextlib import suppress
 from pathlib import Path
@@ -11,8 +13,9 @@ from threading import Thread
 from time import monotonic
 from typing import Any
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import AsyncAdaptedQueuePool, Connection, Engine, event
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.pool.base import _ConnectionRecord  # pyright: ignore[reportPrivateUsage]
 
 from .failures import sqlstate
 from .terms import TERMS, Terms
@@ -21,18 +24,67 @@ BUSY_TIMEOUT = 5.0  # seconds that a statement waits for a lock, in the driver's
 PATIENT = f"PRAGMA busy_timeout={BUSY_TIMEOUT * 1000:.0f};"
 
 
-class SelfClosing(sqlite3.Connection):
-    """Closes itself where a cancelled `connect()` lets go of it."""
+class FileConnection(sqlite3.Connection):
+    """A connection whose `close()` closes its files, whoever still has its cursors.
 
-    def __del__(self) -> None:
-        with suppress(sqlite3.ProgrammingError):  # it was never open
-            self.close()
+    SQLite closes no file that an unfinished cursor may read, and the traceback of a cancelled task keeps such cursors.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
+
+    def cursor(self, *arguments: Any, **options: Any) -> Any:
+        cursor = super().cursor(*arguments, **options)
+        self._cursors.add(cursor)
+        return cursor
+
+    def close(self) -> None:
+        for cursor in list(self._cursors):
+            with suppress(sqlite3.Error):
+                cursor.close()
+        super().close()
+
+
+class Opening:
+    """Makes a connection in the driver's thread, and closes it where its caller has gone meanwhile."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._connection: FileConnection | None = None
+        self._is_abandoned = False
+
+    def __call__(self, *arguments: Any, factory: object, **options: Any) -> FileConnection:
+        connection = FileConnection(*arguments, **options)
+        with self._lock:
+            self._connection = connection
+            if self._is_abandoned:
+                connection.close()
+        return connection
+
+    def abandon(self) -> None:
+        with self._lock:
+            self._is_abandoned = True
+            if self._connection is not None:
+                self._connection.close()
+
+
+class FilePool(AsyncAdaptedQueuePool):
+    """A pool that closes the connections which it cannot finish making, as when it is cancelled meanwhile."""
+
+    def _create_connection(self) -> _ConnectionRecord:
+        record = _ConnectionRecord(self, connect=False)
+        try:
+            record.get_connection()
+        except BaseException as error:
+            record.invalidate(error)
+            raise
+        return record
 
 
 ARGUMENTS = {
     "isolation_level": None,  # the driver would begin late, and not know savepoints
     "timeout": BUSY_TIMEOUT,
-    "factory": SelfClosing,
     "check_same_thread": False,
 }
 
@@ -60,7 +112,15 @@ def prepare(engine: Engine, *, read_only: bool, patience: float) -> None:
             _begin(connection, patience)
 
     dialect: Any = engine.dialect
-    commit = dialect.do_commit
+    connect, commit = dialect.connect, dialect.do_commit
+
+    def connect_or_abandon(*arguments: Any, **options: Any) -> Any:
+        opening = Opening()
+        try:
+            return connect(*arguments, **options, factory=opening)
+        except BaseException:
+            opening.abandon()
+            raise
 
     def commit_or_undo(connection: Any) -> None:
         try:
@@ -69,6 +129,7 @@ def prepare(engine: Engine, *, read_only: bool, patience: float) -> None:
             connection.rollback()  # as PostgreSQL does: what is left open, the next one would commit
             raise
 
+    dialect.connect = connect_or_abandon
     dialect.do_commit = commit_or_undo
 
 
