@@ -10,6 +10,7 @@ import tempfile
 import uuid
 import weakref
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, cast
@@ -18,8 +19,9 @@ from urllib.parse import urlencode
 from sqlalchemy import URL, AdaptedConnection, Engine, event, make_url
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import ConnectionPoolEntry, Pool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool
 from sqlalchemy.util import await_only
+from sqlalchemy.util.concurrency import in_greenlet
 
 from . import sqlite
 from .embedded import EmbeddedServer
@@ -31,6 +33,8 @@ from .url import LIBPQ_KEYS, DatabaseURL, typed_arguments
 
 LAST_USED, EXPIRES = "sessionwire_last_used", "sessionwire_expires"  # of a pooled connection, by the monotonic clock
 JITTER = 0.2  # of its lifetime
+CLOSES = "sessionwire_closes"  # of a place in the pool: tells what closes the connection that has it
+MOMENT = 0.25  # seconds
 
 
 class Engines:
@@ -56,7 +60,8 @@ class Engines:
         self.is_retired = False  # by the manager's close(): nothing may commit through it any more
         self._connections: set[AdaptedConnection] = set()
         self._records: weakref.WeakSet[Any] = weakref.WeakSet()  # of pools
-        self._ended: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._ended: weakref.WeakKeyDictionary[Any, asyncio.Future[Any]] = weakref.WeakKeyDictionary()
+        self._is_disposing = False
         self._endings: set[asyncio.Future[Any]] = set()
         self.primary = self._make(read_only=False)
         self._reading = self._make(read_only=True)
@@ -157,7 +162,11 @@ class Engines:
         if libpq:  # in its DSN asyncpg gives them the meaning that they have in libpq
             url = url.difference_update_query(libpq)
             arguments["dsn"] = "postgresql://?" + urlencode(libpq, doseq=True)
-        engine = self._create(url, read_only, arguments)
+        engine = self._create(url, read_only, arguments, poolclass=_Pool)
+        pg_dialect: Any = engine.dialect
+        # SQLAlchemy's own waits for two seconds, or for good; cancelled meanwhile, it leaves the server at work
+        pg_dialect.do_close = pg_dialect.do_terminate = self._close_in_turn
+        event.listen(engine.sync_engine, "connect", self._note_place, insert=True)  # ahead of what may fail
 
         @event.listens_for(engine.sync_engine, "do_connect")
         def connect(dialect: Any, _record: Any, arguments: Any, parameters: dict[str, Any]) -> Any:
@@ -220,22 +229,45 @@ class Engines:
         try:
             await_only(driver.execute("SELECT 1", timeout=self._settings.connect_timeout))
         except Exception as error:
+            driver.terminate()
             raise DisconnectionError("the server does not answer on this connection") from error
+
+    def _note_place(self, connection: AdaptedConnection, record: ConnectionPoolEntry) -> None:
+        place: Any = record.record_info
+        place[CLOSES] = partial(self._ended.get, connection.driver_connection)
 
     def _closed(self, connection: AdaptedConnection, _record: Any) -> None:
         self._connections.discard(connection)
 
     def end(self, dbapi_connection: Any) -> None:
         """Give up a connection without waiting for it: what runs on it is stopped and undone in the background."""
+        self._begin_to_end(dbapi_connection)
+
+    def _begin_to_end(self, dbapi_connection: Any) -> asyncio.Future[Any]:
         driver = dbapi_connection.driver_connection
-        if driver in self._ended:
-            return  # aiosqlite waits for good where it is closed twice at once
-        self._ended.add(driver)
-        # on SQLite undone first: unfinished cursors would keep a closed one's lock
-        end = sqlite.stop(driver, driver.rollback(), driver.close()) if self.is_sqlite else driver.close()
-        task = asyncio.ensure_future(end)
-        self._endings.add(task)
-        task.add_done_callback(self._endings.discard)
+        ending = self._ended.get(driver)
+        if ending is None:  # aiosqlite waits for good where it is closed twice at once
+            # on SQLite undone first: unfinished cursors would keep a closed one's lock
+            stop = sqlite.stop(driver, driver.rollback(), driver.close()) if self.is_sqlite else self._close(driver)
+            ending = self._ended[driver] = asyncio.ensure_future(stop)
+            self._endings.add(ending)
+            ending.add_done_callback(self._endings.discard)
+        return ending
+
+    async def _close(self, driver: Any) -> None:
+        """Stop what runs on it and wait until the server has hung up; where that takes too long, don't wait."""
+        with suppress(Exception):
+            async with asyncio.timeout(self._settings.rollback_timeout):
+                await driver.close()
+
+    def _close_in_turn(self, dbapi_connection: Any) -> None:
+        """Close a connection for its pool. Where that takes more than a moment, it goes on in the background."""
+        if not in_greenlet():  # where the garbage collector found it
+            dbapi_connection.terminate()
+            return
+        ending = self._begin_to_end(dbapi_connection)
+        if not self._is_disposing:
+            await_only(_wait_a_moment(ending))
 
     async def terminate(self) -> None:
         """Cut every connection off: what runs on it is stopped, and nothing of it commits."""
@@ -262,11 +294,25 @@ class Engines:
 
     async def dispose(self) -> None:
         """Close the pools and remove a temporary file."""
+        self._is_disposing = True  # all connections at once, not one after the other
         for engine in (self._reading, self.primary):
             await engine.dispose()
         await asyncio.gather(*self._endings, return_exceptions=True)
         if self._file:
             sqlite.remove(self._file)
+
+
+async def _wait_a_moment(ending: asyncio.Future[Any]) -> None:
+    """Wait for it, whatever is cancelled meanwhile; then let that go on."""
+    deadline = monotonic() + MOMENT
+    cancellation: asyncio.CancelledError | None = None
+    while not ending.done() and (left := deadline - monotonic()) > 0:
+        try:
+            await asyncio.wait((ending,), timeout=left)
+        except asyncio.CancelledError as error:
+            cancellation = error
+    if cancellation is not None:
+        raise cancellation
 
 
 # PostgreSQL
@@ -278,6 +324,29 @@ def _connect_error(dbapi: Any, error: Exception) -> Exception:
     wrapped: Any = dbapi.OperationalError(f"could not connect: {type(reason).__name__}: {reason}")
     wrapped.pgcode = wrapped.sqlstate = getattr(reason, "sqlstate", None)
     return cast(Exception, wrapped)
+
+
+class _Pool(AsyncAdaptedQueuePool):
+    """A place in it is free only once the connection that had it is closed."""
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        if self._pool.full():
+            record.close()
+        ending = _ending_of(record) if record.dbapi_connection is None else None
+        if ending is None or ending.done():
+            super()._do_return_conn(record)
+        else:
+            ending.add_done_callback(partial(self._return_late, record))
+
+    def _return_late(self, record: ConnectionPoolEntry, _ending: asyncio.Future[Any]) -> None:
+        super()._do_return_conn(record)
+
+
+def _ending_of(record: ConnectionPoolEntry) -> asyncio.Future[Any] | None:
+    place: Any = record.record_info
+    closes = place.pop(CLOSES, None)
+    ending: asyncio.Future[Any] | None = closes and closes()
+    return ending
 
 
 @functools.cache

@@ -1,0 +1,171 @@
+"""Storms of cancelled calls, and peers that fall silent: the pool's bound holds for sockets too, and deadlines hold."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from sqlalchemy import insert, select, text
+
+from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
+
+from .conftest import Postgres, checked_out, notes
+from .postgres import Network, OnPostgres, at_port, through, until
+from .proxy import Line, Proxy
+from .tables import Note
+
+
+class Slow(Proxy):
+    """Each round trip takes a hundredth of a second, so that a cancellation strikes what ends another one."""
+
+    def __init__(self) -> None:
+        super().__init__(0.01)
+
+    async def _carry_questions(self, reader: asyncio.StreamReader, line: Line) -> None:
+        with suppress(ConnectionResetError):
+            await super()._carry_questions(reader, line)
+
+
+class TestStorm(OnPostgres):
+    @pytest.mark.parametrize("times", [1, 2, 3])
+    async def test_the_server_has_no_more_connections_than_the_pool_has_places(
+        self, manager: DatabaseSessionManager, postgres: Postgres, database_url: str, times: int
+    ) -> None:
+        complaints: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        chance = random.Random(times)
+
+        async def call(stormy: DatabaseSessionManager) -> None:
+            async with stormy.transaction() as session:
+                await session.execute(insert(Note).values(text="lost"))
+                await session.execute(select(Note))
+                await session.execute(text("SELECT pg_sleep(60)"))
+
+        async def client(stormy: DatabaseSessionManager) -> None:
+            end = time.monotonic() + 1
+            while time.monotonic() < end:
+                task = asyncio.create_task(call(stormy))
+                await asyncio.sleep(chance.uniform(0, 0.25))
+                for _ in range(times):
+                    task.cancel()
+                    await asyncio.sleep(chance.uniform(0, 0.03))
+                with suppress(asyncio.CancelledError):
+                    await task
+
+        async with Slow().open(postgres.host) as port:
+            settings = DatabaseSettings(
+                url=at_port(port, database_url), pool=PoolSettings(size=2, max_overflow=2), application_name="stormy"
+            )
+            async with DatabaseSessionManager(settings) as stormy:
+                await asyncio.gather(*(client(stormy) for _ in range(12)))
+                await asyncio.sleep(1)  # as long as a server process may need to notice
+                connected = "SELECT state, query FROM pg_stat_activity WHERE application_name = 'stormy'"
+                assert len(left := await postgres.execute(connected)) <= 4, left
+                assert checked_out(stormy) == 0
+        assert await notes(manager) == []
+        gc.collect()  # it finds what nobody has asked for its exception
+        await asyncio.sleep(0)
+        assert not complaints
+
+
+class TestBlackHole(OnPostgres):
+    """A network that swallows what is sent."""
+
+    @pytest.fixture
+    def network(self) -> Network:
+        return Network()
+
+    @pytest.fixture
+    async def remote(
+        self, network: Network, database_url: str, postgres: Postgres, manager: DatabaseSessionManager
+    ) -> AsyncIterator[DatabaseSessionManager]:
+        pool = PoolSettings(size=1, max_overflow=1, ping_after=60)
+        limits = {"commit_timeout": 0.3, "rollback_timeout": 1.0}
+        async with through(network, postgres, database_url, pool=pool, **limits) as remote:
+            yield remote
+            before = time.monotonic()
+        assert time.monotonic() - before < 1.5 + 1.0  # the second for whatever the test has left in use
+
+    @pytest.mark.parametrize("kind", ["statement", "first statement", "flush"])
+    async def test_a_deadline_holds(self, remote: DatabaseSessionManager, network: Network, kind: str) -> None:
+        before = time.monotonic()
+        with pytest.raises(TimeoutError):
+            async with remote.transaction(timeout=0.3) as session:
+                if kind != "first statement":
+                    await session.execute(select(1))
+                network.swallows = True
+                if kind == "flush":
+                    session.add(Note(text="lost"))
+                else:
+                    await session.execute(insert(Note).values(text="lost"))
+        assert 0.3 <= time.monotonic() - before < 0.8
+
+    @pytest.mark.parametrize("cancelled", [False, True])
+    async def test_that_of_a_commit_holds(
+        self, remote: DatabaseSessionManager, network: Network, cancelled: bool
+    ) -> None:
+        async def work() -> None:
+            async with remote.transaction() as session:
+                await session.execute(insert(Note).values(text="who knows"))
+                network.swallows = True
+
+        task = asyncio.create_task(work())
+
+        async def sent() -> bool:
+            return b"COMMIT" in network.asked
+
+        await until(sent)
+        before = time.monotonic()
+        if cancelled:
+            task.cancel()
+        await asyncio.wait([task])
+        assert 0.2 < time.monotonic() - before < 0.8
+
+    @pytest.mark.parametrize("kind", ["transaction", "connect", "session"])
+    async def test_that_of_a_rollback_holds(self, remote: DatabaseSessionManager, network: Network, kind: str) -> None:
+        with pytest.raises(ValueError, match="mine"):
+            async with getattr(remote, kind)() as opened:
+                await opened.execute(insert(Note).values(text="lost"))
+                network.swallows = True
+                before = time.monotonic()
+                raise ValueError("mine")
+        assert 0.9 < time.monotonic() - before < 1.5
+
+    async def test_a_cancelled_call_goes_on_at_once_and_its_place_is_free_once_its_connection_is_closed(
+        self, remote: DatabaseSessionManager, network: Network
+    ) -> None:
+        before = time.monotonic()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1), remote.transaction() as session:
+                await session.execute(select(1))
+                network.swallow_what_is_open()
+                await session.execute(select(1))
+        assert time.monotonic() - before < 0.6
+        assert checked_out(remote) == 1
+        async with remote.transaction() as one:  # there is a second place
+            await one.execute(select(1))
+            async with remote.session() as other:
+                await other.execute(select(1))
+                assert time.monotonic() - before > 1.0
+        assert checked_out(remote) == 0
+
+    async def test_a_connection_beyond_the_pools_size_that_cannot_be_closed_costs_a_moment(
+        self, remote: DatabaseSessionManager, network: Network
+    ) -> None:
+        async with remote.engine.connect(), remote.engine.connect():
+            network.swallows = True
+            before = time.monotonic()
+        assert time.monotonic() - before < 0.5
+        assert checked_out(remote) == 1
+        network.swallows = False
+
+        async def is_free() -> bool:
+            return checked_out(remote) == 0
+
+        await until(is_free)
