@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import random
+import socket
+import struct
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -12,11 +15,12 @@ from typing import Any
 
 import pytest
 from sqlalchemy import insert, select, text
+from sqlalchemy.exc import DBAPIError
 
 from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
 
 from .conftest import Postgres, checked_out, notes
-from .postgres import Network, OnPostgres, at_port, through, until
+from .postgres import Network, OnPostgres, at_port, kill, through, until
 from .proxy import Line, Proxy
 from .tables import Note
 
@@ -169,3 +173,78 @@ class TestBlackHole(OnPostgres):
             return checked_out(remote) == 0
 
         await until(is_free)
+
+
+class Unplugged(Proxy):
+    """Its machine can vanish from the network: no packet from a client is heard, nor answered by TCP itself."""
+
+    def vanish(self) -> None:
+        drop = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # a filter for packets: keep 0 bytes
+        program = struct.pack("HP", 1, ctypes.addressof(drop))
+        for line in self.lines:
+            line.to_client.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+
+
+SO_ATTACH_FILTER = 26
+
+
+class TestVanishedPeer(OnPostgres):
+    @pytest.fixture
+    def network(self) -> Unplugged:
+        return Unplugged()
+
+    @pytest.fixture
+    async def remote(
+        self, network: Unplugged, database_url: str, postgres: Postgres, manager: DatabaseSessionManager
+    ) -> AsyncIterator[DatabaseSessionManager]:
+        async with network.open(postgres.host) as port:
+            url = at_port(port, database_url)
+            settings = DatabaseSettings(url=url, tcp_timeout=1, rollback_timeout=0.2)
+            async with DatabaseSessionManager(settings) as remote:
+                yield remote
+                assert checked_out(remote) == 0
+
+    @pytest.mark.parametrize("sent", ["before", "after"])
+    async def test_a_statement_without_a_deadline_fails(
+        self, remote: DatabaseSessionManager, network: Unplugged, postgres: Postgres, sent: str
+    ) -> None:
+        async with asyncio.timeout(10):
+            with pytest.raises(DBAPIError) as raised:
+                async with remote.transaction() as session:
+                    await session.execute(select(1))
+                    if sent == "before":
+                        asyncio.get_running_loop().call_later(0.1, network.vanish)
+                        await session.execute(text("SELECT pg_sleep(60)"))
+                    else:
+                        network.vanish()
+                        await session.execute(insert(Note).values(text="lost"))
+        assert raised.value.connection_invalidated
+        if sent == "before":
+            await kill(postgres, remote, "%pg_sleep(60)")  # it hasn't noticed
+
+    async def test_a_slow_statement_is_let_be(self, remote: DatabaseSessionManager) -> None:
+        async with remote.transaction() as session:
+            assert await session.scalar(text("SELECT 1 FROM pg_sleep(2.5)")) == 1
+
+    @pytest.mark.parametrize(("tcp_timeout", "expected"), [(30.0, (1, 15, 5, 3, 30000)), (0.0, (0,))])
+    async def test_the_setting_reaches_the_socket(
+        self,
+        manager: DatabaseSessionManager,
+        network: Unplugged,
+        postgres: Postgres,
+        database_url: str,
+        tcp_timeout: float,
+        expected: tuple[int, ...],
+    ) -> None:
+        async with network.open(postgres.host) as port:
+            url = at_port(port, database_url)
+            async with (
+                DatabaseSessionManager(DatabaseSettings(url=url, tcp_timeout=tcp_timeout)) as remote,
+                remote.connect() as connection,
+            ):
+                driver: Any = (await connection.get_raw_connection()).driver_connection
+                options = driver._transport.get_extra_info("socket")
+                found = [options.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)]
+                for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT"):
+                    found.append(options.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)))
+        assert tuple(found[: len(expected)]) == expected

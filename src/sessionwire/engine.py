@@ -6,6 +6,7 @@ import asyncio
 import functools
 import os
 import random
+import socket as socket_options
 import tempfile
 import uuid
 import weakref
@@ -154,7 +155,7 @@ class Engines:
         arguments: dict[str, Any] = {
             "timeout": self._settings.connect_timeout,
             "server_settings": server_settings,
-            "connection_class": _asyncpg_connection(),
+            "connection_class": _asyncpg_connection(self._settings.tcp_timeout),
         }
         typed = typed_arguments(url)  # which in the URL would be text
         url = url.difference_update_query(typed)
@@ -349,8 +350,24 @@ def _ending_of(record: ConnectionPoolEntry) -> asyncio.Future[Any] | None:
     return ending
 
 
+def _notice_silence(socket: Any, seconds: float) -> None:
+    """Let a TCP connection fail whose other side has acknowledged nothing for so long, as far as the platform can."""
+    if socket is None or socket.family not in (socket_options.AF_INET, socket_options.AF_INET6):
+        return
+    socket.setsockopt(socket_options.SOL_SOCKET, socket_options.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", seconds / 2),
+        ("TCP_KEEPALIVE", seconds / 2),  # its name on macOS
+        ("TCP_KEEPINTVL", seconds / 6),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", seconds * 1000),
+    ):
+        if hasattr(socket_options, name):
+            socket.setsockopt(socket_options.IPPROTO_TCP, getattr(socket_options, name), max(1, round(value)))
+
+
 @functools.cache
-def _asyncpg_connection() -> Any:
+def _asyncpg_connection(tcp_timeout: float) -> Any:
     """asyncpg's connection, but for what asyncpg takes for success and what it would not forget.
 
     A COMMIT that the server answers with ROLLBACK is an error, and so is one whose wait for a synchronous standby was
@@ -360,6 +377,11 @@ def _asyncpg_connection() -> Any:
     import asyncpg
 
     class Connection(asyncpg.Connection):
+        def __init__(self, protocol: Any, transport: Any, *others: Any) -> None:
+            super().__init__(protocol, transport, *others)
+            if tcp_timeout:
+                _notice_silence(transport.get_extra_info("socket"), tcp_timeout)
+
         async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
             try:
                 status: str = await super().execute(query, *args, timeout=timeout)

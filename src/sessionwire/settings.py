@@ -143,6 +143,9 @@ class DatabaseSettings(_Model):
     drain_timeout: float = Field(10, ge=0, description="how long close() waits for open scopes")
     commit_timeout: float = Field(10, gt=0, description="how long a commit that was sent is waited for")
     rollback_timeout: float = Field(5, gt=0, description="a rollback that takes longer costs the connection")
+    tcp_timeout: float = Field(
+        30, ge=0, description="a server that TCP hears nothing of for so long is gone; 0: as the system; PostgreSQL"
+    )
     read_only_connections: bool = Field(
         True, description="read scopes have connections of their own; false: READ ONLY transactions, as a pooler needs"
     )
