@@ -24,7 +24,7 @@ from .errors import (
 )
 from .failures import cut_off, lost_after, origin
 from .generators import is_told_otherwise, left_early
-from .hooks import run_hooks
+from .hooks import WITHOUT_HOOKS, run_hooks
 from .levels import Hook, Level, Transaction
 from .plan import Plan, Propagation
 from .scope import Owner, Scope, current_scope, entered_twice, refuse_second_writer, refuse_write_of_loop
@@ -140,6 +140,8 @@ class TransactionBlock(EnteredAsync):
         terms = self._terms
         if terms.autocommit and terms.read_only and self._owner.reads_in_transactions:
             return replace(terms, autocommit=False)
+        if terms.autocommit and self._owner.begin_hooks and WITHOUT_HOOKS not in dict(terms.execution_options):
+            return replace(terms, hooked=True)
         if terms.writes:
             refuse_second_writer(self._owner)
         return terms

@@ -28,6 +28,7 @@ from . import sqlite
 from .embedded import EmbeddedServer
 from .errors import CommitOutcomeUnknownError, ConfigurationError, NotInitializedError, UnexpectedRollbackError
 from .failures import watch_disconnects, watch_failures
+from .hooks import BeginHooks
 from .settings import DatabaseSettings
 from .terms import TERMS, Terms
 from .url import LIBPQ_KEYS, DatabaseURL, typed_arguments
@@ -45,10 +46,11 @@ class Engines:
     whose connections the server opens read-only.
     """
 
-    def __init__(self, settings: DatabaseSettings) -> None:
+    def __init__(self, settings: DatabaseSettings, begin_hooks: BeginHooks | None = None) -> None:
         url = make_url(settings.url)
         self.server = EmbeddedServer(url.database or "") if url.drivername == "embedded" else None
         self._settings = settings
+        self._begin_hooks = BeginHooks() if begin_hooks is None else begin_hooks
         self._file: Path | None = None
         if url.get_backend_name() == "sqlite" and (
             url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
@@ -99,7 +101,7 @@ class Engines:
         if self.is_sqlite:  # where the driver's own isolation level is in the way
             options[TERMS] = terms
         elif engine is self.primary:
-            isolation = "AUTOCOMMIT" if terms.autocommit else terms.isolation
+            isolation = "AUTOCOMMIT" if terms.autocommit and not terms.hooked else terms.isolation
             if engine.dialect.name == "postgresql":
                 if terms.read_only:
                     options["postgresql_readonly"] = True
@@ -107,7 +109,15 @@ class Engines:
                     isolation = "READ COMMITTED"  # as the server itself takes it; the driver doesn't know the other
             if isolation:
                 options["isolation_level"] = isolation
+        if terms.hooked:
+            hooked = engine.execution_options(**{**options, TERMS: terms})
+            hooked.sync_engine.dialect = self._one_by_one
+            return hooked
         return engine.execution_options(**options) if options else engine
+
+    @functools.cached_property
+    def _one_by_one(self) -> Any:
+        return self._begin_hooks.one_by_one(self.primary.dialect)
 
     def _make(self, *, read_only: bool) -> AsyncEngine:
         if self._url.get_backend_name() == "sqlite":
@@ -122,6 +132,7 @@ class Engines:
         event.listen(engine.sync_engine, "checkin", self._returned)
         event.listen(engine.sync_engine, "close", self._closed)
         watch_disconnects(engine.sync_engine, read_only=read_only)
+        self._begin_hooks.watch(engine.sync_engine, autocommit=read_only)
         if not read_only:  # whose connections have no transactions
             watch_failures(engine.sync_engine)
         return engine

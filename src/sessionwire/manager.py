@@ -20,8 +20,9 @@ from .engine import Engines
 from .errors import AlreadyInitializedError, ConnectionFailedError, NotInitializedError, OwnershipError
 from .failures import cut_off, failures, lost_after, name_cause
 from .generators import is_told_otherwise, left_early
-from .scope import BeginHook, Scope, current_scope, refuse_second_writer, running_loop, scopes_here
-from .session import ScopedSession, SessionBlock, run_begin_hooks, writes
+from .hooks import WITHOUT_HOOKS, BeginHooks
+from .scope import Scope, current_scope, refuse_second_writer, running_loop, scopes_here
+from .session import ScopedSession, SessionBlock, writes
 from .settings import DatabaseSettings, settings_of
 from .terms import Terms
 from .transaction import TransactionManager
@@ -44,11 +45,11 @@ class DatabaseSessionManager:
     ) -> None:
         self.metadata = Base.metadata if metadata is None else metadata
         self.transaction = TransactionManager(self)
-        self.begin_hooks: list[BeginHook] = []
+        self.begin_hooks = BeginHooks()
         self._given = None if settings is None else settings_of(settings)
         self._settings = self._given
         self._engines: Engines | None = None
-        self._make_engines: Callable[[DatabaseSettings], Engines] = Engines
+        self._make_engines: Callable[[DatabaseSettings], Engines] = partial(Engines, begin_hooks=self.begin_hooks)
         self._proven = False  # that the database answers
         self._closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -128,8 +129,9 @@ class DatabaseSessionManager:
         timeout = self.settings.connect_timeout
         if engines.server:
             await to_the_end(asyncio.to_thread(engines.server.start), SERVER_TIMEOUT)
+        engine = engines.primary.execution_options(**{WITHOUT_HOOKS: True})
         try:
-            async with asyncio.timeout(timeout), engines.primary.connect() as connection:
+            async with asyncio.timeout(timeout), engine.connect() as connection:
                 await connection.execute(text("SELECT 1"))
         except Exception as error:
             reason: BaseException = error
@@ -201,7 +203,7 @@ class DatabaseSessionManager:
                     await connection.invalidate()  # it came out of a pool that nobody disposes any more
                     raise NotInitializedError("it was closed while connect() waited for a connection")
                 transaction = await connection.begin()
-                await connection.run_sync(partial(run_begin_hooks, self))
+                await connection.run_sync(self.begin_hooks.run_due)
                 event.listen(connection.sync_connection, "after_cursor_execute", note_write)
                 yield connection
                 if running_loop() is not loop:

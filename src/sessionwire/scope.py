@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import FrameType
 from typing import Protocol
@@ -30,18 +30,16 @@ from .errors import (
 )
 from .failures import cut_off, failures, lost_after
 from .generators import is_at_yield, iterated_generator
-from .hooks import run_hooks
+from .hooks import BeginHooks, run_hooks
 from .levels import Hook, Transaction
 from .settings import DatabaseSettings
 from .terms import Terms
-
-BeginHook = Callable[[AsyncConnection], Awaitable[object] | None]
 
 
 class Owner(Protocol):
     """What scopes, and those who open them, need of a manager."""
 
-    begin_hooks: list[BeginHook]
+    begin_hooks: BeginHooks
 
     @property
     def settings(self) -> DatabaseSettings: ...

@@ -14,7 +14,7 @@ from greenlet import getcurrent, greenlet
 from sqlalchemy import Connection, Executable, TextClause, event
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute, RelationshipProperty, Session, SessionTransaction
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.exc import DetachedInstanceError
@@ -280,19 +280,7 @@ def _begun(session: ScopedSession, transaction: SessionTransaction, connection: 
         return
     if scope.transaction is not None:
         scope.transaction.has_begun = True
-    try:
-        run_begin_hooks(scope.owner, connection)
-    except BaseException:
-        connection.invalidate()  # nothing may go on in a transaction that lacks what must hold in it
-        raise
-
-
-def run_begin_hooks(owner: Owner, connection: Connection) -> None:
-    """In SQLAlchemy's greenlet, where a sync hook may send statements too."""
-    for hook in owner.begin_hooks:
-        result = hook(AsyncConnection(AsyncEngine(connection.engine), connection))
-        if inspect.isawaitable(result):
-            await_only(result)
+    scope.owner.begin_hooks.run_due(connection)
 
 
 class ReadingSession(ScopedSession):

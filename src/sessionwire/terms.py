@@ -13,6 +13,7 @@ class Terms:
     """On what terms a session has its connection. Equal terms share a variant of the engine."""
 
     autocommit: bool = False
+    hooked: bool = False  # in autocommit: each statement in a transaction of its own, with the hooks of on_begin
     writes: bool = False  # known from the start, as in `transaction()`
     read_only: bool = False
     isolation: str | None = None

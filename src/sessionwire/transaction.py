@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
 from .block import TransactionBlock
 from .errors import TransactionRequiredError
 from .failures import in_short, is_retryable
-from .hooks import run_hooks, to_call
+from .hooks import BeginHook, run_hooks, to_call
 from .levels import Hook, Transaction
 from .plan import BlockOptions, Plan, Propagation, attempts, plan
-from .scope import BeginHook, Owner, current_scope, innermost_block
+from .scope import Owner, current_scope, innermost_block
 from .session import call_after_commit
 
 logger = logging.getLogger("sessionwire.retry")
@@ -130,7 +130,10 @@ class TransactionManager:
     def on_begin(self, function: BeginHook) -> BeginHook:
         """Call it with the `AsyncConnection` at the begin of every transaction of this manager, from now on.
 
-        For what must hold in each, such as `SET LOCAL` for row-level security; reads run in transactions too then.
+        For what must hold in each, such as `SET LOCAL` for row-level security. While one is set, no statement is sent
+        without it: reads run in transactions too, and in a block that goes without one each statement is a transaction
+        of its own. AUTOCOMMIT on `manager.engine` raises `IncompatibleTransactionError`, unless it is marked with
+        `execution_options(sessionwire_without_hooks=True)`.
 
         Raises:
             TypeError: It can't be called with one argument.

@@ -21,6 +21,7 @@ from sessionwire.ending import finish_rollback, to_the_end
 from sessionwire.engine import Engines
 from sessionwire.errors import SandboxError
 from sessionwire.failures import watch_disconnects, watch_failures
+from sessionwire.hooks import WITHOUT_HOOKS
 from sessionwire.manager import DatabaseSessionManager, give_back
 from sessionwire.scope import current_scope, scopes_here
 from sessionwire.terms import TERMS, Terms
@@ -58,12 +59,16 @@ async def _sandbox(manager: DatabaseSessionManager, check_deferred: bool, patien
         await stack.enter_async_context(_opened(manager))
         timeout = manager.settings.rollback_timeout
         connection = await stack.enter_async_context(
-            manager.engine.execution_options(**{TERMS: Terms(writes=True)}).connect()
+            manager.engine.execution_options(**{TERMS: Terms(writes=True), WITHOUT_HOOKS: True}).connect()
         )
         await connection.execute(text("SELECT 1"))  # which begins, where a begin() waits for the first statement
         raw: Any = await connection.get_raw_connection()
         shared = SharedConnection(
-            raw.dbapi_connection, connection.dialect, check_deferred=check_deferred, patience=patience
+            raw.dbapi_connection,
+            connection.dialect,
+            manager.begin_hooks,
+            check_deferred=check_deferred,
+            patience=patience,
         )
         watch = Watch(manager)
         error: BaseException | None = None
@@ -162,6 +167,7 @@ class SandboxEngines(Engines):
         event.listen(engine, "begin", self._begins)
         event.listen(engine, "checkout", shared.taken)
         watch_disconnects(engine)
+        self._manager.begin_hooks.watch(engine)
         watch_failures(engine)
         return engine
 

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
 
-from sqlalchemy import Pool, PoolProxiedConnection, event
+from sqlalchemy import Connection, Pool, PoolProxiedConnection, event
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from sessionwire import sqlite
 from sessionwire.ending import to_the_end
 from sessionwire.errors import SandboxError
 from sessionwire.failures import IN_FAILED_TRANSACTION, sqlstate
+from sessionwire.hooks import WITHOUT_HOOKS, BeginHooks
 from sessionwire.session import WRITING_VERBS
 from sessionwire.terms import Terms
 
@@ -64,7 +65,10 @@ class VirtualConnection:
 class SharedConnection:
     """The real one. What is named `do_…` has to be called in a greenlet of SQLAlchemy's, as its dialects are."""
 
-    def __init__(self, real: Any, dialect: Any, *, check_deferred: bool, patience: float) -> None:
+    def __init__(
+        self, real: Any, dialect: Any, begin_hooks: BeginHooks, *, check_deferred: bool, patience: float
+    ) -> None:
+        self._begin_hooks = begin_hooks
         self._real = real
         self._dialect = dialect
         self._check_deferred = check_deferred
@@ -141,7 +145,8 @@ class SharedConnection:
             self._undo(virtual)
 
     def do_execute(self, execute: Callable[..., None], *arguments: Any) -> None:
-        virtual = _of(arguments[-1].root_connection.connection)
+        connection: Connection = arguments[-1].root_connection
+        virtual = _of(connection.connection)
         if ENDS_ALL.match(arguments[1]):
             raise SandboxError(f"{arguments[1]!r} would end the sandbox itself: use the methods that begin and end")
         alone = virtual not in self._open and not virtual.is_lost  # as in autocommit
@@ -150,8 +155,10 @@ class SharedConnection:
         else:
             self._take_turn(virtual)
             self._check_alive()
-        virtual.working = asyncio.current_task()
         try:
+            if alone and not connection.get_execution_options().get(WITHOUT_HOOKS):
+                self._begin_hooks.run(connection)
+            virtual.working = asyncio.current_task()
             execute(*arguments)
         except Exception:
             if alone:
