@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sqlite3
 import threading
 import weakref
@@ -11,17 +12,26 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from time import monotonic
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import AsyncAdaptedQueuePool, Connection, Engine, event
+from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.pool.base import _ConnectionRecord  # pyright: ignore[reportPrivateUsage]
 
+from .errors import IncompatibleTransactionError
 from .failures import sqlstate
 from .terms import TERMS, Terms
 
 BUSY_TIMEOUT = 5.0  # seconds that a statement waits for a lock, in the driver's thread, where it can't be cancelled
 PATIENT = f"PRAGMA busy_timeout={BUSY_TIMEOUT * 1000:.0f};"
+
+
+FOREIGN_KEYS = re.compile(r"\s*PRAGMA\s+(?:\w+\s*\.\s*)?foreign_keys\s*[=(]\s*['\"]?(\w+)", re.IGNORECASE)
+OFF = ("off", "0", "false", "no")
+READS = re.compile(r"\s*(SELECT|PRAGMA|EXPLAIN|VALUES)\b", re.IGNORECASE)
+SENT, LEFT_OFF = "sessionwire_sent", "sessionwire_foreign_keys_off"  # in the info of a connection
 
 
 class FileConnection(sqlite3.Connection):
@@ -105,13 +115,39 @@ def prepare(engine: Engine, *, read_only: bool, patience: float) -> None:
             cursor.execute("PRAGMA query_only=ON")
         cursor.close()
 
+    @event.listens_for(engine, "checkout")
+    def check_foreign_keys(connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
+        if record.info.pop(LEFT_OFF, False):
+            cursor = connection.cursor()
+            cursor.execute("PRAGMA foreign_keys=ON")
+            cursor.close()
+
     if not read_only:
 
         @event.listens_for(engine, "begin")
         def begin(connection: Connection) -> None:
             _begin(connection, patience)
 
+    @event.listens_for(engine, "before_cursor_execute")
+    def executes(connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
+        if switch := FOREIGN_KEYS.match(statement):
+            off = switch[1].lower() in OFF
+            if _driver(connection).in_transaction:
+                _switch_foreign_keys(connection, patience, off=off)
+            if off:
+                connection.info[LEFT_OFF] = True
+        elif not READS.match(statement):
+            connection.info[SENT] = "writes"
+        else:
+            connection.info.setdefault(SENT, "reads")
+
     dialect: Any = engine.dialect
+
+    def set_isolation_level(connection: Any, level: Any) -> None:
+        if level != "AUTOCOMMIT":  # of which _begin() knows; the driver's own setting stays as it is
+            SQLiteDialect.set_isolation_level(dialect, connection, level)
+
+    dialect.set_isolation_level = set_isolation_level
     connect, commit = dialect.connect, dialect.do_commit
 
     def connect_or_abandon(*arguments: Any, **options: Any) -> Any:
@@ -168,7 +204,9 @@ def _begin(connection: Connection, timeout: float) -> None:
     """Begin for real, which the driver leaves until the first write. One that writes takes the write lock now, since a
     transaction that has read cannot wait for it (SQLITE_BUSY_SNAPSHOT); it waits in short turns, to be cancellable.
     """
-    terms: Terms = connection.get_execution_options().get(TERMS, Terms())
+    options = connection.get_execution_options()
+    terms: Terms = options.get(TERMS) or Terms(autocommit=options.get("isolation_level") == "AUTOCOMMIT")
+    connection.info.pop(SENT, None)
     script = f"{PATIENT} PRAGMA query_only={'ON' if terms.read_only else 'OFF'};"
     if terms.writes:
         script += f"PRAGMA busy_timeout=20; BEGIN IMMEDIATE; {PATIENT}"
@@ -188,6 +226,46 @@ def _begin(connection: Connection, timeout: float) -> None:
             busy = sqlstate(error).startswith("SQLITE_BUSY")
             if not busy or not terms.writes or monotonic() > deadline:
                 raise OperationalError("BEGIN", None, error) from error
+
+
+def _driver(connection: Connection) -> Any:
+    return cast(Any, connection.connection.dbapi_connection).driver_connection
+
+
+def _switch_foreign_keys(connection: Connection, timeout: float, *, off: bool) -> None:
+    """Begin the transaction anew with foreign keys on or off: inside of one SQLite ignores the PRAGMA.
+
+    Where the transaction has written, `off` is refused, and "on" holds from its end on.
+    """
+    sent = connection.info.get(SENT)
+    if sent == "writes":
+        if off:
+            raise IncompatibleTransactionError(
+                "SQLite switches foreign keys off only outside of a transaction, and this one has written already: "
+                "execute PRAGMA foreign_keys=OFF before the first write, on this connection"
+            )
+        return
+    adapted: Any = connection.connection.dbapi_connection
+
+    async def version(driver: Any) -> list[Any]:
+        return list(await driver.execute_fetchall("PRAGMA data_version"))  # changes with the commits of others
+
+    async def switch(driver: Any) -> None:
+        await driver.rollback()
+        await driver.execute_fetchall(f"PRAGMA foreign_keys={'OFF' if off else 'ON'}")
+
+    try:
+        before = adapted.run_async(version)
+        adapted.run_async(switch)
+        _begin(connection, timeout)
+        if sent == "reads" and adapted.run_async(version) != before:
+            raise IncompatibleTransactionError(
+                "another transaction committed while foreign keys were switched, so what this one has read is out of "
+                "date: execute the PRAGMA before the first query"
+            )
+    except BaseException:
+        connection.invalidate()  # nothing may go on outside of a transaction
+        raise
 
 
 def remove(file: Path) -> None:

@@ -149,6 +149,11 @@ class SharedConnection:
         virtual = _of(connection.connection)
         if ENDS_ALL.match(arguments[1]):
             raise SandboxError(f"{arguments[1]!r} would end the sandbox itself: use the methods that begin and end")
+        if self._is_sqlite and (switch := sqlite.FOREIGN_KEYS.match(arguments[1])) and switch[1].lower() in sqlite.OFF:
+            raise SandboxError(
+                "foreign keys can't be switched off in a sandbox, which is one transaction: test this on a database, "
+                "a copy of a DatabaseTemplate"
+            )
         alone = virtual not in self._open and not virtual.is_lost  # as in autocommit
         if alone:
             self._begin(virtual)
