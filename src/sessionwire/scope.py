@@ -114,10 +114,14 @@ def scopes_here(owner: Owner) -> set[Scope]:
 def refuse_second_writer(owner: Owner) -> None:
     """Raises `IncompatibleTransactionError` on SQLite inside a transaction that writes, which would never let go."""
     if owner.is_sqlite and any(scope.is_writer for scope in scopes_here(owner)):
-        raise IncompatibleTransactionError(
-            "SQLite has one writer at a time, and the transaction around this block is it: join it, take "
-            "Propagation.NESTED, or do it after its end, with on_commit(), or in a task with detached()"
-        )
+        raise second_writer()
+
+
+def second_writer() -> IncompatibleTransactionError:
+    return IncompatibleTransactionError(
+        "SQLite has one writer at a time, and the transaction around this block is it: join it, take "
+        "Propagation.NESTED, or do it after its end, with on_commit(), or in a task with detached()"
+    )
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:

@@ -7,6 +7,7 @@ import inspect
 import operator
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,8 +25,8 @@ from .errors import ImplicitIOError, ScopeOwnsTransactionError, UncommittedChang
 from .failures import lost_after, name_cause, sqlstate
 from .generators import is_told_otherwise, left_early
 from .levels import Hook
-from .scope import Owner, Scope, entered_twice, refuse_write_of_loop, require_scope, scopes_here
-from .terms import Terms
+from .scope import Owner, Scope, entered_twice, refuse_write_of_loop, require_scope, scopes_here, second_writer
+from .terms import TERMS, Terms
 
 NO_TRANSACTION = "25P01"  # SQLSTATE no_active_sql_transaction
 READ_ONLY = ("25006", "SQLITE_READONLY")
@@ -83,13 +84,13 @@ def call_after_commit(scope: Scope, hook: Hook) -> None:
     session.commit_hooks.add(hook, session.get_nested_transaction())
 
 
-def _guarded(name: str, *, sends: bool = False) -> Callable[..., Any]:
-    """The method as one operation of the scope. One that `sends` a statement is refused where nothing can be awaited.
+def _guarded(name: str, instead: Callable[..., Any] | None = None, *, sends: bool = False) -> Callable[..., Any]:
+    """The method of this name, or the one in its stead, as one operation of the scope.
 
-    That is before it does anything: what it would do first, such as an autoflush or a BEGIN, ends the transaction
-    where it fails half-way.
+    One that `sends` a statement is refused where nothing can be awaited, and that before it does anything: what it
+    would do first, such as an autoflush or a BEGIN, ends the transaction where it fails half-way.
     """
-    method = getattr(Session, name)
+    method: Callable[..., Any] = instead or getattr(Session, name)
 
     @functools.wraps(method)
     def guarded(self: ScopedSession, *args: Any, **options: Any) -> Any:
@@ -183,7 +184,15 @@ def _explain(scope: Scope, error: Exception) -> None:
             "the block around this only reads, by read_only=True or @read_only: write in a transaction() or a "
             "@transactional without read_only"
         )
-    if sqlstate(error).startswith("SQLITE_BUSY") and any(other.is_writer for other in others):
+    if not sqlstate(error).startswith("SQLITE_BUSY"):
+        return
+    has_begun = scope.connection is not None and scope.connection.in_transaction()
+    if has_begun and not scope.terms.writes and not scope.terms.autocommit:
+        error.add_note(
+            "on SQLite a session() that has read can't wait for its turn to write, since what it has read may be out "
+            "of date: take transaction(), which waits before it reads, or roll back, and read and write again"
+        )
+    if any(other.is_writer for other in others):
         error.add_note(
             "SQLite has one writer at a time, and it is the transaction around this block: write in that one"
         )
@@ -191,16 +200,35 @@ def _explain(scope: Scope, error: Exception) -> None:
 
 def _executing(name: str) -> Callable[..., Any]:
     """The guarded method, which takes note of statements that write."""
-    execute = _guarded(name, sends=True)
+    execute = getattr(Session, name)
 
     @functools.wraps(execute)
     def executing(self: ScopedSession, statement: Executable, *args: Any, **options: Any) -> Any:
+        writes = _is_write(statement)
+        if writes:
+            _prepare_to_write(self)
         result = execute(self, statement, *args, **options)
-        if _is_write(statement):
+        if writes:
             self.scope.note_write()
         return result
 
-    return executing
+    return _guarded(name, executing, sends=True)
+
+
+def _prepare_to_write(session: ScopedSession) -> None:
+    """Wait for the write lock of SQLite ahead of the first statement of a transaction, if that one writes.
+
+    Later nothing can wait for the lock: what has been read may be out of date. Raises `IncompatibleTransactionError`
+    inside a transaction that has the lock.
+    """
+    scope = session.scope
+    if scope.written or not scope.owner.is_sqlite:
+        return
+    if any(other.is_writer and other.session.in_transaction() for other in scopes_here(scope.owner) - {scope}):
+        raise second_writer()
+    has_begun = scope.connection is not None and scope.connection.in_transaction()
+    if not (has_begun or scope.terms.writes or scope.terms.read_only or scope.terms.autocommit):
+        session.connection(execution_options={TERMS: replace(scope.terms, writes=True)})
 
 
 def writes(sql: str) -> bool:
@@ -246,6 +274,12 @@ for _name in ("execute", "scalar", "scalars"):
     setattr(ScopedSession, _name, _executing(_name))
 for _name in ("begin", "commit", "rollback", "close", "reset", "invalidate", "prepare"):
     setattr(ScopedSession, _name, _ending(_name))
+
+
+@event.listens_for(ScopedSession, "before_flush")
+def _before_flush(session: ScopedSession, _context: Any, _instances: Any) -> None:
+    if session.scope.pending:
+        _prepare_to_write(session)
 
 
 @event.listens_for(ScopedSession, "after_flush")
