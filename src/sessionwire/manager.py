@@ -323,6 +323,10 @@ class DatabaseSessionManager:
         # what must hold at the begin of each transaction must hold for reads too
         return bool(self.begin_hooks) or not self.settings.read_only_connections
 
+    @property
+    def engine_for_reference(self) -> AsyncEngine:
+        return (self._engines or Engines(self.settings)).primary
+
     def open_scope(self, terms: Terms) -> Scope:
         engine = self._admit().on(terms)
         session = AsyncSession(engine, sync_session_class=ScopedSession, expire_on_commit=False)

@@ -16,7 +16,7 @@ from typing import Protocol
 from greenlet import getcurrent
 from sqlalchemy import Connection
 from sqlalchemy.exc import PendingRollbackError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from .ending import finish_commit, finish_rollback
@@ -55,6 +55,11 @@ class Owner(Protocol):
     @property
     def reads_in_transactions(self) -> bool:
         """Whether what only reads cannot go without a transaction here."""
+        ...
+
+    @property
+    def engine_for_reference(self) -> AsyncEngine:
+        """The engine, also of one that is not open yet. Raises `NotInitializedError` where no settings are known."""
         ...
 
     def open_scope(self, terms: Terms) -> Scope:

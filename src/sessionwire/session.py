@@ -8,14 +8,14 @@ import operator
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from types import FrameType, TracebackType
+from types import FrameType, MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from greenlet import getcurrent, greenlet
 from sqlalchemy import Connection, Executable, TextClause, event
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute, RelationshipProperty, Session, SessionTransaction
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.exc import DetachedInstanceError
@@ -25,11 +25,21 @@ from .errors import ImplicitIOError, ScopeOwnsTransactionError, UncommittedChang
 from .failures import lost_after, name_cause, sqlstate
 from .generators import is_told_otherwise, left_early
 from .levels import Hook
-from .scope import Owner, Scope, entered_twice, refuse_write_of_loop, require_scope, scopes_here, second_writer
+from .scope import (
+    Owner,
+    Scope,
+    current_scope,
+    entered_twice,
+    refuse_write_of_loop,
+    require_scope,
+    scopes_here,
+    second_writer,
+)
 from .terms import TERMS, Terms
 
 NO_TRANSACTION = "25P01"  # SQLSTATE no_active_sql_transaction
 READ_ONLY = ("25006", "SQLITE_READONLY")
+DISCARDING = ("close", "reset", "invalidate")
 WRITING_VERBS = ("INSERT", "UPDATE", "DELETE", "MERGE", "REPLACE", "TRUNCATE", "COPY")
 
 
@@ -245,6 +255,8 @@ def _ending(name: str) -> Callable[..., Any]:
 
     @functools.wraps(end)
     def ending(self: ScopedSession, *args: Any, **options: Any) -> Any:
+        if name in DISCARDING and not self.scope.blocks:
+            return None  # the end of its block has done so; close_all_sessions() comes by here
         if self.scope.transaction is not None and not options.get("nested"):
             raise _owned(name)
         if name == "commit" and self.scope.blocks and (reason := self.scope.failure):
@@ -408,6 +420,9 @@ class SessionBlock(EnteredAsync):
             )
 
 
+NO_INFO = cast("dict[Any, Any]", MappingProxyType({}))
+
+
 class CurrentSession(AsyncSession):
     """Behaves as the `AsyncSession` of the scope in which it is used; holds none itself, and is never closed.
 
@@ -432,6 +447,16 @@ class CurrentSession(AsyncSession):
 
     _proxied = sync_session
 
+    @property  # type: ignore[misc]  # where AsyncSession has an attribute
+    def bind(self) -> AsyncEngine | AsyncConnection | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The engine of the scope's session; outside of a block the manager's, for those who ask for its dialect."""
+        return self._owner.engine_for_reference if current_scope(self._owner) is None else self._current.bind
 
-for _name in ("bind", "binds", "_async_bind", "_async_binds", "_translate_binds"):
+    @property
+    def info(self) -> dict[Any, Any]:
+        """The `info` of the scope's session; outside of a block it is empty, and takes nothing."""
+        return NO_INFO if current_scope(self._owner) is None else self.sync_session.info
+
+
+for _name in ("binds", "_async_bind", "_async_binds", "_translate_binds"):
     setattr(CurrentSession, _name, property(operator.attrgetter(f"_current.{_name}")))
