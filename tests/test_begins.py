@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import insert, text
 from sqlalchemy.exc import DBAPIError
 
-from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
+from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings, Propagation
 
 from .cluster import cluster
 from .conftest import Postgres, checked_out, notes
@@ -113,3 +113,19 @@ async def test_one_that_a_standby_refused_leaves_its_connection_clean_also_after
                 await session.execute(insert(Note).values(text="kept"))
                 assert await session.scalar(text("SELECT pg_backend_pid()")) == pid
             assert await servers.standby.execute("SELECT text FROM note") == [("kept",)]
+
+
+class TestByHand(OnPostgres):
+    """One that SQLAlchemy and asyncpg know nothing of."""
+
+    @pytest.fixture
+    def settings(self, database_url: str) -> DatabaseSettings:
+        return DatabaseSettings(url=database_url, pool=ONE)
+
+    async def test_where_it_is_left_open_its_connection_is_gone(self, manager: DatabaseSessionManager) -> None:
+        async with manager.transaction(Propagation.NOT_SUPPORTED) as session:
+            await session.execute(text("BEGIN"))
+            await session.execute(insert(Note).values(text="lost"))
+        assert checked_out(manager) == 0
+        await write(manager, "next")
+        assert await notes(manager) == ["next"]

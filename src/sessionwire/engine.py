@@ -196,6 +196,13 @@ class Engines:
             if monotonic() - record.info[LAST_USED] > self._settings.pool.ping_after:
                 self._ping(connection.driver_connection)
 
+        @event.listens_for(engine.sync_engine, "checkin")
+        def drop_unclean(connection: AdaptedConnection | None, record: ConnectionPoolEntry) -> None:
+            """Not even a BEGIN that was sent as a statement is left to the next one."""
+            driver: Any = connection and connection.driver_connection
+            if driver is not None and not driver.is_closed() and driver.is_in_transaction():
+                record.invalidate()
+
         return engine
 
     def _sqlite(self, read_only: bool) -> AsyncEngine:
