@@ -1,0 +1,82 @@
+"""`python -m tests.faults [scenario …] [--runs N] [--seed N]`, and `python -m tests.faults soak`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from dataclasses import fields
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.cluster import server
+
+from .run import run
+from .scenarios import SCENARIOS
+from .verdict import Counts, Verdict
+
+
+def main() -> int:
+    options = parse()
+    if options.names == ["soak"]:
+        from .soak import soak
+
+        return asyncio.run(soak(options.seconds or 180))
+    names = options.names or list(SCENARIOS)
+    verdicts = asyncio.run(run_all(names, options.runs or len(names), options.seed, options.seconds or 1.5))
+    show(verdicts)
+    return 1 if any(verdict.violations for verdict in verdicts) else 0
+
+
+def parse() -> argparse.Namespace:
+    described = "\n".join(f"  {one.name:34}{one.faults.__doc__}" for one in SCENARIOS.values())
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__package__}",
+        description=f"Lets things go wrong under load, and counts what comes of it:\n{described}\n"
+        "  soak                              the ledger's server under load: its memory may not grow",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="scenario", help="without a name, all in turn")
+    parser.add_argument("--runs", type=int, help="how many in all (default: one of each scenario)")
+    parser.add_argument("--seed", type=int, default=1, help="of the first run; it is counted up (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, help="of faults in a run (default: 1.5), or of the soak (180)")
+    options = parser.parse_args()
+    if unknown := sorted(set(options.names) - {*SCENARIOS, "soak"}):
+        parser.error(f"there is no {', '.join(unknown)}")
+    return options
+
+
+async def run_all(names: list[str], runs: int, seed: int, seconds: float) -> list[Verdict]:
+    verdicts: list[Verdict] = []
+    async with server(tcp=True) as shared:
+        for number in range(runs):
+            name = names[number % len(names)]
+            verdict = await run(SCENARIOS[name], seed + number // len(names), shared, seconds)
+            verdicts.append(verdict)
+            if verdict.violations:
+                print(verdict, file=sys.stderr)
+                print(f"  again: python -m {__package__} {name} --runs 1 --seed {verdict.seed}", file=sys.stderr)
+    return verdicts
+
+
+def show(verdicts: list[Verdict]) -> None:
+    """A line for each scenario: its runs' counts summed up, and the longest of their times."""
+    table = Table("scenario", box=None)
+    for name in ("runs", *(count.name for count in fields(Counts))):
+        table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
+    for name in [*dict.fromkeys(verdict.scenario for verdict in verdicts), "all"]:
+        counts = [verdict.counts for verdict in verdicts if name in (verdict.scenario, "all")]
+        table.add_row(name, str(len(counts)), *(_summed_up(count.name, counts) for count in fields(Counts)))
+    Console(highlight=False, width=250).print(table)
+
+
+def _summed_up(name: str, counts: list[Counts]) -> str:
+    values = [value for one in counts if (value := getattr(one, name)) is not None]
+    if not values:
+        return "-"
+    return str(sum(values)) if isinstance(values[0], int) else f"{max(values):.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The verdict finds what is wrong, where something is."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy.orm import Session
+
+from .callers import Answer, Call
+from .verdict import Counts, Living, Verdict, judge_calls, recovery
+
+
+def call(answer: Answer, *, commits: int = 0, rollbacks: int = 0, transfer: int | None = None) -> Call:
+    asked = Call(0, "key", limit=1, deadline=None, answer=answer, transfer=transfer, attempts=1)
+    asked.commits, asked.rollbacks = commits, rollbacks
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("asked", "rows", "transfers", "wrong"),
+    [
+        (call(Answer.ACKNOWLEDGED, commits=1, transfer=7), 1, {7}, {}),
+        (call(Answer.ACKNOWLEDGED, commits=1, transfer=7), 1, set(), {"lost": 1}),
+        (call(Answer.ACKNOWLEDGED, transfer=7), 0, {7}, {"lost": 1, "wrong_hooks": 1}),
+        (call(Answer.ACKNOWLEDGED, commits=1, transfer=7), 2, {7}, {"doubled": 1}),
+        (call(Answer.ACKNOWLEDGED, commits=2, transfer=7), 1, {7}, {"wrong_hooks": 1}),
+        (call(Answer.REFUSED, rollbacks=1), 0, set(), {}),
+        (call(Answer.REFUSED, rollbacks=1), 1, {7}, {"ghosts": 1, "wrong_hooks": 1}),
+        (call(Answer.REFUSED), 0, set(), {"wrong_hooks": 1}),
+        (call(Answer.CANCELLED, commits=1), 1, {7}, {}),
+        (call(Answer.CANCELLED, commits=1), 0, set(), {"wrong_hooks": 1}),
+        (call(Answer.UNKNOWN), 1, {7}, {}),
+        (call(Answer.UNKNOWN), 0, set(), {}),
+        (call(Answer.UNKNOWN, rollbacks=1), 0, set(), {"wrong_hooks": 1}),
+    ],
+)
+def test_each_call_is_held_against_the_books(
+    asked: Call, rows: int, transfers: set[int], wrong: dict[str, int]
+) -> None:
+    verdict = Verdict("", 0)
+    judge_calls(verdict, [asked], {0: rows}, transfers)
+    assert verdict.counts == Counts(**{str(asked.answer): 1, "attempts": 1, **wrong})
+    verdict.counts.acknowledged += 1  # for one that has proved something
+    assert verdict.violations == [f"{name}: {number}" for name, number in wrong.items()]
+
+
+def test_times_are_held_against_their_bounds() -> None:
+    assert not Verdict("", 0, Counts(acknowledged=1, overrun=0.4, recovery=1.9)).violations
+    assert len(Verdict("", 0, Counts(overrun=0.6, recovery=2.1)).violations) == 3  # and nothing was acknowledged
+
+
+def test_recovery_ends_with_the_last_failure() -> None:
+    def at(ended: float, answer: Answer, began: float) -> Call:
+        return Call(0, "", 1, None, began=began, ended=ended, answer=answer)
+
+    before, first = at(9.0, Answer.REFUSED, 8.0), at(10.5, Answer.ACKNOWLEDGED, 10.1)
+    assert recovery([before], 10.0) == float("inf")
+    assert recovery([before, first], 10.0) == 0.5
+    assert recovery([before, first, at(11.0, Answer.UNKNOWN, 9.0)], 10.0) == 1.0
+
+
+def test_what_is_alive_is_counted() -> None:
+    before = Living()
+    left = Session()
+    assert Living().sessions == before.sessions + 1
+    del left
+    assert Living().sessions == before.sessions

@@ -1,0 +1,136 @@
+"""What a run has come to: the counts, and which of them break a promise of the library."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+
+import aiosqlite
+import asyncpg
+from sqlalchemy.orm import Session
+
+from sessionwire.scope import Scope
+
+from .callers import Answer, Call
+
+GRACE = 0.5  # seconds by which a limit may be exceeded
+RECOVERY = 2.0  # seconds after the server's return until nobody notices any more that it was away
+
+
+@dataclass
+class Counts:
+    """Everything that is counted in a run. What stands below `attempts` is to be 0, or within its bound."""
+
+    # calls, by what they were answered
+    acknowledged: int = 0
+    refused: int = 0
+    unknown: int = 0
+    cancelled: int = 0
+    attempts: int = 0  # of all calls
+    # calls, by what the books say to that
+    lost: int = 0  # acknowledged, and not in the books
+    ghosts: int = 0  # refused, and in the books
+    doubled: int = 0  # in the books more than once
+    wrong_hooks: int = 0  # whose hooks ran otherwise than they ended
+    wrong_accounts: int = 0  # whose balance is not what its transfers make
+    # what is left
+    connections_over: int = 0  # as the server counts them, beyond the pool's bound: a second after the last call
+    connections_left: int = 0  # as the server counts them: a second after the manager was closed
+    tasks_left: int = 0
+    sessions_left: int = 0  # objects, and the next two: alive though nobody uses them
+    scopes_left: int = 0
+    drivers_left: int = 0
+    reports: int = 0  # to the event loop's exception handler
+    # seconds
+    longest: float = 0.0  # that a caller was stuck
+    overrun: float = 0.0  # the longest over the limits of its call: patience, deadline, and the commit's or rollback's
+    recovery: float | None = None  # from the server's return to the last failure; none: it was not away
+
+
+ZERO = tuple(one.name for one in fields(Counts))[5:-3]  # the counts that are to be 0
+
+
+@dataclass
+class Verdict:
+    scenario: str
+    seed: int
+    counts: Counts = field(default_factory=Counts)
+    details: list[str] = field(default_factory=list)  # of what is wrong: for the reader
+
+    @property
+    def violations(self) -> list[str]:
+        counts = self.counts
+        found = [f"{name}: {getattr(counts, name)}" for name in ZERO if getattr(counts, name)]
+        if counts.overrun > GRACE:
+            found.append(f"a caller was stuck {counts.overrun:.2f} s longer than the settings say")
+        if counts.recovery is not None and counts.recovery > RECOVERY:
+            found.append(f"failures until {counts.recovery:.2f} s after the server's return")
+        if not counts.acknowledged:
+            found.append("nothing was acknowledged, so nothing is proved")
+        return found
+
+    def __str__(self) -> str:
+        lines = [*self.violations, *self.details]
+        counts = ", ".join(f"{name}: {value}" for name, value in asdict(self.counts).items() if value)
+        return "\n  ".join([f"{self.scenario}, seed {self.seed}: {counts}", *lines])
+
+
+def judge_calls(verdict: Verdict, calls: Iterable[Call], rows: Mapping[int, int], transfers: set[int]) -> None:
+    """Hold each call against its rows in `witness`, and the transfer that it was given against those in the books."""
+    counts = verdict.counts
+    for call in calls:
+        setattr(counts, call.answer, getattr(counts, call.answer) + 1)
+        counts.attempts += call.attempts
+        committed = rows.get(call.number, 0)
+        wrong: list[str] = []
+        is_booked = committed and call.transfer in transfers | {None}
+        if call.answer is Answer.ACKNOWLEDGED and not is_booked:
+            counts.lost += 1
+            wrong.append("lost")
+        if call.answer is Answer.REFUSED and committed:
+            counts.ghosts += 1
+            wrong.append("a ghost")
+        if committed > 1:
+            counts.doubled += 1
+            wrong.append("doubled")
+        if (call.commits, call.rollbacks) != _due(call, committed):
+            counts.wrong_hooks += 1
+            wrong.append(f"on_commit ran {call.commits} times, on_rollback {call.rollbacks}")
+        if wrong:
+            answer = f"{call.answer} {call.said}".strip()
+            about = f"{call.attempts} attempts in {call.ended - call.began:.2f} s, {committed} of them in the books"
+            verdict.details.append(f"call {call.number}: {', '.join(wrong)}; {answer}; {about}")
+
+
+def _due(call: Call, committed: int) -> tuple[int, int]:
+    """How often its hooks are to run, after a commit and after a rollback."""
+    if call.answer is Answer.UNKNOWN or not call.attempts:
+        return 0, 0
+    return (1, 0) if committed else (0, 1)
+
+
+def recovery(calls: Iterable[Call], returned: float) -> float:
+    """Seconds from the server's return to the last failure, or to the first success where there was no failure."""
+    after = [call for call in calls if call.ended > returned and not call.is_fair]
+    failures = [call.ended for call in after if call.answer in (Answer.REFUSED, Answer.UNKNOWN)]
+    successes = [call.ended for call in after if call.answer is Answer.ACKNOWLEDGED and call.began > returned]
+    if not successes:
+        return float("inf")
+    return max([min(successes), *failures]) - returned
+
+
+class Living:
+    """How many objects of each kind are alive."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        types = Counter(map(type, gc.get_objects()))
+        self.sessions = _of(types, Session)
+        self.scopes = _of(types, Scope)
+        self.drivers = _of(types, asyncpg.Connection, aiosqlite.Connection)
+
+
+def _of(types: Mapping[type, int], *kinds: type) -> int:
+    return sum(count for one, count in types.items() if issubclass(one, kinds))
