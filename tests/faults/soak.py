@@ -119,7 +119,7 @@ class Client:
 @asynccontextmanager
 async def _ledger(database_url: str) -> AsyncIterator[tuple[Process, int]]:
     """The running process, and its port."""
-    with tempfile.TemporaryDirectory(prefix="ledger-") as directory, (Path(directory) / "log").open("w") as log:
+    with tempfile.TemporaryDirectory(prefix="ledger-") as directory, (Path(directory) / "log").open("w+") as log:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "ledger", "serve", "--port", "0"),
             stdout=PIPE,
@@ -131,7 +131,8 @@ async def _ledger(database_url: str) -> AsyncIterator[tuple[Process, int]]:
             assert process.stdout is not None
             said = (await process.stdout.readline()).decode()
             address = re.fullmatch(r"ledger: http://127\.0\.0\.1:(\d+)\n", said)
-            assert address, said
+            log.seek(0)
+            assert address, said or log.read()
             yield process, int(address[1])
         finally:
             with suppress(ProcessLookupError):

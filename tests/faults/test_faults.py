@@ -6,11 +6,14 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
+from sqlalchemy import delete
 
 from tests.cluster import Server, server
 
+from .__main__ import main
+from .callers import Manner, witness
 from .run import run
-from .scenarios import SCENARIOS
+from .scenarios import POOL, SCENARIOS, Place, Scenario, World
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -31,3 +34,30 @@ async def test_each_promise_is_kept(scenario: str, shared: Server) -> None:
 async def test_so_it_is_with_other_seeds(scenario: str, seed: int, shared: Server) -> None:
     verdict = await run(SCENARIOS[scenario], seed, shared, seconds=1.5)
     assert not verdict.violations, str(verdict)
+
+
+async def forget(world: World) -> None:
+    """What was committed is gone: no library could prevent that."""
+    await world.is_busy()
+    async with world.manager.connect() as connection:
+        await connection.execute(delete(witness))
+
+
+def test_a_violation_is_told_with_the_seed_that_repeats_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(SCENARIOS, "forget", Scenario("forget", Place.FILE, forget, Manner(), POOL))
+    monkeypatch.setattr("sys.argv", ["faults", "nothing_file", "forget", "--seed", "3", "--seconds", "0.1"])
+
+    assert main() == 1
+
+    table, told = capsys.readouterr()
+    assert [line.split()[:2] for line in table.splitlines()[2:]] == [
+        ["nothing_file", "1"],
+        ["forget", "1"],
+        ["all", "2"],
+    ]
+    assert "forget, seed 3: " in told
+    assert "\n  lost: " in told
+    assert told.endswith("\n  again: python -m tests.faults forget --runs 1 --seed 3\n")
+    assert "nothing_file" not in told
