@@ -26,7 +26,7 @@ from tests.cluster import Cluster, Server, cluster
 from .callers import Callers, witness
 from .network import FaultyNetwork
 from .scenarios import APPLICATION, DATABASE, Place, Scenario, World
-from .verdict import Living, Verdict, judge_calls, recovery
+from .verdict import Living, Verdict, judge_calls, judge_recovery
 
 COMMIT = ROLLBACK = 1.0  # seconds: how long their answers are waited for
 LONGEST = 60  # of a whole run
@@ -122,7 +122,7 @@ async def _run(scenario: Scenario, seed: int, shared: Server, seconds: float) ->
             await _judge(verdict, callers, books)
     counts.tasks_left = await _within_a_second(lambda: _tasks_besides(tasks))
     if world.returned is not None:
-        counts.recovery = recovery(callers.calls, world.returned)
+        judge_recovery(verdict, callers.calls, world.returned)
     counts.longest = max(call.ended - call.began for call in callers.calls)
     counts.overrun = max(call.ended - call.began - call.limit for call in callers.calls) - max(COMMIT, ROLLBACK)
     return verdict

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy.orm import Session
 
 from .callers import Answer, Call
-from .verdict import Counts, Living, Verdict, judge_calls, recovery
+from .verdict import Counts, Living, Verdict, judge_calls, judge_recovery
 
 
 def call(answer: Answer, *, commits: int = 0, rollbacks: int = 0, transfer: int | None = None) -> Call:
@@ -52,10 +52,15 @@ def test_recovery_ends_with_the_last_failure() -> None:
     def at(ended: float, answer: Answer, began: float) -> Call:
         return Call(0, "", 1, None, began=began, ended=ended, answer=answer)
 
+    def recovery(*calls: Call) -> float | None:
+        verdict = Verdict("", 0)
+        judge_recovery(verdict, calls, returned=10.0)
+        return verdict.counts.recovery
+
     before, first = at(9.0, Answer.REFUSED, 8.0), at(10.5, Answer.ACKNOWLEDGED, 10.1)
-    assert recovery([before], 10.0) == float("inf")
-    assert recovery([before, first], 10.0) == 0.5
-    assert recovery([before, first, at(11.0, Answer.UNKNOWN, 9.0)], 10.0) == 1.0
+    assert recovery(before) == float("inf")
+    assert recovery(before, first) == 0.5
+    assert recovery(before, first, at(11.0, Answer.UNKNOWN, 9.0)) == 1.0
 
 
 def test_what_is_alive_is_counted() -> None:

@@ -111,14 +111,18 @@ def _due(call: Call, committed: int) -> tuple[int, int]:
     return (1, 0) if committed else (0, 1)
 
 
-def recovery(calls: Iterable[Call], returned: float) -> float:
-    """Seconds from the server's return to the last failure, or to the first success where there was no failure."""
+def judge_recovery(verdict: Verdict, calls: Iterable[Call], returned: float) -> None:
+    """From the server's return to the last failure, or to the first success where there was no failure."""
     after = [call for call in calls if call.ended > returned and not call.is_fair]
-    failures = [call.ended for call in after if call.answer in (Answer.REFUSED, Answer.UNKNOWN)]
+    failures = [call for call in after if call.answer in (Answer.REFUSED, Answer.UNKNOWN)]
     successes = [call.ended for call in after if call.answer is Answer.ACKNOWLEDGED and call.began > returned]
-    if not successes:
-        return float("inf")
-    return max([min(successes), *failures]) - returned
+    last = max((call.ended for call in failures), default=returned)
+    verdict.counts.recovery = (max(last, min(successes)) if successes else float("inf")) - returned
+    if verdict.counts.recovery > RECOVERY:
+        said = Counter(call.said for call in failures if call.ended > returned + 1).most_common(3)
+        verdict.details += [
+            f"{count} times, a second after the server's return and later: {what}" for what, count in said
+        ]
 
 
 class Living:
