@@ -29,6 +29,7 @@ from .embedded import EmbeddedServer
 from .errors import CommitOutcomeUnknownError, ConfigurationError, NotInitializedError, UnexpectedRollbackError
 from .failures import watch_disconnects, watch_failures
 from .hooks import BeginHooks
+from .savepoints import keep_connections
 from .settings import DatabaseSettings
 from .terms import TERMS, Terms
 from .url import LIBPQ_KEYS, DatabaseURL, typed_arguments
@@ -135,6 +136,7 @@ class Engines:
         self._begin_hooks.watch(engine.sync_engine, autocommit=read_only)
         if not read_only:  # whose connections have no transactions
             watch_failures(engine.sync_engine)
+            keep_connections(engine.sync_engine)
         return engine
 
     def _create(self, url: URL, read_only: bool, arguments: dict[str, Any], **options: Any) -> AsyncEngine:

@@ -123,8 +123,10 @@ def after(first: BaseException | None, later: BaseException, what: str) -> BaseE
 def lost_after(reason: BaseException) -> UnexpectedRollbackError:
     """What to raise where all seemed well, but a failure was caught on the way."""
     error = UnexpectedRollbackError(
-        "what was done was rolled back, although this block ended well, because of a failure that was caught in it: "
-        f"{in_short(reason)}; what may fail and be caught belongs into transaction(Propagation.NESTED)"
+        str(reason)  # which has a remedy of its own
+        if isinstance(reason, UnexpectedRollbackError)
+        else "what was done was rolled back, although this block ended well, because of a failure that was caught in "
+        f"it: {in_short(reason)}; what may fail and be caught belongs into transaction(Propagation.NESTED)"
     )
     error.__cause__ = reason
     return error
@@ -157,6 +159,16 @@ def _may_write(connection: Connection | None) -> bool:
         return False
     options = connection.get_execution_options()
     return not (options.get("postgresql_readonly") or options.get(TERMS, Terms()).read_only)
+
+
+def note_failure(connection: Connection, error: BaseException, *, whole: bool = False) -> None:
+    """Count it as a failure of the innermost savepoint, or of the `whole` transaction."""
+    found = _failures_of(connection)
+    if whole:
+        found.errors.insert(0, error)
+        found.savepoints = [before + 1 for before in found.savepoints]
+    else:
+        found.errors.append(error)
 
 
 def watch_failures(engine: Engine) -> None:

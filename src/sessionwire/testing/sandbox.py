@@ -23,6 +23,7 @@ from sessionwire.errors import SandboxError
 from sessionwire.failures import watch_disconnects, watch_failures
 from sessionwire.hooks import WITHOUT_HOOKS
 from sessionwire.manager import DatabaseSessionManager, give_back
+from sessionwire.savepoints import keep_connections
 from sessionwire.scope import current_scope, scopes_here
 from sessionwire.terms import TERMS, Terms
 
@@ -169,6 +170,7 @@ class SandboxEngines(Engines):
         watch_disconnects(engine)
         self._manager.begin_hooks.watch(engine)
         watch_failures(engine)
+        keep_connections(engine)
         return engine
 
     def _begins(self, connection: Connection) -> None:

@@ -1,0 +1,264 @@
+"""Statements that are cancelled inside a savepoint: they are stopped, and no more than the savepoint is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+
+import pytest
+from sqlalchemy import insert, select, text
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from sessionwire import (
+    DatabaseSessionManager,
+    Propagation,
+    TransactionTimeoutError,
+    UnexpectedRollbackError,
+)
+from sessionwire.testing import sandbox
+
+from .conftest import Postgres, checked_out, notes
+from .postgres import Network, OnPostgres, kill, running, through, until
+from .stepping import each_cancellation
+from .tables import Note
+
+SOON = 0.3
+MARGIN = 1.0  # for a busy machine: half a second is meant
+NESTED = Propagation.NESTED
+READ = {
+    "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n",
+    "postgresql": "SELECT pg_sleep(60)",
+}
+
+
+@pytest.fixture(autouse=True)
+async def nothing_is_left_behind(manager: DatabaseSessionManager) -> AsyncIterator[None]:
+    """After each test the pool is whole, the next transaction works, and no cancellation is pending."""
+    yield
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+    assert checked_out(manager) == 0
+    async with asyncio.timeout(5), manager.transaction() as session:
+        session.add(Note(text="the next one"))
+        await session.flush()
+        manager.transaction.set_rollback_only()
+
+
+Way = Callable[[DatabaseSessionManager, AsyncSession, str], Awaitable[None]]
+
+
+async def by_deadline(manager: DatabaseSessionManager, session: AsyncSession, sql: str) -> None:
+    with pytest.raises(TransactionTimeoutError):
+        async with manager.transaction(NESTED, timeout=SOON):
+            await session.execute(insert(Note).values(text="lost"))
+            await session.execute(text(sql))
+
+
+async def by_deadline_of_a_joined_block(manager: DatabaseSessionManager, session: AsyncSession, sql: str) -> None:
+    with pytest.raises(TransactionTimeoutError):
+        async with manager.transaction(NESTED):
+            await session.execute(insert(Note).values(text="lost"))
+            async with manager.transaction(timeout=SOON):
+                await session.execute(text(sql))
+
+
+async def by_timeout_outside(manager: DatabaseSessionManager, session: AsyncSession, sql: str) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(SOON), manager.transaction(NESTED):
+            await session.execute(insert(Note).values(text="lost"))
+            await session.execute(text(sql))
+
+
+async def by_timeout_inside(manager: DatabaseSessionManager, session: AsyncSession, sql: str) -> None:
+    with pytest.raises(UnexpectedRollbackError, match="let the cancellation leave the block of the savepoint"):
+        async with manager.transaction(NESTED):
+            await session.execute(insert(Note).values(text="lost"))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SOON):
+                    await session.execute(text(sql))
+
+
+async def by_hand(manager: DatabaseSessionManager, session: AsyncSession, sql: str) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(SOON), session.begin_nested():
+            await session.execute(insert(Note).values(text="lost"))
+            await session.execute(text(sql))
+
+
+WAYS = [by_deadline, by_deadline_of_a_joined_block, by_timeout_outside, by_timeout_inside, by_hand]
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_the_transaction_goes_on(manager: DatabaseSessionManager, backend: str, way: Way) -> None:
+    async with manager.transaction() as session:
+        session.add(Note(text="before"))
+        await session.flush()
+        began = time.monotonic()
+        await way(manager, session, READ[backend])
+        assert time.monotonic() - began < SOON + MARGIN
+        assert list(await session.scalars(select(Note.text))) == ["before"]
+        session.add(Note(text="behind"))
+    assert await notes(manager) == ["before", "behind"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_in_a_sandbox_too(manager: DatabaseSessionManager, backend: str, way: Way) -> None:
+    async with sandbox(manager):
+        async with manager.transaction() as session:
+            session.add(Note(text="before"))
+            await session.flush()
+            await way(manager, session, READ[backend])
+            session.add(Note(text="behind"))
+        assert await notes(manager) == ["before", "behind"]
+
+
+async def test_the_savepoint_around_goes_on(manager: DatabaseSessionManager, backend: str) -> None:
+    async with manager.transaction() as session:
+        session.add(Note(text="transaction"))
+        async with manager.transaction(NESTED):
+            session.add(Note(text="savepoint"))
+            await by_deadline(manager, session, READ[backend])
+            session.add(Note(text="behind"))
+    assert await notes(manager) == ["behind", "savepoint", "transaction"]
+
+
+async def test_it_can_happen_again(manager: DatabaseSessionManager, backend: str) -> None:
+    async with manager.transaction() as session:
+        for number in range(3):
+            await by_deadline(manager, session, READ[backend])
+            session.add(Note(text=str(number)))
+    assert await notes(manager) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("again_after", [None, 1], ids=["once", "twice"])
+async def test_a_cancellation_at_any_await_loses_the_savepoint_or_tells(
+    manager: DatabaseSessionManager, again_after: int | None
+) -> None:
+    """Also where it strikes a statement that writes, and one whose rows have not been fetched yet."""
+
+    async def work() -> None:
+        try:
+            async with manager.transaction() as session:
+                session.add(Note(text="outer"))
+                await session.flush()
+                with suppress(asyncio.CancelledError):
+                    async with manager.transaction(NESTED):
+                        session.add_all([Note(text="inner"), Note(text="inner too")])  # INSERT … RETURNING
+                        await session.flush()
+                        await session.scalars(select(Note.text))
+                    ended.append("released")
+                await session.scalar(select(1))
+            ended.append("kept")
+        except UnexpectedRollbackError:
+            ended.append("told")
+
+    seen: list[list[str]] = []
+    ended: list[str] = []
+    async for _ in each_cancellation(work, again_after=again_after):
+        kept = await notes(manager)
+        if "told" in ended:
+            assert kept == []
+        elif "kept" in ended:
+            assert kept == (["inner", "inner too", "outer"] if "released" in ended else ["outer"])
+            seen.append(kept)
+        else:  # the cancellation struck outside of the savepoint, perhaps the commit
+            assert kept in ([], ["inner", "inner too", "outer"])
+        async with manager.connect() as connection:
+            await connection.execute(text("DELETE FROM note"))
+        ended.clear()
+    if again_after is None:
+        assert seen.count(["outer"]) >= 3
+
+
+class TestOnSQLite:
+    @pytest.fixture
+    def backend(self) -> str:
+        return "sqlite"
+
+    async def test_a_write_that_is_done_soon_is_waited_for(self, manager: DatabaseSessionManager) -> None:
+        """SQLite undoes the whole transaction where a write is interrupted."""
+
+        def wait(seconds: float) -> str:
+            time.sleep(seconds)
+            return "lost"
+
+        async with manager.transaction() as session:
+            session.add(Note(text="outer"))
+            connection = await (await session.connection()).get_raw_connection()
+            assert connection.driver_connection is not None
+            await connection.driver_connection.create_function("wait", 1, wait)
+            with pytest.raises(TimeoutError):
+                async with manager.transaction(NESTED):
+                    async with asyncio.timeout(0.02):
+                        await session.execute(text("INSERT INTO note (text) VALUES (wait(0.1)) RETURNING id"))
+        assert await notes(manager) == ["outer"]
+
+    async def test_one_that_is_not_costs_the_transaction_and_says_so(self, manager: DatabaseSessionManager) -> None:
+        sql = f"INSERT INTO note (text) {READ['sqlite']}"
+        began = time.monotonic()
+        with pytest.raises(UnexpectedRollbackError, match=r"could not be stopped within .* run the whole") as raised:
+            async with manager.transaction() as session:
+                session.add(Note(text="outer"))
+                await by_deadline(manager, session, sql)
+                assert time.monotonic() - began < SOON + MARGIN
+                with pytest.raises(UnexpectedRollbackError, match="not be stopped within"):
+                    await session.scalar(select(1))
+        assert isinstance(raised.value.__cause__, UnexpectedRollbackError)
+        assert await notes(manager) == []
+
+
+class TestOnPostgres(OnPostgres):
+    async def test_the_server_has_stopped_it(self, manager: DatabaseSessionManager, postgres: Postgres) -> None:
+        async with manager.transaction() as session:
+            await by_deadline(manager, session, "SELECT pg_sleep(60)")
+            assert not await running(postgres, manager, "SELECT pg_sleep%")
+
+    async def test_a_write_and_a_wait_for_a_lock_are_stopped_as_well(self, manager: DatabaseSessionManager) -> None:
+        async with manager.transaction() as session:
+            session.add(Note(text="locked"))
+        async with manager.transaction() as session:
+            session.add(Note(text="outer"))
+            await by_deadline(manager, session, "INSERT INTO note (text) SELECT 'lost too' FROM pg_sleep(60)")
+            async with manager.connect() as other:
+                await other.execute(text("SELECT * FROM note FOR UPDATE"))
+                await by_deadline(manager, session, "SELECT * FROM note WHERE text = 'locked' FOR UPDATE")
+        assert await notes(manager) == ["locked", "outer"]
+
+    async def test_a_server_that_does_not_answer_costs_the_transaction_and_says_so(
+        self, manager: DatabaseSessionManager, postgres: Postgres, database_url: str
+    ) -> None:
+        network = Network()
+        async with through(network, postgres, database_url, rollback_timeout=0.3) as remote:
+            with pytest.raises(UnexpectedRollbackError, match="not be stopped within"):
+                async with remote.transaction() as session:
+                    await session.execute(insert(Note).values(text="outer"))
+                    with pytest.raises(TransactionTimeoutError):
+                        async with remote.transaction(NESTED, timeout=SOON):
+                            await session.execute(select(1))
+                            network.swallows = True
+                            began = time.monotonic()
+                            await session.execute(select(1))
+                    assert time.monotonic() - began < SOON + MARGIN
+            assert checked_out(remote) == 0
+        assert await notes(manager) == []
+
+    async def test_so_does_one_whose_process_ends_meanwhile(
+        self, manager: DatabaseSessionManager, postgres: Postgres
+    ) -> None:
+        async def work() -> None:
+            async with manager.transaction() as session:
+                await session.execute(insert(Note).values(text="outer"))
+                with suppress(asyncio.CancelledError):
+                    async with manager.transaction(NESTED):
+                        await session.execute(text("SELECT pg_sleep(60)"))
+
+        task = asyncio.create_task(work())
+        await until(lambda: running(postgres, manager, "SELECT pg_sleep%"))
+        await kill(postgres, manager, "SELECT pg_sleep%")
+        task.cancel()
+        await asyncio.wait((task,))
+        assert task.exception() is not None
+        assert await notes(manager) == []
