@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 CHECKOUT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 @pytest.fixture
@@ -78,3 +81,14 @@ def test_an_interpreter_that_is_not_there_leaves_the_environment_alone(project: 
     assert ended.returncode != 0
     assert "python3.99" in ended.stderr
     assert (project / ".venv" / "installed-from").exists()
+
+
+def test_each_place_names_the_pythons_that_are_supported() -> None:
+    supported = [match[1] for line in PROJECT["classifiers"] if (match := re.search(r"Python :: (3\.\d+)$", line))]
+    lowest, *newer = supported
+    assert PROJECT["requires-python"] == f">={lowest}"
+    for file, words in (
+        ("README.md", f"Python {lowest} to {newer[-1]},"),
+        (".ci/newest", f"for version in {' '.join(reversed(newer))}; do"),
+    ):
+        assert words in (CHECKOUT / file).read_text(encoding="utf-8")
