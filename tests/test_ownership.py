@@ -30,6 +30,7 @@ from sessionwire.session import SessionBlock
 from .conftest import DATABASE, Postgres, notes
 from .postgres import OnPostgres, until
 from .tables import Note
+from .test_manager import long_statement
 
 CHECKOUT = Path(__file__).parents[1]
 BEGIN = """
@@ -204,6 +205,41 @@ class TestAfterItsLoop:
         loop = asyncio.new_event_loop()
         loop.run_until_complete(begin())
         loop.close()
+        asyncio.run(write("kept"))
+        kept.clear()
+        gc.collect()
+        print(asyncio.run(texts()))
+        asyncio.run(manager.close())
+        gc.collect()
+        """
+        assert run(program, database_url) == ["['kept']"]
+
+    @pytest.mark.parametrize("how", ["cancelled", "dropped"])
+    def test_a_statement_that_it_was_running_is_no_hindrance(self, how: str, backend: str, database_url: str) -> None:
+        # a server doesn't look for its client before the end of a statement
+        statement = "SELECT pg_sleep(1)" if backend == "postgresql" else long_statement(backend)
+        program = f"""
+        manager.init(sys.argv[1])
+        asyncio.run(tables())
+
+        async def work():
+            async with manager.transaction() as session:
+                session.add(Note(text="lost"))
+                await session.flush()
+                await session.execute(text({statement!r}))
+
+        async def begin():
+            task = asyncio.create_task(work())
+            task._log_destroy_pending = False
+            kept.append(task)
+            await asyncio.sleep(0.3)
+
+        if {how == "cancelled"}:
+            asyncio.run(begin())
+        else:
+            loop = asyncio.new_event_loop()
+            loop.run_until_complete(begin())
+            loop.close()
         asyncio.run(write("kept"))
         kept.clear()
         gc.collect()
@@ -459,12 +495,15 @@ class TestInAForkedProcess:
                 if kind == "session":
                     await opened.commit()
 
-        for kind in ("transaction", "session", "connect"):
+        async def leave(kind):
             try:
-                asyncio.run(parent(kind))
+                await parent(kind)
             except OSError:
                 sys.stdout.flush()
-                os._exit(0)
+                os._exit(0)  # the parent's event loop is not the child's to end
+
+        for kind in ("transaction", "session", "connect"):
+            asyncio.run(leave(kind))
         print(asyncio.run(texts()))
         asyncio.run(manager.close())
         """

@@ -298,20 +298,20 @@ class Engines:
 
     def abandon(self, *, is_forked: bool) -> None:
         """Drop all connections without awaiting: their event loop is closed, or they are the parent process's."""
-        in_use = [record.dbapi_connection for record in self._records if record.in_use]
+        in_use = [record.driver_connection for record in self._records if record.in_use]
         for record in self._records:
             record.fairy_ref = None  # the garbage collector would give it back
         for engine in (self._reading, self.primary):
             engine.sync_engine.dispose(close=False)
         for task in cast(set[Any], self._endings):
             task._log_destroy_pending = False
-        for connection in self._connections:
-            driver = connection.driver_connection
+        for driver in {connection.driver_connection for connection in self._connections} | set(self._ended):
             if self.is_sqlite:
-                sqlite.drop(driver, is_forked=is_forked, is_idle=connection not in in_use)
+                is_idle = driver not in in_use and driver not in self._ended
+                sqlite.drop(driver, is_forked=is_forked, is_idle=is_idle)
             elif hasattr(driver, "_transport"):  # asyncpg's
                 _drop(driver, is_forked=is_forked)
-        self._connections, self._endings = set(), set()
+        self._connections, self._endings, self._ended = set(), set(), weakref.WeakSet()
 
     async def dispose(self) -> None:
         """Close the pools and remove a temporary file."""

@@ -57,7 +57,7 @@ class AlreadyInitializedError(SessionwireError):
 
 
 class OwnershipError(SessionwireError):
-    """The manager was first used in another event loop, or in the process that this one was forked from."""
+    """The manager belongs to another event loop, which is open, or to the process that this one was forked from."""
 
 
 class ScopeError(SessionwireError):

@@ -25,6 +25,7 @@ from .failures import sqlstate
 from .terms import TERMS, Terms
 
 BUSY_TIMEOUT = 5.0  # seconds that a statement waits for a lock, in the driver's thread, where it can't be cancelled
+STOP_TIMEOUT = 1.0  # seconds for the driver's thread to end
 PATIENT = f"PRAGMA busy_timeout={BUSY_TIMEOUT * 1000:.0f};"
 
 
@@ -185,19 +186,34 @@ def drop(driver: Any, *, is_forked: bool, is_idle: bool) -> None:
 
     There an idle one is closed by hand: while SQLite knows of it, it would take the parent's locks for its own.
     """
-    if not is_forked and driver._thread.is_alive():
-        with suppress(ValueError, sqlite3.ProgrammingError):  # closed
-            driver._conn.interrupt()
-        stopping = Thread(target=driver.stop)  # in a thread without a loop, to which its answer would come too late
-        stopping.start()
-        stopping.join()
-        return
+    if not is_forked:
+        _stop_thread(driver)
+        if driver._thread.is_alive():
+            return  # it closes it when it comes to that
     if is_idle or not is_forked:
         with suppress(ValueError, sqlite3.Error):
+            if not is_forked:
+                driver._conn.rollback()  # an unfinished cursor would keep its lock
             driver._conn.close()
         driver._connection = None  # it would warn that it is not closed
     else:
         _inherited.append(driver)  # in the middle of something, which finalizers would end
+
+
+def _stop_thread(driver: Any) -> None:
+    """Stop what runs in it. It fails to tell the closed loop, and would say so on the standard error output."""
+    driver._thread._invoke_excepthook = _ignore
+    stopping = Thread(target=driver.stop)  # in a thread without a loop, to which its answer would come too late
+    stopping.start()
+    stopping.join()
+    deadline = monotonic() + STOP_TIMEOUT
+    while driver._thread.is_alive() and monotonic() < deadline:
+        with suppress(ValueError, sqlite3.ProgrammingError):  # closed
+            driver._conn.interrupt()
+        driver._thread.join(0.01)
+
+
+def _ignore(_: object) -> None: ...
 
 
 def _begin(connection: Connection, timeout: float) -> None:
