@@ -13,6 +13,7 @@ test without async code leaves that step out, so that it serves the loop that th
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import shutil
 import warnings
@@ -32,6 +33,7 @@ from .lifespan import Lifespan, databases
 from .manager import DatabaseSessionManager
 from .settings import DatabaseSettings
 from .testing import DatabaseCopy, DatabaseTemplate, overriding, sandbox
+from .testing.interruptible import Interruptible
 from .testing.leaks import Watch, WatchedEngines
 from .testing.managers import managers_of
 from .testing.overrides import by_name
@@ -76,6 +78,28 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     node.workerinput["sessionwire_directory"] = str(node.config.stash[DIRECTORY])
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Let a test in a sandbox be ended by an error of a task that it doesn't await."""
+    if not (isinstance(item, pytest.Function) and "container" in item.fixturenames):
+        return (yield)
+    test = item.obj
+    if not inspect.iscoroutinefunction(test):
+        return (yield)
+
+    @functools.wraps(test)
+    async def interruptible(*args: Any, **options: Any) -> Any:
+        __tracebackhide__ = True
+        with Interruptible():
+            return await test(*args, **options)
+
+    item.obj = interruptible
+    try:
+        return (yield)
+    finally:
+        item.obj = test
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -27,6 +27,7 @@ from sessionwire.savepoints import keep_connections
 from sessionwire.scope import current_scope, scopes_here
 from sessionwire.terms import TERMS, Terms
 
+from .interruptible import Interruptible
 from .leaks import GRACE, Watch
 from .managers import managers_of
 from .parties import PARTY, Party, party_of
@@ -42,7 +43,8 @@ async def sandbox(database: D, *, check_deferred: bool = False, patience: float 
     Commits, rollbacks, retries, hooks and every kind of scope mean what they mean elsewhere. Concurrent tasks take
     turns: from the first statement of its transaction to its end, a task has the connection. One that waits for a
     transaction in which nothing happens for `patience` seconds, or which cannot end before the one that waits, raises
-    `SandboxError`. Deferred constraints are checked at the commit if `check_deferred` is set, else never.
+    `SandboxError`, and where that is raised in a task that nobody awaits, it ends the block. Deferred constraints
+    are checked at the commit if `check_deferred` is set, else never.
 
     Raises `SandboxError` at the end where a scope, a connection or a task was left open, and says where.
     """
@@ -75,7 +77,8 @@ async def _sandbox(manager: DatabaseSessionManager, check_deferred: bool, patien
         error: BaseException | None = None
         with manager.replaced_engines(lambda real: SandboxEngines(manager, real, shared, watch)):
             try:
-                yield
+                with Interruptible():
+                    yield
             except BaseException as raised:
                 error = raised
             left: list[str] = []

@@ -9,6 +9,7 @@ import re
 import sqlite3
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, cast
 
 from sqlalchemy import Connection, Pool, PoolProxiedConnection, event
@@ -22,6 +23,7 @@ from sessionwire.hooks import WITHOUT_HOOKS, BeginHooks
 from sessionwire.session import WRITING_VERBS
 from sessionwire.terms import Terms
 
+from .interruptible import Interruptible, innermost, is_unheard
 from .parties import Party
 from .where import where_is
 
@@ -32,6 +34,7 @@ ENDS_ALL = re.compile(
     r"|ROLLBACK(?!\s+((WORK|TRANSACTION)\s+)?TO\b))\b",
     re.IGNORECASE | re.DOTALL,
 )
+GRACE = 0.5  # seconds for somebody to ask a task for its error
 POLL = 0.05  # seconds between two looks at what a task awaits
 
 
@@ -103,13 +106,21 @@ class SharedConnection:
 
     async def _wait(self, virtual: VirtualConnection) -> None:
         loop, holder, task = asyncio.get_running_loop(), self._open[-1], asyncio.current_task()
+        reason = ""
         if holder.is_idle:
             if holder.party.task is task:
-                raise _deadlock(virtual, holder, "which this very task has left open")
-            if _awaits(holder.party.task, task):
-                raise _deadlock(virtual, holder, "which waits for this task")
-            if loop.time() >= holder.last_used + self._patience:
-                raise _deadlock(virtual, holder, f"in which nothing has happened for {self._patience:g} s")
+                reason = "which this very task has left open"
+            elif _awaits(holder.party.task, task):
+                reason = "which waits for this task"
+            elif loop.time() >= holder.last_used + self._patience:
+                reason = f"in which nothing has happened for {self._patience:g} s"
+        if reason:
+            error = _deadlock(virtual, holder, reason)
+            if (block := innermost()) is not None:
+                for each in asyncio.all_tasks():
+                    if each is task or _awaits(each, task):  # to whom the error goes
+                        each.add_done_callback(partial(_listen, block, error))
+            raise error
         # not with asyncio.timeout(): it may end in another task than it began in, by to_the_end()
         await asyncio.wait((self._changed,), timeout=min(POLL, self._patience) if holder.is_idle else None)
 
@@ -392,6 +403,18 @@ def _awaits(task: asyncio.Task[Any] | None, other: asyncio.Task[Any] | None) -> 
         waiter = getattr(each, "_fut_waiter", None)
         found += [awaited for awaited in getattr(waiter, "_children", [waiter]) if awaited not in found]
     return other in found[1:]
+
+
+def _listen(block: Interruptible, error: SandboxError, task: asyncio.Task[Any]) -> None:
+    """End the block where this task has ended with the error and nobody asks for it: what waits may do so for good."""
+
+    def listen() -> None:
+        if is_unheard(task):
+            block.interrupt(error)
+            task.exception()  # asyncio need not tell of it too
+
+    if is_unheard(task):
+        task.get_loop().call_later(GRACE, listen)
 
 
 def _deadlock(virtual: VirtualConnection, holder: VirtualConnection, reason: str) -> SandboxError:
