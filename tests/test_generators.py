@@ -301,6 +301,15 @@ class TestLeftEarlyWithNothingLost:
 class TestLeftByAnError:
     """An error or a cancellation is not replaced: it tells that the work was not done."""
 
+    async def test_an_exit_that_is_raised_by_hand_is_an_error_as_any_other(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
+        with pytest.raises(GeneratorExit):
+            async with manager.transaction():
+                await service.add("lost")
+                raise GeneratorExit
+        assert await notes(manager) == []
+
     @pytest.mark.parametrize("kind", ["transaction", "session", "connect"])
     async def test_the_error_of_the_loop_goes_on_with_a_note(
         self, manager: DatabaseSessionManager, service: Notes, kind: str

@@ -23,7 +23,7 @@ from .errors import (
     UnexpectedRollbackError,
 )
 from .failures import cut_off, lost_after, origin
-from .generators import is_told_otherwise, left_early
+from .generators import is_left_early, is_told_otherwise, left_early
 from .hooks import WITHOUT_HOOKS, run_hooks
 from .levels import Hook, Level, Transaction
 from .plan import Plan, Propagation
@@ -172,7 +172,7 @@ class TransactionBlock(EnteredAsync):
                 await self._check_and_flush()
             except BaseException as found:
                 failure = found
-        elif isinstance(error, GeneratorExit):
+        elif is_left_early(error):
             loses_work = self._loses_work()
             lost = left_early(self._level.doomed_by if self._level is not None else None)
             if loses_work and not is_told_otherwise(lost):

@@ -311,7 +311,8 @@ class Engines:
                 sqlite.drop(driver, is_forked=is_forked, is_idle=is_idle)
             elif hasattr(driver, "_transport"):  # asyncpg's
                 _drop(driver, is_forked=is_forked)
-        self._connections, self._endings, self._ended = set(), set(), weakref.WeakSet()
+        self._connections, self._endings = set(), set()
+        self._ended = weakref.WeakKeyDictionary()
 
     async def dispose(self) -> None:
         """Close the pools and remove a temporary file."""

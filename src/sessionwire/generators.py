@@ -46,6 +46,14 @@ def is_at_yield(frame: FrameType) -> bool:
     return frame.f_back is None and code[position] == RESUME and code[position + 1] & 3 == AFTER_YIELD
 
 
+def is_left_early(error: BaseException | None) -> bool:
+    """Tell whether this error closes an async generator, and was not raised by hand."""
+    traceback = error.__traceback__ if isinstance(error, GeneratorExit) else None
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and bool(traceback.tb_frame.f_code.co_flags & CO_ASYNC_GENERATOR)
+
+
 def left_early(cause: BaseException | None = None) -> UnexpectedRollbackError:
     """Make the error of a block whose generator was closed or dropped after something was done in the block."""
     error = UnexpectedRollbackError(

@@ -19,7 +19,7 @@ from .ending import finish_commit, finish_rollback, to_the_end
 from .engine import Engines
 from .errors import AlreadyInitializedError, ConnectionFailedError, NotInitializedError, OwnershipError
 from .failures import cut_off, failures, lost_after, name_cause
-from .generators import is_told_otherwise, left_early
+from .generators import is_left_early, is_told_otherwise, left_early
 from .hooks import WITHOUT_HOOKS, BeginHooks
 from .scope import Scope, current_scope, refuse_second_writer, running_loop, scopes_here
 from .session import ScopedSession, SessionBlock, writes
@@ -216,7 +216,7 @@ class DatabaseSessionManager:
             except GeneratorExit as left:
                 error = left
                 lost = left_early()
-                if not written or is_told_otherwise(lost):
+                if not (written and is_left_early(left)) or is_told_otherwise(lost):
                     raise
                 error = lost
                 raise lost from None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from greenlet import getcurrent, greenlet
 from sqlalchemy import Connection, Executable, TextClause, event
-from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.exc import InvalidRequestError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute, RelationshipProperty, Session, SessionTransaction
@@ -21,9 +21,9 @@ from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.exc import DetachedInstanceError
 from sqlalchemy.util import await_only
 
-from .errors import ImplicitIOError, ScopeOwnsTransactionError, UncommittedChangesWarning
+from .errors import ImplicitIOError, ScopeOwnsTransactionError, UncommittedChangesWarning, UnexpectedRollbackError
 from .failures import lost_after, name_cause, sqlstate
-from .generators import is_told_otherwise, left_early
+from .generators import is_left_early, is_told_otherwise, left_early
 from .levels import Hook
 from .scope import (
     Owner,
@@ -117,6 +117,8 @@ def _guarded(name: str, instead: Callable[..., Any] | None = None, *, sends: boo
                 name_cause(error, [scope.failure] if scope.failure else [])
             else:
                 scope.last_error = error
+            if isinstance(error, InvalidRequestError) and isinstance(scope.failure, UnexpectedRollbackError):
+                raise lost_after(scope.failure) from scope.failure  # which does not advise to call rollback()
             is_over = not self.is_active or getattr(error, "connection_invalidated", False)
             if scope.terms.autocommit and is_over and not self.in_nested_transaction():
                 Session.rollback(self)  # what comes next stands alone
@@ -402,16 +404,15 @@ class SessionBlock(EnteredAsync):
         scope = self._scope
         if scope.leave_elsewhere(error):
             return
-        is_left_early = isinstance(error, GeneratorExit)
-        lost = (error is None or is_left_early) and (scope.written or scope.pending)
-        failure = left_early() if lost and is_left_early else None
+        lost = (error is None or is_left_early(error)) and (scope.written or scope.pending)
+        failure = left_early() if lost and error is not None else None
         if failure is not None and is_told_otherwise(failure):
             failure = None
         scope.leave(self._block)
         await scope.close(failure or error)
         if failure is not None:
             raise failure
-        if lost and not is_left_early:
+        if lost and error is None:
             warnings.warn(
                 "a session() block ended with changes that are now lost: call commit() or rollback() in it, "
                 "or use transaction(), which commits at its end",
