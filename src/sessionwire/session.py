@@ -234,12 +234,12 @@ def _prepare_to_write(session: ScopedSession) -> None:
     inside a transaction that has the lock.
     """
     scope = session.scope
-    if scope.written or not scope.owner.is_sqlite:
+    if scope.written or scope.terms.read_only or not scope.owner.is_sqlite:
         return
     if any(other.is_writer and other.session.in_transaction() for other in scopes_here(scope.owner) - {scope}):
         raise second_writer()
     has_begun = scope.connection is not None and scope.connection.in_transaction()
-    if not (has_begun or scope.terms.writes or scope.terms.read_only or scope.terms.autocommit):
+    if not (has_begun or scope.terms.writes or scope.terms.autocommit):
         session.connection(execution_options={TERMS: replace(scope.terms, writes=True)})
 
 

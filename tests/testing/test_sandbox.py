@@ -368,6 +368,12 @@ async def test_one_inside_a_read_only_transaction_may_write_on_sqlite_and_is_ref
 async def test_what_a_rollback_takes_with_it_that_would_be_kept_elsewhere_is_told(
     inside: DatabaseSessionManager, caplog: pytest.LogCaptureFixture
 ) -> None:
+    if inside.is_sqlite:  # where it is refused, as without a sandbox
+        async with inside.transaction() as session, inside.transaction(Propagation.NOT_SUPPORTED) as audit:
+            await session.execute(select(Note))
+            with pytest.raises(IncompatibleTransactionError, match="one writer at a time"):
+                await audit.execute(insert(Note).values(text="refused"))
+        return
     with caplog.at_level(logging.WARNING, "sessionwire"), suppress(ZeroDivisionError):
         async with inside.transaction() as session:  # the outer one
             await session.execute(select(Note))
