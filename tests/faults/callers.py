@@ -69,9 +69,8 @@ class Manner:
     accounts: int = 40
     plain: float = 0.3  # share of the calls that only leave a mark, on default terms: transfers are SERIALIZABLE
     patience: float = 3.0  # seconds after which a caller gives up
-    cancelled: float = (
-        0.0  # share of the calls that are cancelled within `cancelled_within` seconds, some of them twice
-    )
+    cancelled: float = 0.0  # share of the calls that are cancelled within `cancelled_within` seconds
+    times: int = 2  # at most: a second cancellation may strike what ends the call after the first one
     cancelled_within: float = 0.05
     deadlines: float = 0.0  # share of the calls within a transaction that has a deadline, up to `deadline` seconds
     deadline: float = 0.05
@@ -145,7 +144,8 @@ class Callers:
             self.calls.append(call)
             ask = self._ask(call, source, target, amount)
             if is_cancelled and random.random() < 0.5:
-                await _cancelled(asyncio.create_task(ask), limit, twice=random.random() < 0.3)
+                again = [random.uniform(0, 0.03) for _ in range(random.randrange(manner.times))]
+                await _cancelled(asyncio.create_task(ask), [limit, *again])
             else:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(ask, limit if is_cancelled else manner.patience)
@@ -182,12 +182,12 @@ class Callers:
             call.transfer = booked.id
 
 
-async def _cancelled(task: asyncio.Task[None], after: float, *, twice: bool) -> None:
-    """Wait for its end, after it was cancelled."""
-    if not (await asyncio.wait((task,), timeout=after))[0]:
+async def _cancelled(task: asyncio.Task[None], pauses: list[float]) -> None:
+    """Cancel it after each of these pauses, and wait for its end."""
+    for pause in pauses:
+        if (await asyncio.wait((task,), timeout=pause))[0]:
+            break
         task.cancel()
-        if twice and not (await asyncio.wait((task,), timeout=after / 4))[0]:
-            task.cancel()
-        await asyncio.wait((task,))
+    await asyncio.wait((task,))
     if not task.cancelled():
         task.result()

@@ -191,7 +191,7 @@ async def black_hole(world: World) -> None:
 
 @scenario(Place.SERVER, Place.FILE, manner=Manner(callers=20, cancelled=0.8))
 async def cancelled_calls(world: World) -> None:
-    """Most calls are cancelled at random moments, some of them twice."""
+    """Most calls are cancelled at random moments, some of them more than once."""
     async for _ in world.moments(0.1):
         pass
 
@@ -210,12 +210,13 @@ async def cancelled_calls_on_a_slow_network(world: World) -> None:
 
 @scenario(
     Place.SERVER,
-    manner=Manner(callers=30, cancelled=0.8, cancelled_within=0.1),
+    manner=Manner(callers=12, plain=0, patience=1, cancelled=0.9, cancelled_within=0.25, times=4),
     pool=PoolSettings(size=2, max_overflow=2, timeout=2),
 )
 async def cancelled_calls_behind_a_lock(world: World) -> None:
     """The same where each statement waits for a lock that somebody else has, also long after the last call."""
     await world.is_busy()
+    world.network.delays(0.01)
     other = await asyncpg.connect(host=world.server.host, user="postgres", database=DATABASE)
     world.until_counted.push_async_callback(other.close)
     await other.execute("BEGIN; LOCK TABLE account")
