@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import asyncpg
@@ -102,7 +103,7 @@ async def manager(settings: DatabaseSettings) -> AsyncIterator[DatabaseSessionMa
         async with manager.connect() as connection:
             await connection.run_sync(manager.metadata.create_all, checkfirst=False)
         yield manager
-        assert checked_out(manager) == 0
+        await assert_all_returned(manager)
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +118,15 @@ def checked_out(manager: DatabaseSessionManager) -> int:
     pool = manager.engine.pool
     assert isinstance(pool, QueuePool)
     return pool.checkedout()
+
+
+async def assert_all_returned(manager: DatabaseSessionManager) -> None:
+    """A place in the pool is free once its connection is closed, which goes on in the background."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(5):
+            while checked_out(manager):
+                await asyncio.sleep(0.01)
+    assert checked_out(manager) == 0
 
 
 async def notes(manager: DatabaseSessionManager) -> list[str]:

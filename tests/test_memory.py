@@ -6,7 +6,7 @@ import asyncio
 import gc
 import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -44,6 +44,15 @@ async def manager(settings: DatabaseSettings) -> AsyncIterator[DatabaseSessionMa
                 )
             )
         yield manager
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_other_tests_is_counted() -> Iterator[None]:
+    """It would also make each collection slower."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 Way = Callable[[DatabaseSessionManager], Awaitable[None]]

@@ -20,7 +20,7 @@ from sessionwire import (
 )
 
 from .cluster import cluster
-from .conftest import Postgres, checked_out, notes
+from .conftest import Postgres, assert_all_returned, notes
 from .postgres import Network, OnPostgres, at_commit, through, until
 from .proxy import Line
 from .tables import Note
@@ -109,7 +109,7 @@ class TestLostAnswers(OnPostgres):
         """A manager that reaches the database through it."""
         async with through(network, postgres, database_url, commit_timeout=0.3, rollback_timeout=0.3) as remote:
             yield remote
-            assert checked_out(remote) == 0
+            await assert_all_returned(remote)
 
     @pytest.mark.parametrize(("how", "cancelled"), [("cut", False), ("swallowed", False), ("swallowed", True)])
     async def test_that_of_a_read_only_transaction_is_no_error(
@@ -237,7 +237,7 @@ async def test_a_commit_whose_wait_for_a_synchronous_standby_was_cancelled_is_co
                 await primary.execute(f"SELECT pg_cancel_backend(pid) FROM ({WAITING}) AS waiting")
                 with pytest.raises(CommitOutcomeUnknownError, match="committed here, perhaps not replicated"):
                     await task
-                assert checked_out(manager) == 0
+                await assert_all_returned(manager)
             assert await notes(manager) == [*kept, "5 2"]
 
             ran: list[str] = []

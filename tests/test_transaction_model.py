@@ -82,6 +82,7 @@ class Session:
     pending: bool = False  # added and not yet flushed
     written: bool = False
     used: bool = False  # since its transaction began: on SQLite it has the lock
+    waiting: list[str] = field(default_factory=list)  # for the next commit of a session()
 
 
 @dataclass
@@ -173,10 +174,13 @@ class Model:
             self.hooks_run += [name for _, name in sorted(due(level, "commit" if kept else "rollback"))]
         return error
 
-    def end(self, session: Session, *, kept: bool) -> None:
-        """Commit or roll back."""
+    def end(self, session: Session, *, kept: bool, by_session: bool = False) -> None:
+        """Commit or roll back. A block in which nothing has begun leaves the hooks of its session() waiting."""
         if kept:
             self.rows |= session.levels[0].rows
+        if by_session or session.used or session.pending or session.written:
+            self.hooks_run += session.waiting if kept else []
+            session.waiting = []
         session.levels = [Level()]
         session.pending = session.written = session.used = False
 
@@ -219,6 +223,8 @@ class Model:
         if self.in_transaction:
             self._hooks_given += 1
             self.level.hooks.append((self._hooks_given, when, name))
+        elif when == "commit" and self.session.kind == "bare":
+            self.session.waiting.append(name)
         elif when == "commit":
             if is_async:
                 return TransactionRequiredError
@@ -229,13 +235,13 @@ class Model:
         if self.in_transaction:
             return ScopeOwnsTransactionError
         doomed = self.level.doomed
-        self.end(self.session, kept=not doomed)
+        self.end(self.session, kept=not doomed, by_session=True)
         return UnexpectedRollbackError if doomed else None
 
     def rollback(self) -> Error:
         if self.in_transaction:
             return ScopeOwnsTransactionError
-        self.end(self.session, kept=False)
+        self.end(self.session, kept=False, by_session=True)
         return None
 
 

@@ -202,7 +202,7 @@ class TestTransactional:
             @transactional
             async def write(self) -> None: ...
 
-        with pytest.raises(TypeError, match=r"the attribute 'transaction' of Incomplete is NoneType"):
+        with pytest.raises(TypeError, match=r"the attribute 'transaction' of Incomplete is missing"):
             await Incomplete().write()
 
         with pytest.raises(TypeError, match="neither a parameter 'transaction' nor a self"):

@@ -16,7 +16,7 @@ from sqlalchemy import delete, insert
 
 from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
 
-from .conftest import checked_out, notes
+from .conftest import assert_all_returned, notes
 from .stepping import each_cancellation
 from .tables import Note
 
@@ -106,7 +106,7 @@ def test_each_end_is_what_it_is_without_the_tool(database_url: str, loop: str, t
             async with DatabaseSessionManager(settings) as manager:
                 assert await write_in_each_way(manager) == ["committed", "rolled back"]
                 assert await notes(manager) == ["connection", "session", "transaction"]
-                assert checked_out(manager) == 0
+                await assert_all_returned(manager)
 
     with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
         runner.run(work())
@@ -127,7 +127,7 @@ def test_a_cancellation_at_any_await_leaves_all_or_nothing(
                     results.append(await notes(manager))
                     async with manager.transaction() as session:
                         await session.execute(delete(Note))
-            assert checked_out(manager) == 0
+            await assert_all_returned(manager)
             assert [] in results
             assert results[-1] == ["a", "b"]
             assert all(written in ([], ["a", "b"]) for written in results)
@@ -136,6 +136,8 @@ def test_a_cancellation_at_any_await_leaves_all_or_nothing(
         runner.run(work())
 
 
+# a wrapper that is cancelled before its first step awaits nothing of the driver's own tasks
+@pytest.mark.filterwarnings("ignore:coroutine 'Connection._cancel' was never awaited:RuntimeWarning")
 @pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
 def test_a_loop_that_cancels_all_its_tasks_leaves_all_or_nothing(database_url: str, tool: Callable[[], Any]) -> None:
     """As when the loop is shut down: a task that ends something for another one may be cancelled before it starts."""
@@ -156,7 +158,7 @@ def test_a_loop_that_cancels_all_its_tasks_leaves_all_or_nothing(database_url: s
                     assert await notes(manager) in ([], ["a", "b"])
                     async with manager.transaction() as session:
                         await session.execute(delete(Note))
-            assert checked_out(manager) == 0
+            await assert_all_returned(manager)
 
     with asyncio.Runner() as runner:
         runner.run(work())

@@ -358,6 +358,11 @@ class Scope:
         begun = self.transaction is not None and not self.terms.read_only
         return begun or (self.written and not self.terms.autocommit)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether its transaction has begun in the database."""
+        return self.connection is not None and self.connection.in_transaction()
+
     def note_write(self) -> None:
         self.written = True
         self.work += 1

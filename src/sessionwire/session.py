@@ -198,8 +198,7 @@ def _explain(scope: Scope, error: Exception) -> None:
         )
     if not sqlstate(error).startswith("SQLITE_BUSY"):
         return
-    has_begun = scope.connection is not None and scope.connection.in_transaction()
-    if has_begun and not scope.terms.writes and not scope.terms.autocommit:
+    if scope.has_begun and not scope.terms.writes and not scope.terms.autocommit:
         error.add_note(
             "on SQLite a session() that has read can't wait for its turn to write, since what it has read may be out "
             "of date: take transaction(), which waits before it reads, or roll back, and read and write again"
@@ -236,10 +235,9 @@ def _prepare_to_write(session: ScopedSession) -> None:
     scope = session.scope
     if scope.written or scope.terms.read_only or not scope.owner.is_sqlite:
         return
-    if any(other.is_writer and other.session.in_transaction() for other in scopes_here(scope.owner) - {scope}):
+    if any(other.is_writer and other.has_begun for other in scopes_here(scope.owner) - {scope}):
         raise second_writer()
-    has_begun = scope.connection is not None and scope.connection.in_transaction()
-    if not (has_begun or scope.terms.writes or scope.terms.autocommit):
+    if not (scope.has_begun or scope.terms.writes or scope.terms.autocommit):
         session.connection(execution_options={TERMS: replace(scope.terms, writes=True)})
 
 

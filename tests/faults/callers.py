@@ -28,6 +28,9 @@ witness = Table("witness", MetaData(), Column("call", Integer, nullable=False))
 calling: ContextVar[Call] = ContextVar("calling")
 
 
+CONFLICTS = ("40001", "40P01")  # SQLSTATEs: on a busy machine they outlast the retries, with or without a fault
+
+
 class Answer(StrEnum):
     ACKNOWLEDGED = "acknowledged"
     REFUSED = "refused"
@@ -48,7 +51,7 @@ class Call:
     ended: float = 0.0
     answer: Answer = Answer.CANCELLED  # as it stays where the call was cancelled before its first step
     said: str = ""  # the error in short: the error itself would keep alive what must not be left
-    is_fair: bool = False  # refused by the ledger, or for its own deadline: no fault need be behind that
+    is_fair: bool = False  # refused by the ledger, for its own deadline or by a conflict: no fault need be behind that
     transfer: int | None = None
     attempts: int = 0  # that had hooks
     commits: int = 0  # that a hook was told of
@@ -164,7 +167,9 @@ class Callers:
             is_unknown = isinstance(error, CommitOutcomeUnknownError)
             call.answer = Answer.UNKNOWN if is_unknown else Answer.REFUSED
             call.said = f"{type(error).__name__}: {getattr(error, 'orig', None) or error}".partition("\n")[0]
-            call.is_fair = isinstance(error, (LedgerError, TransactionTimeoutError)) and not isinstance(error, Busy)
+            is_conflict = getattr(getattr(error, "orig", None), "sqlstate", None) in CONFLICTS
+            is_refused = isinstance(error, (LedgerError, TransactionTimeoutError)) and not isinstance(error, Busy)
+            call.is_fair = is_conflict or is_refused
         finally:
             call.ended = monotonic()
 
