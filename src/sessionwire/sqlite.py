@@ -103,18 +103,16 @@ ARGUMENTS = {
 def prepare(engine: Engine, *, read_only: bool, patience: float) -> None:
     """What is asked of each connection. One that writes waits so many seconds for the lock."""
 
+    query_only = f"PRAGMA query_only={'ON' if read_only else 'OFF'};"
+
     @event.listens_for(engine, "connect")
     def connected(connection: Any, _record: Any) -> None:
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA foreign_keys=ON")
         try:
-            cursor.execute("PRAGMA journal_mode=WAL")
+            _run(connection, f"PRAGMA foreign_keys=ON; PRAGMA journal_mode=WAL; {query_only}")
         except Exception as error:
-            if not sqlstate(error).startswith("SQLITE_READONLY"):  # a file that can't be written stays as it is
+            if not sqlstate(error).startswith("SQLITE_READONLY"):
                 raise
-        if read_only:
-            cursor.execute("PRAGMA query_only=ON")
-        cursor.close()
+            _run(connection, query_only)  # a file that can't be written stays as it is
 
     @event.listens_for(engine, "checkout")
     def check_foreign_keys(connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
@@ -228,15 +226,10 @@ def _begin(connection: Connection, timeout: float) -> None:
         script += f"PRAGMA busy_timeout=20; BEGIN IMMEDIATE; {PATIENT}"
     elif not terms.autocommit:
         script += "BEGIN;"
-    driver_connection: Any = connection.connection.dbapi_connection
-
-    def execute(driver: Any) -> Any:
-        return driver.executescript(script)
-
     deadline = monotonic() + timeout
     while True:
         try:
-            driver_connection.run_async(execute)
+            _run(connection.connection.dbapi_connection, script)
             return
         except Exception as error:
             busy = sqlstate(error).startswith("SQLITE_BUSY")
@@ -282,6 +275,18 @@ def _switch_foreign_keys(connection: Connection, timeout: float, *, off: bool) -
     except BaseException:
         connection.invalidate()  # nothing may go on outside of a transaction
         raise
+
+
+def _run(connection: Any, script: str) -> None:
+    """Run a script. Cancelled or not, it leaves no cursor unfinished, as statements do.
+
+    That of `PRAGMA journal_mode` can't be ended any more once the file is gone.
+    """
+
+    def execute(driver: Any) -> Any:
+        return driver.executescript(script)
+
+    connection.run_async(execute)
 
 
 def remove(file: Path) -> None:
