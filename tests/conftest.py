@@ -21,7 +21,8 @@ from sessionwire.testing.server import hurry, temporary_directory
 from .tables import Note
 
 DATABASE = "tests"
-CONNECTED = "SELECT query, state FROM pg_stat_activity WHERE datname = $1"
+CONNECTED_TO = "FROM pg_stat_activity WHERE datname = "
+CONNECTED = f"SELECT query, state {CONNECTED_TO}$1"
 
 
 class Postgres:
@@ -87,6 +88,9 @@ async def database_url(server: Postgres | None, tmp_path: Path) -> AsyncIterator
             while left := await administrator.fetch(CONNECTED, DATABASE):
                 await asyncio.sleep(0.002)  # a server process outlives its client for a moment
     finally:
+        await administrator.execute(
+            f"SELECT pg_terminate_backend(pid) {CONNECTED_TO}'{DATABASE}'"
+        )  # not of the next test
         await administrator.close()
     assert not left
 

@@ -25,7 +25,7 @@ from sessionwire import (
     transactional,
 )
 
-from .conftest import checked_out, notes
+from .conftest import assert_all_returned, checked_out, notes
 from .postgres import OnPostgres, until
 from .tables import Note
 
@@ -427,6 +427,8 @@ class TestWritesInsideATransaction:
                 async for number in (number async for number in service.in_session()):
                     await service.add(str(number))
         assert await notes(manager) == []
+        gc.collect()  # the errors refer to the generators that they left
+        await assert_all_returned(manager)
 
     async def test_the_loop_may_read_there_and_write_elsewhere(
         self, manager: DatabaseSessionManager, service: Notes

@@ -298,10 +298,14 @@ class TestOnPostgres(OnPostgres):
     ) -> None:
         sessions = "SELECT 1 FROM pg_stat_activity WHERE datname = $1"
 
+        session, connected = None, None
+
         def job(manager: DatabaseSessionManager) -> None:
             async def leave() -> None:
-                await (await manager.session().__aenter__()).execute(select(1))
-                await (await manager.connect().__aenter__()).execute(select(1))
+                nonlocal session, connected  # a block that nothing refers to ends at once
+                session, connected = manager.session(), manager.connect()
+                await (await session.__aenter__()).execute(select(1))
+                await (await connected.__aenter__()).execute(select(1))
 
             asyncio.run(leave())
 
