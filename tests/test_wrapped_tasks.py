@@ -112,6 +112,7 @@ def test_each_end_is_what_it_is_without_the_tool(database_url: str, loop: str, t
         runner.run(work())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("loop", "tool"), ENVIRONMENTS, ids=IDS)
 def test_a_cancellation_at_any_await_leaves_all_or_nothing(
     database_url: str, loop: str, tool: Callable[[], Any]

@@ -1,4 +1,4 @@
-"""A bounded share of the faults: `-m faults` runs each scenario once, `-m slow` with more seeds."""
+"""A bounded share of the faults: `-m long` runs each scenario once, `-m slow` with more seeds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def shared() -> AsyncIterator[Server]:
         yield shared
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("scenario", SCENARIOS)
 async def test_each_promise_is_kept(scenario: str, shared: Server) -> None:
     verdict = await run(SCENARIOS[scenario], 1, shared, seconds=0.7)

@@ -29,6 +29,7 @@ def faultless(lines: int) -> Findings:
     return Findings(lost=0, kept=0, failed=0, held=0, lines=lines)
 
 
+@pytest.mark.long
 async def test_one_request_after_the_other_each_service_is_right(directory: Path) -> None:
     sent = Counter(request.kind for request in plan(40))
     assert all(sent[kind] for kind in (Kind.PAYMENT, Kind.UNKNOWN_ACCOUNT, Kind.REFUND, Kind.LARGE_REFUND))
@@ -39,6 +40,7 @@ async def test_one_request_after_the_other_each_service_is_right(directory: Path
     assert findings == [faultless(of_one.lines) for of_one in findings]
 
 
+@pytest.mark.long
 async def test_only_new_attempts_answer_each_of_many_refunds_at_a_time(directory: Path) -> None:
     refunds = [request for request in plan(200) if request.kind is Kind.REFUND]
     async with DatabaseSessionManager(f"embedded:{directory}") as server:

@@ -155,6 +155,7 @@ async def test_goes_on(container):
 BACKEND = "\n@pytest.fixture\ndef anyio_backend():\n    return 'asyncio'\n"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("by", ["asyncio", "asyncio(loop_scope='session')", "anyio"])
 def test_ends_a_test_of_the_plugin(tmp_path: Path, by: str) -> None:
     project = Project(tmp_path, "sqlite://")
