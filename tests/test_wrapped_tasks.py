@@ -161,5 +161,5 @@ def test_a_loop_that_cancels_all_its_tasks_leaves_all_or_nothing(database_url: s
                         await session.execute(delete(Note))
             await assert_all_returned(manager)
 
-    with asyncio.Runner() as runner:
+    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
         runner.run(work())

@@ -351,6 +351,16 @@ def _connect_error(dbapi: Any, error: Exception) -> Exception:
 class _Pool(AsyncAdaptedQueuePool):
     """A place in it is free only once the connection that had it is closed."""
 
+    def _do_get(self) -> ConnectionPoolEntry:
+        task = asyncio.current_task()
+        cancellations = task.cancelling() if task else 0
+        record = super()._do_get()
+        if task and task.cancelling() > cancellations:
+            # asyncio.wait_for() before Python 3.12 passes by one that comes together with the connection
+            self._do_return_conn(record)
+            raise asyncio.CancelledError
+        return record
+
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         if self._pool.full():
             record.close()

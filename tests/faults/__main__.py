@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from collections.abc import Coroutine
 from dataclasses import fields
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -16,17 +18,25 @@ from .run import run
 from .scenarios import SCENARIOS
 from .verdict import Counts, Verdict
 
+T = TypeVar("T")
+
 
 def main() -> int:
     options = parse()
     if options.names == ["soak"]:
         from .soak import soak
 
-        return asyncio.run(soak(options.seconds or 180))
+        return to_its_end(soak(options.seconds or 180))
     names = options.names or list(SCENARIOS)
-    verdicts = asyncio.run(run_all(names, options.runs or len(names), options.seed, options.seconds or 1.5))
+    verdicts = to_its_end(run_all(names, options.runs or len(names), options.seed, options.seconds or 1.5))
     show(verdicts)
     return 1 if any(verdict.violations for verdict in verdicts) else 0
+
+
+def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Run it as `asyncio.run()` does, which a caller's current event loop does not outlive."""
+    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+        return runner.run(work)
 
 
 def parse() -> argparse.Namespace:
