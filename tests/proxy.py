@@ -40,10 +40,14 @@ class Proxy:
             self._start(self._carry_answers(from_server, line))
 
         async with await asyncio.start_server(connect, "127.0.0.1", 0) as proxy:
-            yield proxy.sockets[0].getsockname()[1]
-        for carrier in self._carriers:
-            carrier.cancel()
-        await asyncio.gather(*self._carriers, return_exceptions=True)
+            try:
+                yield proxy.sockets[0].getsockname()[1]
+            finally:  # from Python 3.12 on the server waits for its connections, also for one whose client has vanished
+                for line in self.lines:
+                    line.to_client.transport.abort()
+                for carrier in self._carriers:
+                    carrier.cancel()
+                await asyncio.gather(*self._carriers, return_exceptions=True)
 
     def ask(self, data: bytes, line: Line) -> None:
         line.to_server.write(data)
