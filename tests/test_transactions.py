@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import nullcontext
@@ -189,7 +190,7 @@ class TestTransactional:
     def test_it_keeps_name_docstring_and_signature(self) -> None:
         assert Service.write.__name__ == "write"
         assert Service.write.__doc__ == "Write notes."
-        assert asyncio.iscoroutinefunction(Service.write)
+        assert inspect.iscoroutinefunction(Service.write)
 
     def test_it_refuses_what_is_no_coroutine_function(self) -> None:
         with pytest.raises(TypeError, match="write 'async def"):
