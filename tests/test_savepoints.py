@@ -16,6 +16,7 @@ from sessionwire import (
     Propagation,
     TransactionTimeoutError,
     UnexpectedRollbackError,
+    savepoints,
 )
 from sessionwire.testing import sandbox
 
@@ -24,8 +25,9 @@ from .postgres import Network, OnPostgres, kill, running, through, until
 from .stepping import each_cancellation
 from .tables import Note
 
-SOON = 0.3
+SOON = 0.5
 MARGIN = 1.0  # for a busy machine: half a second is meant
+LIMIT = savepoints.PATIENCE
 NESTED = Propagation.NESTED
 READ = {
     "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n",
@@ -45,6 +47,12 @@ async def nothing_is_left_behind(manager: DatabaseSessionManager) -> AsyncIterat
         session.add(Note(text="the next one"))
         await session.flush()
         manager.transaction.set_rollback_only()
+
+
+@pytest.fixture(autouse=True)
+def busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let statements be stopped in more time than they have otherwise; tests of that limit set it back."""
+    monkeypatch.setattr(savepoints, "PATIENCE", 5 * LIMIT)
 
 
 Way = Callable[[DatabaseSessionManager, AsyncSession, str], Awaitable[None]]
@@ -196,7 +204,10 @@ class TestOnSQLite:
                         await session.execute(text("INSERT INTO note (text) VALUES (wait(0.1)) RETURNING id"))
         assert await notes(manager) == ["outer"]
 
-    async def test_one_that_is_not_costs_the_transaction_and_says_so(self, manager: DatabaseSessionManager) -> None:
+    async def test_one_that_is_not_costs_the_transaction_and_says_so(
+        self, manager: DatabaseSessionManager, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(savepoints, "PATIENCE", LIMIT)
         sql = f"INSERT INTO note (text) {READ['sqlite']}"
         began = time.monotonic()
         with pytest.raises(UnexpectedRollbackError, match=r"could not be stopped within .* run the whole") as raised:
@@ -228,8 +239,13 @@ class TestOnPostgres(OnPostgres):
         assert await notes(manager) == ["locked", "outer"]
 
     async def test_a_server_that_does_not_answer_costs_the_transaction_and_says_so(
-        self, manager: DatabaseSessionManager, postgres: Postgres, database_url: str
+        self,
+        manager: DatabaseSessionManager,
+        postgres: Postgres,
+        database_url: str,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        monkeypatch.setattr(savepoints, "PATIENCE", LIMIT)
         network = Network()
         async with through(network, postgres, database_url, rollback_timeout=0.3) as remote:
             with pytest.raises(UnexpectedRollbackError, match="not be stopped within"):

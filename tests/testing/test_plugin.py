@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -142,6 +143,7 @@ async def test_is_killed(container):
 """
 
 
+@pytest.mark.long
 def test_the_workers_of_a_run_share_an_embedded_server_and_end_that_of_a_killed_run(tmp_path: Path) -> None:
     project = Project(tmp_path, "embedded")
     project.write("test_killed.py", KILLED)
@@ -152,6 +154,9 @@ def test_the_workers_of_a_run_share_an_embedded_server_and_end_that_of_a_killed_
     server, data, *_ = killed.stdout.split()
 
     assert_passed(project.run("-o", "asyncio_mode=auto", "-n", "2", "test_shop.py"), 8)
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(int(server)) and time.monotonic() < deadline:
+        time.sleep(0.01)  # what has ended is there until its parent has noticed
     assert not psutil.pid_exists(int(server))
     assert not Path(data).parent.exists()
 
