@@ -92,6 +92,7 @@ def run(program: str, database_url: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.long
 class TestAfterItsLoop:
     """One manager of a module, and an event loop for each job."""
 
@@ -415,6 +416,7 @@ class TestInAThread:
         assert len(await notes(manager)) == 1
 
 
+@pytest.mark.long
 class TestInAForkedProcess:
     """What the parent has open is the parent's: the child begins anew, and sends nothing on it."""
 

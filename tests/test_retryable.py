@@ -203,7 +203,7 @@ class TestConnecting(OnPostgres):
             error: Exception = AssertionError()
             async with asyncio.timeout(30):
                 while "CannotConnectNow" not in str(error):
-                    with pytest.raises(OperationalError) as caught:
+                    with pytest.raises(DBAPIError) as caught:
                         async with manager.transaction() as session:
                             await session.execute(text("SELECT 1"))
                     error = caught.value

@@ -44,6 +44,7 @@ async def forget(world: World) -> None:
         await connection.execute(delete(witness))
 
 
+@pytest.mark.long
 def test_a_violation_is_told_with_the_seed_that_repeats_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,6 +63,7 @@ def test_a_loop_of_its_own(container):
 STRICT = "-W", "error::ResourceWarning", "-W", "error::pytest.PytestUnraisableExceptionWarning"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("isolation", ["sandbox", "database"])
 def test_a_test_client_works_with_the_container(project: Project, isolation: str) -> None:
     project.write("test_web.py", TESTS)
@@ -96,6 +97,7 @@ def test_with_an_async_fixture(container, seeded):
 """
 
 
+@pytest.mark.long
 def test_what_cannot_work_is_told_with_a_remedy(project: Project) -> None:
     project.write("test_web.py", LEAVES)
     output = project.run("-o", "asyncio_mode=auto").stdout
