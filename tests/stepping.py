@@ -7,6 +7,13 @@ import types
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from typing import Any
 
+import pytest
+
+# values of `again_after`: how many suspensions later a second cancellation strikes
+ONCE = pytest.param(None, id="once")
+TWICE = pytest.param(1, id="twice", marks=pytest.mark.long)
+TWICE_LATER = pytest.param(2, id="twice, later", marks=pytest.mark.long)
+
 
 class Steps:
     """Runs a coroutine in a task, which it cancels at the given suspensions (counted from 1)."""

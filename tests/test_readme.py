@@ -271,6 +271,7 @@ def test_the_program_prints_what_it_says(reader: Reader) -> None:
     assert reader.run("shop.py").splitlines() == FILES["shop.py"].prints
 
 
+@pytest.mark.long
 def test_workers_do_their_work_with_the_same_container(reader: Reader) -> None:
     reader.run("shop.py")
     for name in ("worker.py", "tasks.py"):
@@ -303,6 +304,7 @@ def clone() -> Iterator[Path]:
         yield Path(directory)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "-m ledger demo" in command])
 def test_a_demo_proves_what_the_page_shows(command: str, clone: Path) -> None:
     environment, python, *arguments = shlex.split(command)
@@ -328,6 +330,7 @@ def test_the_server_starts_answers_and_ends(clone: Path) -> None:
     assert server.returncode == 0
 
 
+@pytest.mark.long
 def test_the_comparison_has_the_rows_that_the_page_shows_and_finds_nothing_against_us(clone: Path) -> None:
     (command,) = (command for command in COMMANDS if "-m ledger compare" in command)
 
@@ -340,6 +343,7 @@ def test_the_comparison_has_the_rows_that_the_page_shows_and_finds_nothing_again
     assert lines.split() == shown_here.text.splitlines()[-1].split()
 
 
+@pytest.mark.long
 def test_the_messages_that_the_page_counts_are_those_on_the_wire(tmp_path: Path) -> None:
     (command,) = (command for command in COMMANDS if "-m tests.benchmarks" in command)
 
@@ -364,23 +368,27 @@ def test_the_command_for_the_tests_is_the_one_of_the_gate_and_finds_them() -> No
     assert TOOLS["pytest"]["ini_options"]["testpaths"] == ["tests"]
 
 
+@pytest.mark.long
 def test_a_test_of_the_page_passes(tmp_path: Path) -> None:
     assert "pytest test_shop.py" in COMMANDS
     reader = Reader(tmp_path, "postgresql://nowhere.invalid/shop")  # it says that it needs none
     assert "1 passed" in run(reader.directory, "-m", "pytest", "test_shop.py", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "pytest test_sales.py" in command])
 def test_tests_of_the_page_run_in_the_databases_of_the_plugin(command: str, tmp_path: Path) -> None:
     reader = Reader(tmp_path, "postgresql://nowhere.invalid/shop")
     assert_passed(pytest_run(reader.directory, *shlex.split(command)[1:]), 2)
 
 
+@pytest.mark.long
 def test_a_test_of_the_page_that_is_not_async_runs_too(tmp_path: Path) -> None:
     assert "pytest test_web.py" in COMMANDS
     assert_passed(pytest_run(Reader(tmp_path, "postgresql://nowhere.invalid/shop").directory, "test_web.py"), 1)
 
 
+@pytest.mark.long
 def test_tests_of_the_page_need_no_plugin_that_the_extra_does_not_bring(tmp_path: Path) -> None:
     brought = {"sessionwire", *(Requirement(line).name for line in PROJECT["optional-dependencies"]["testing"])}
     others = [

@@ -27,7 +27,7 @@ from sessionwire import (
 
 from .conftest import Postgres, checked_out, notes
 from .postgres import Network, OnPostgres, at_commit, kill, running, through, until
-from .stepping import each_cancellation
+from .stepping import ONCE, TWICE, TWICE_LATER, each_cancellation
 from .tables import Note
 
 
@@ -102,7 +102,7 @@ async def cancel_everywhere(
             await manager.engine.dispose()
 
 
-@pytest.mark.parametrize("again_after", [None, 1, 2], ids=["once", "twice", "twice, later"])
+@pytest.mark.parametrize("again_after", [ONCE, TWICE, TWICE_LATER])
 @pytest.mark.parametrize("work", WAYS_IN)
 @pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
 async def test_a_cancellation_at_any_await_leaves_all_or_nothing_and_no_connection_behind(
@@ -140,7 +140,7 @@ async def until_given_back(manager: DatabaseSessionManager) -> None:
     await until(given_back)
 
 
-@pytest.mark.parametrize("again_after", [None, 2], ids=["once", "twice"])
+@pytest.mark.parametrize("again_after", [ONCE, TWICE_LATER])
 class TestCancelledEverywhere:
     async def all_or_nothing(self, manager: DatabaseSessionManager, work: Work, again_after: int | None) -> None:
         results = [written async for written in cancel_everywhere(manager, work, again_after=again_after)]

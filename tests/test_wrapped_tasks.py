@@ -65,6 +65,8 @@ if hasattr(asyncio, "eager_task_factory"):  # from Python 3.12 on
     TOOLS["eager tasks"] = task_factory(asyncio.eager_task_factory)
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 ENVIRONMENTS = [("asyncio", tool) for tool in TOOLS.values()] + [("uvloop", plain), ("uvloop", sentry)]
+# A wrapper that is cancelled before its first step awaits nothing of the driver's own tasks.
+UNAWAITED = pytest.mark.filterwarnings("ignore:coroutine 'Connection._cancel' was never awaited:RuntimeWarning")
 IDS = [*TOOLS, "uvloop", "uvloop with sentry"]
 
 
@@ -112,6 +114,7 @@ def test_each_end_is_what_it_is_without_the_tool(database_url: str, loop: str, t
         runner.run(work())
 
 
+@UNAWAITED
 @pytest.mark.long
 @pytest.mark.parametrize(("loop", "tool"), ENVIRONMENTS, ids=IDS)
 def test_a_cancellation_at_any_await_leaves_all_or_nothing(
@@ -137,8 +140,7 @@ def test_a_cancellation_at_any_await_leaves_all_or_nothing(
         runner.run(work())
 
 
-# a wrapper that is cancelled before its first step awaits nothing of the driver's own tasks
-@pytest.mark.filterwarnings("ignore:coroutine 'Connection._cancel' was never awaited:RuntimeWarning")
+@UNAWAITED
 @pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
 def test_a_loop_that_cancels_all_its_tasks_leaves_all_or_nothing(database_url: str, tool: Callable[[], Any]) -> None:
     """As when the loop is shut down: a task that ends something for another one may be cancelled before it starts."""

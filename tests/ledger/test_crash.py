@@ -42,6 +42,7 @@ asyncio.run(send_all())
 """
 
 
+@pytest.mark.long
 async def test_what_was_acknowledged_before_is_in_the_books_once(
     ledger: Ledger, container: Container, alice: Account, bob: Account, database_url: str
 ) -> None:
@@ -59,6 +60,7 @@ async def test_what_was_acknowledged_before_is_in_the_books_once(
     assert (await container.accounts().audit()).agree
 
 
+@pytest.mark.long
 async def test_the_demo_started_again_finds_the_books_right(
     ledger: Ledger, container: Container, database_url: str
 ) -> None:
@@ -77,6 +79,7 @@ def directory() -> Iterator[Path]:
         yield Path(directory, "postgres")
 
 
+@pytest.mark.long
 async def test_so_it_does_on_the_embedded_server_which_was_the_killed_demos_own(
     ledger: Ledger, directory: Path
 ) -> None:

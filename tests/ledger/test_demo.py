@@ -26,6 +26,7 @@ def container(committed: Container) -> Container:
     return committed
 
 
+@pytest.mark.long
 def test_it_proves_that_nothing_is_lost_and_does_so_again(ledger: Ledger, database_url: str) -> None:
     ledger.on(database_url)
 
@@ -45,6 +46,7 @@ def test_it_proves_that_nothing_is_lost_and_does_so_again(ledger: Ledger, databa
     assert "10,000.00 + 3,000.00 opened = 13,000.00" in second.stdout
 
 
+@pytest.mark.long
 async def test_fifty_callers_at_five_accounts_are_each_acknowledged_or_refused_and_the_retries_are_told(
     container: Container, backend: str
 ) -> None:
@@ -60,6 +62,7 @@ async def test_fifty_callers_at_five_accounts_are_each_acknowledged_or_refused_a
     assert (told[1] == "0") is (backend == "sqlite")  # where transfers take turns
 
 
+@pytest.mark.long
 def test_two_at_the_same_time_on_one_empty_database_are_both_right(ledger: Ledger, database_url: str) -> None:
     ledger.on(database_url)
 

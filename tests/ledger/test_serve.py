@@ -105,6 +105,7 @@ async def test_stopped_while_it_starts_it_ends_at_once(ledger: Ledger, number: s
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
 
 
+@pytest.mark.long
 async def test_stopped_under_load_what_it_answered_is_booked_and_nothing_else(
     ledger: Ledger, container: Container, database_url: str
 ) -> None:
@@ -156,6 +157,7 @@ async def taken(service: Service) -> None:
         await service.client.get("/health/live")
 
 
+@pytest.mark.long
 async def test_a_transfer_that_was_taken_before_is_answered_after_the_signal(
     ledger: Ledger, container: Container, alice: Account, bob: Account, database_url: str
 ) -> None:
@@ -176,6 +178,7 @@ async def test_a_transfer_that_was_taken_before_is_answered_after_the_signal(
     assert [booked.key for booked in await container.accounts().statement(alice.id)] == ["rent"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["postgresql"])
 async def test_one_that_takes_longer_than_the_drain_timeout_is_cut_off_and_told_so(
     ledger: Ledger, container: Container, alice: Account, bob: Account, database_url: str

@@ -120,6 +120,7 @@ def assert_passed(finished: subprocess.CompletedProcess[str], count: int) -> Non
     assert f"{count} passed" in finished.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("backend", "isolation"), [("sqlite", "sandbox"), ("postgresql", "sandbox"), ("postgresql", "database")]
 )
@@ -203,6 +204,7 @@ async def test_nothing(container):
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("backend", "isolation"), [("sqlite", "sandbox"), ("postgresql", "database")])
 def test_what_a_test_leaves_open_fails_it_and_is_named_with_its_line(project: Project, isolation: str) -> None:
     project.write("test_leaks.py", LEAKS)
@@ -214,6 +216,7 @@ def test_what_a_test_leaves_open_fails_it_and_is_named_with_its_line(project: Pr
     assert told == {number for number, line in enumerate(LEAKS.splitlines(), 1) if line.endswith("# told")}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["sqlite"])
 def test_what_is_wrong_is_said_with_the_remedy(project: Project) -> None:
     project.write("test_shop.py", "async def test_it(container): pass")
@@ -251,6 +254,7 @@ async def test_both(container, number):
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("backend", "isolation"), [("sqlite", "database"), ("postgresql", "sandbox")])
 def test_each_of_two_databases_has_its_own_tables_in_every_test(project: Project, isolation: str) -> None:
     project.write("shop.py", TWO)
@@ -289,6 +293,7 @@ async def test_tasks_that_end_one_after_the_other(container):
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("backend", "isolation"), [("sqlite", "sandbox"), ("sqlite", "database")])
 def test_what_ends_by_itself_after_the_test_is_waited_for(project: Project, isolation: str) -> None:
     project.write("test_cuts.py", CUTS)
@@ -316,6 +321,7 @@ async def test_it(container, number):
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("backend", "isolation"), [("sqlite", "sandbox"), ("postgresql", "database")])
 def test_what_a_module_took_from_its_container_works_in_the_test_too(project: Project, isolation: str) -> None:
     project.write("app.py", APP)
@@ -355,6 +361,7 @@ async def test_patience(container):
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["sqlite"])
 def test_the_terms_of_a_sandbox_are_ini_keys(project: Project) -> None:
     project.write("test_terms.py", TERMS)

@@ -52,7 +52,7 @@ from sessionwire.testing import sandbox
 from tests import services
 from tests.conftest import Postgres, checked_out, notes
 from tests.postgres import OnPostgres, kill
-from tests.stepping import Steps
+from tests.stepping import ONCE, TWICE_LATER, Steps
 from tests.tables import Note
 from tests.test_ways_out import WAYS_IN, Work
 
@@ -647,7 +647,7 @@ class TestDeadlock:
 # Cancellation
 
 
-@pytest.mark.parametrize("again_after", [None, 2], ids=["once", "twice"])
+@pytest.mark.parametrize("again_after", [ONCE, TWICE_LATER])
 @pytest.mark.parametrize("work", WAYS_IN)
 async def test_a_cancellation_at_any_await_leaves_all_or_nothing_and_the_sandbox_at_work(
     inside: DatabaseSessionManager, work: Work, again_after: int | None
@@ -658,7 +658,8 @@ async def test_a_cancellation_at_any_await_leaves_all_or_nothing_and_the_sandbox
     assert all(written in ([], ["a", "b"]) for written in results)
 
 
-@pytest.mark.parametrize("again_after", [None, 2], ids=["once", "twice"])
+@pytest.mark.long
+@pytest.mark.parametrize("again_after", [ONCE, TWICE_LATER])
 async def test_so_does_one_of_a_transaction_inside_another(
     inside: DatabaseSessionManager, again_after: int | None
 ) -> None:
@@ -704,6 +705,7 @@ async def test_a_cancellation_in_the_midst_of_many_tasks_undoes_theirs_alone(ins
     assert await seen(inside) == sorted([*kept, "before"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("is_open", [True, False], ids=["open before", "not open before"])
 async def test_a_cancellation_of_its_own_entry_or_exit_leaves_nothing_behind(
     settings: DatabaseSettings, outside: DatabaseSessionManager, is_open: bool

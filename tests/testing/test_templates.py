@@ -115,6 +115,7 @@ class TestCopies:
 
         assert await asyncio.to_thread(drive) == ["by hand", "seeded"]
 
+    @pytest.mark.long
     async def test_it_tells_how_many_connections_were_left_open(self, database_url: str, backend: str) -> None:
         async with DatabaseTemplate(database_url, seed) as template, AsyncExitStack() as left:
             async with template.copy() as copy:
@@ -137,6 +138,7 @@ class TestCopies:
                 assert await write(copy, "open") == ["open", "seeded"]
 
 
+@pytest.mark.long
 class TestSeeding:
     async def test_one_that_fails_leaves_nothing(self, database_url: str, databases: Look) -> None:
         async def fail(manager: DatabaseSessionManager) -> None:
@@ -301,6 +303,7 @@ async def arrival(program: Process, where: str) -> list[str]:
     return said
 
 
+@pytest.mark.long
 class TestProcesses:
     async def test_those_with_one_key_share_one_template(self, database_url: str, databases: Look) -> None:
         async with AsyncExitStack() as stack:
