@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from sessionwire.testing.server import new_directory
+from sessionwire.testing._servers import new_directory
 
 from .conftest import Postgres
 

@@ -16,7 +16,7 @@ from sqlalchemy.pool import QueuePool
 
 from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
 from sessionwire.embedded import EmbeddedServer
-from sessionwire.testing.server import hurry, temporary_directory
+from sessionwire.testing._servers import hurry, temporary_directory
 
 from .tables import Note
 

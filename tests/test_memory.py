@@ -16,8 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 
 from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings, Propagation, SessionwireError
-from sessionwire.block import TransactionBlock
-from sessionwire.scope import Scope
+from sessionwire._core.blocks import TransactionBlock
+from sessionwire._core.scope import Scope
 
 from .conftest import Postgres
 from .postgres import OnPostgres, kill

@@ -34,7 +34,7 @@ from sqlalchemy import make_url
 import sessionwire.asgi
 import sessionwire.fastapi
 from sessionwire import DatabaseContainer, DatabaseSettings, Propagation, Settings, errors
-from sessionwire.plan import BlockOptions
+from sessionwire._core.definition import BlockOptions
 
 from .conftest import Postgres
 from .testing.test_plugin import assert_passed, pytest_run

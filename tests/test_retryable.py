@@ -17,8 +17,8 @@ from sessionwire import (
     DatabaseSettings,
     Propagation,
     TransactionTimeoutError,
-    is_retryable,
 )
+from sessionwire._database.driver_errors import is_retryable
 
 from . import cluster
 from .conftest import Postgres, notes

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ._core.definition import Propagation
+from ._database.driver_errors import is_retryable
 from .base import Base
 from .decorators import read_only, transactional
 from .errors import (
@@ -27,9 +29,7 @@ from .errors import (
     UncommittedChangesWarning,
     UnexpectedRollbackError,
 )
-from .failures import is_retryable
 from .manager import DatabaseSessionManager, sessionmanager
-from .plan import Propagation
 from .session import CurrentSession
 from .settings import DatabaseSettings, PoolSettings, Settings
 from .transaction import TransactionManager

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias, Unpack
 
-from .block import TransactionBlock
-from .plan import BlockOptions
+from ._core.blocks import TransactionBlock
+from ._core.definition import BlockOptions
 from .transaction import TransactionManager
 
 Scope: TypeAlias = MutableMapping[str, Any]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Protocol, TypeVar, Unpack, cast, overload
 
-from .plan import BlockOptions, Plan, Propagation, attempts, plan
+from ._core.definition import BlockOptions, Plan, Propagation, attempts, plan
 from .transaction import TransactionManager
 
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -14,8 +14,8 @@ from typing import Self
 
 from sqlalchemy import URL
 
+from ._config.url import DatabaseURL
 from .errors import ConfigurationError, NotInitializedError
-from .url import DatabaseURL
 
 _serialized = threading.Lock()  # the wheel's registry of servers is not made for threads
 

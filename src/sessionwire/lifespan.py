@@ -11,9 +11,9 @@ from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 from dependency_injector import containers, providers
 
+from ._error_reports import after
 from .containers import DatabaseContainer
 from .errors import ConfigurationError
-from .failures import after
 from .settings import DatabaseSettings, settings_of
 
 C = TypeVar("C", bound=containers.Container)

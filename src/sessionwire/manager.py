@@ -14,19 +14,23 @@ from typing import Any, Self, cast
 from sqlalchemy import URL, Connection, Engine, MetaData, event, make_url, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
+from ._config.url import whereabouts
+from ._core.blocks import SessionBlock
+from ._core.context import current_scope, running_loop, scopes_here
+from ._core.generators import is_left_early, is_told_otherwise, left_early
+from ._core.guarded_session import ScopedSession, writes
+from ._core.scope import Scope, refuse_second_writer
+from ._database.begin_hooks import WITHOUT_HOOKS, BeginHooks
+from ._database.completion import finish_commit, finish_rollback
+from ._database.engines import Engines
+from ._database.failed_statements import failures
+from ._database.options import Terms
+from ._error_reports import cut_off, lost_after, name_cause
+from ._shield import to_the_end
 from .base import Base
-from .ending import finish_commit, finish_rollback, to_the_end
-from .engine import Engines
 from .errors import AlreadyInitializedError, ConnectionFailedError, NotInitializedError, OwnershipError
-from .failures import cut_off, failures, lost_after, name_cause
-from .generators import is_left_early, is_told_otherwise, left_early
-from .hooks import WITHOUT_HOOKS, BeginHooks
-from .scope import Scope, current_scope, refuse_second_writer, running_loop, scopes_here
-from .session import ScopedSession, SessionBlock, writes
 from .settings import DatabaseSettings, settings_of
-from .terms import Terms
 from .transaction import TransactionManager
-from .url import whereabouts
 
 SCHEMA_LOCK = int.from_bytes(b"sessionw")  # the key of the advisory lock, 8315179226536832631
 SERVER_TIMEOUT = 120.0  # seconds for an embedded server to start or stop

@@ -33,11 +33,11 @@ from .lifespan import Lifespan, databases
 from .manager import DatabaseSessionManager
 from .settings import DatabaseSettings
 from .testing import DatabaseCopy, DatabaseTemplate, overriding, sandbox
-from .testing.interruptible import Interruptible
-from .testing.leaks import Watch, WatchedEngines
+from .testing._interruptible import Interruptible
+from .testing._leaks import Watch, WatchedEngines
+from .testing._servers import hurry, new_directory, remove_left_by_killed
 from .testing.managers import managers_of
-from .testing.overrides import by_name
-from .testing.server import hurry, new_directory, remove_left_by_killed
+from .testing.overriding import by_name
 from .testing.templates import Seed
 
 DIRECTORY = pytest.StashKey[Path]()  # of the run's embedded server

@@ -35,8 +35,8 @@ from pydantic_settings import (
 )
 from sqlalchemy import URL
 
+from ._config.url import parse_url, show_url
 from .errors import ConfigurationError
-from .url import parse_url, show_url
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass

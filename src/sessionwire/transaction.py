@@ -10,14 +10,17 @@ from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
 
-from .block import TransactionBlock
+from ._core.blocks import TransactionBlock
+from ._core.context import current_scope, innermost_block
+from ._core.definition import BlockOptions, Plan, Propagation, attempts, plan
+from ._core.guarded_session import call_after_commit
+from ._core.hooks import run_hooks, to_call
+from ._core.scope import Owner
+from ._core.transaction import Hook, Transaction
+from ._database.begin_hooks import BeginHook
+from ._database.driver_errors import is_retryable
+from ._error_reports import in_short
 from .errors import TransactionRequiredError
-from .failures import in_short, is_retryable
-from .hooks import BeginHook, run_hooks, to_call
-from .levels import Hook, Transaction
-from .plan import BlockOptions, Plan, Propagation, attempts, plan
-from .scope import Owner, current_scope, innermost_block
-from .session import call_after_commit
 
 logger = logging.getLogger("sessionwire.retry")
 R = TypeVar("R")

@@ -15,7 +15,7 @@ from sqlalchemy import Table as Schema
 from sessionwire import DatabaseSessionManager, DatabaseSettings
 from sessionwire.embedded import EmbeddedServer
 from sessionwire.testing import DatabaseTemplate, sandbox
-from sessionwire.testing.server import hurry, temporary_directory
+from sessionwire.testing._servers import hurry, temporary_directory
 
 from .report import Table, Times, ratios, rotated
 

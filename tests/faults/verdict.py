@@ -11,7 +11,7 @@ import aiosqlite
 import asyncpg
 from sqlalchemy.orm import Session
 
-from sessionwire.scope import Scope
+from sessionwire._core.scope import Scope
 
 from .callers import Answer, Call
 

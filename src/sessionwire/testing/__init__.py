@@ -1,6 +1,6 @@
 """For the tests of applications; needs no test framework."""
 
-from .overrides import overriding
+from .overriding import overriding
 from .sandbox import sandbox
 from .statements import SentStatement, count_statements
 from .templates import DatabaseCopy, DatabaseTemplate

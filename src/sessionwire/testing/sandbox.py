@@ -17,21 +17,23 @@ from dependency_injector import containers
 from sqlalchemy import AsyncAdaptedQueuePool, Connection, Engine, Pool, event, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from sessionwire.ending import finish_rollback, to_the_end
-from sessionwire.engine import Engines
+from sessionwire._core.context import current_scope, scopes_here
+from sessionwire._database.begin_hooks import WITHOUT_HOOKS
+from sessionwire._database.completion import finish_rollback
+from sessionwire._database.driver_errors import watch_disconnects
+from sessionwire._database.engines import Engines
+from sessionwire._database.failed_statements import watch_failures
+from sessionwire._database.options import TERMS, Terms
+from sessionwire._database.savepoints import keep_connections
+from sessionwire._shield import to_the_end
 from sessionwire.errors import SandboxError
-from sessionwire.failures import watch_disconnects, watch_failures
-from sessionwire.hooks import WITHOUT_HOOKS
 from sessionwire.manager import DatabaseSessionManager, give_back
-from sessionwire.savepoints import keep_connections
-from sessionwire.scope import current_scope, scopes_here
-from sessionwire.terms import TERMS, Terms
 
-from .interruptible import Interruptible
-from .leaks import GRACE, Watch
+from ._borrowers import PARTY, Party, party_of
+from ._interruptible import Interruptible
+from ._leaks import GRACE, Watch
+from ._shared_connection import SharedConnection
 from .managers import managers_of
-from .parties import PARTY, Party, party_of
-from .turns import SharedConnection
 
 D = TypeVar("D", bound=DatabaseSessionManager | containers.Container)
 

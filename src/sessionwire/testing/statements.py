@@ -14,8 +14,8 @@ from sqlalchemy import Connection, Engine, event
 
 from sessionwire.manager import DatabaseSessionManager
 
+from ._call_sites import where
 from .managers import managers_of
-from .where import where
 
 TRANSACTION_CONTROL = ("BEGIN", "COMMIT", "ROLLBACK", "SAVEPOINT", "RELEASE")
 WIDTH = 200  # of a statement in a message

@@ -18,13 +18,13 @@ from typing import Any, Self, TypeAlias
 
 from sqlalchemy import URL, make_url
 
-from sessionwire.ending import to_the_end
+from sessionwire._error_reports import in_short
+from sessionwire._shield import to_the_end
 from sessionwire.errors import ConfigurationError, SessionwireError
-from sessionwire.failures import in_short
 from sessionwire.manager import DatabaseSessionManager
 from sessionwire.settings import DatabaseSettings, settings_of
 
-from .places import NUMBER, TIMEOUT, Directory, Place, Server, digest
+from ._template_stores import NUMBER, TIMEOUT, Directory, Place, Server, digest
 
 GRACE = 2.0  # seconds in which connections that were closed must be gone
 POLL = 0.1  # seconds between two attempts to have a lock

@@ -12,7 +12,7 @@ from inspect import CO_ASYNC_GENERATOR, currentframe
 from types import FrameType
 from typing import Any, cast
 
-from .errors import UnexpectedRollbackError
+from sessionwire.errors import UnexpectedRollbackError
 
 RESUME, GET_ANEXT, GET_AWAITABLE = (dis.opmap[name] for name in ("RESUME", "GET_ANEXT", "GET_AWAITABLE"))
 AT_AEXIT = cast(Any, aclosing).__aexit__.__code__

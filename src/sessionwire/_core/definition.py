@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from enum import Enum, auto
 from typing import Any, TypedDict
 
-from .terms import Terms
+from sessionwire._database.options import Terms
 
 
 class Propagation(Enum):

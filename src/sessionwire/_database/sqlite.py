@@ -20,9 +20,10 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.pool.base import _ConnectionRecord  # pyright: ignore[reportPrivateUsage]
 
-from .errors import IncompatibleTransactionError
-from .failures import sqlstate
-from .terms import TERMS, Terms
+from sessionwire.errors import IncompatibleTransactionError
+
+from .driver_errors import sqlstate
+from .options import TERMS, Terms
 
 BUSY_TIMEOUT = 5.0  # seconds that a statement waits for a lock, in the driver's thread, where it can't be cancelled
 STOP_TIMEOUT = 1.0  # seconds for the driver's thread to end

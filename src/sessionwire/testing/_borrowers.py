@@ -7,9 +7,9 @@ from typing import cast
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from sessionwire.scope import Scope
+from sessionwire._core.scope import Scope
 
-from .where import where
+from ._call_sites import where
 
 PARTY = "sessionwire_party"  # the execution option that tells a connection whose it is
 

@@ -12,9 +12,11 @@ from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.util import await_only
 
+from sessionwire.errors import UnexpectedRollbackError
+
 from . import sqlite
-from .errors import UnexpectedRollbackError
-from .failures import IN_FAILED_TRANSACTION, note_failure, sqlstate
+from .driver_errors import IN_FAILED_TRANSACTION, sqlstate
+from .failed_statements import note_failure
 
 PATIENCE = 0.3  # seconds for the statement to be stopped
 OF_SAVEPOINTS = ("SAVEPOINT ", "ROLLBACK TO ", "RELEASE ")

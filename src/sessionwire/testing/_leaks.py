@@ -9,14 +9,14 @@ from sqlalchemy import Pool, PoolProxiedConnection, event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from sessionwire.ending import shielding_tasks
-from sessionwire.engine import Engines
+from sessionwire._core.scope import Scope
+from sessionwire._database.engines import Engines
+from sessionwire._database.options import Terms
+from sessionwire._shield import shielding_tasks
 from sessionwire.manager import DatabaseSessionManager
-from sessionwire.scope import Scope
-from sessionwire.terms import Terms
 
-from .parties import PARTY, Party, party_of
-from .where import UNKNOWN, where, where_is
+from ._borrowers import PARTY, Party, party_of
+from ._call_sites import UNKNOWN, where, where_is
 
 GRACE = 0.5  # seconds for tasks that are about to end
 Task = asyncio.Task[Any]

@@ -1,35 +1,99 @@
-"""What a `transaction()` block does about the current transaction, and how the block ends."""
+"""The blocks that users enter: what each does about the current transaction, and how it ends."""
 
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum, auto
 from types import TracebackType
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 from sqlalchemy.orm import SessionTransaction
 
-from .ending import finish_rollback
-from .errors import (
+from sessionwire._database.begin_hooks import WITHOUT_HOOKS
+from sessionwire._database.completion import finish_rollback
+from sessionwire._database.driver_errors import origin
+from sessionwire._database.options import Terms
+from sessionwire._error_reports import cut_off, lost_after
+from sessionwire.errors import (
     CommitOutcomeUnknownError,
     ConcurrentSessionError,
     IncompatibleTransactionError,
     TransactionForbiddenError,
     TransactionRequiredError,
     TransactionTimeoutError,
+    UncommittedChangesWarning,
     UnexpectedRollbackError,
 )
-from .failures import cut_off, lost_after, origin
+
+from .context import current_scope
+from .definition import Plan, Propagation
 from .generators import is_left_early, is_told_otherwise, left_early
-from .hooks import WITHOUT_HOOKS, run_hooks
-from .levels import Hook, Level, Transaction
-from .plan import Plan, Propagation
-from .scope import Owner, Scope, current_scope, entered_twice, refuse_second_writer, refuse_write_of_loop
-from .session import EnteredAsync
-from .terms import Terms
+from .hooks import run_hooks
+from .scope import Owner, Scope, entered_twice, refuse_second_writer, refuse_write_of_loop
+from .transaction import Hook, Level, Transaction
+
+
+class EnteredAsync:
+    """What is entered with `async with`, and nothing before."""
+
+    if not TYPE_CHECKING:  # to which it has no such methods
+
+        def __enter__(self):
+            raise TypeError("a block of sessionwire is entered with `async with`, not with `with`")
+
+        def __exit__(self, *_):
+            """Let Python call the one above."""
+
+        def __getattr__(self, name):
+            if name.startswith("_"):
+                raise AttributeError(name)
+            raise AttributeError(
+                f"{name!r} was looked for in a block that is not entered: write `async with …() as session:`, and use "
+                "that session inside it"
+            )
+
+
+class SessionBlock(EnteredAsync):
+    """`async with manager.session()`: a session that commits nothing by itself."""
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self._was_entered = False
+
+    async def __aenter__(self) -> AsyncSession:
+        if self._was_entered:
+            raise entered_twice()
+        self._was_entered = True
+        self._scope = self._owner.open_scope(Terms())
+        self._scope.is_bare = True
+        self._block = self._scope.enter()
+        return self._scope.session
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        scope = self._scope
+        if scope.leave_elsewhere(error):
+            return
+        lost = (error is None or is_left_early(error)) and (scope.written or scope.pending)
+        failure = left_early() if lost and error is not None else None
+        if failure is not None and is_told_otherwise(failure):
+            failure = None
+        scope.leave(self._block)
+        await scope.close(failure or error)
+        if failure is not None:
+            raise failure
+        if lost and error is None:
+            warnings.warn(
+                "a session() block ended with changes that are now lost: call commit() or rollback() in it, "
+                "or use transaction(), which commits at its end",
+                UncommittedChangesWarning,
+                stacklevel=2,
+            )
 
 
 class _Act(Enum):

@@ -15,17 +15,17 @@ from typing import Any, cast
 from sqlalchemy import Connection, Pool, PoolProxiedConnection, event
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from sessionwire import sqlite
-from sessionwire.ending import to_the_end
+from sessionwire._core.guarded_session import WRITING_VERBS
+from sessionwire._database import sqlite
+from sessionwire._database.begin_hooks import WITHOUT_HOOKS, BeginHooks
+from sessionwire._database.driver_errors import IN_FAILED_TRANSACTION, sqlstate
+from sessionwire._database.options import Terms
+from sessionwire._shield import to_the_end
 from sessionwire.errors import SandboxError
-from sessionwire.failures import IN_FAILED_TRANSACTION, sqlstate
-from sessionwire.hooks import WITHOUT_HOOKS, BeginHooks
-from sessionwire.session import WRITING_VERBS
-from sessionwire.terms import Terms
 
-from .interruptible import Interruptible, innermost, is_unheard
-from .parties import Party
-from .where import where_is
+from ._borrowers import Party
+from ._call_sites import where_is
+from ._interruptible import Interruptible, innermost, is_unheard
 
 logger = logging.getLogger("sessionwire")
 TIMEOUT = 30.0  # seconds for a savepoint to be set or undone

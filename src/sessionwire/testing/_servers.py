@@ -11,9 +11,9 @@ from uuid import uuid4
 
 from sqlalchemy import text
 
+from sessionwire._core.definition import Propagation
 from sessionwire.embedded import EmbeddedServer
 from sessionwire.manager import DatabaseSessionManager
-from sessionwire.plan import Propagation
 from sessionwire.settings import DatabaseSettings
 
 MEMORY, ROOM = Path("/dev/shm"), 2**30  # Linux has a file system in memory here; bytes that must be free in it

@@ -19,13 +19,13 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from sessionwire._config.url import DatabaseURL
+from sessionwire._database.driver_errors import sqlstate
+from sessionwire._shield import to_the_end
 from sessionwire.embedded import EmbeddedServer
-from sessionwire.ending import to_the_end
 from sessionwire.errors import ConfigurationError, ConnectionFailedError
-from sessionwire.failures import sqlstate
 from sessionwire.manager import SERVER_TIMEOUT, DatabaseSessionManager
 from sessionwire.settings import DatabaseSettings
-from sessionwire.url import DatabaseURL
 
 TIMEOUT = 120.0  # seconds to make a database, and to clean up
 NUMBER = 14  # hexadecimal digits of a template's number

@@ -24,15 +24,22 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
+from sessionwire._config.url import LIBPQ_KEYS, DatabaseURL, typed_arguments
+from sessionwire.embedded import EmbeddedServer
+from sessionwire.errors import (
+    CommitOutcomeUnknownError,
+    ConfigurationError,
+    NotInitializedError,
+    UnexpectedRollbackError,
+)
+from sessionwire.settings import DatabaseSettings
+
 from . import sqlite
-from .embedded import EmbeddedServer
-from .errors import CommitOutcomeUnknownError, ConfigurationError, NotInitializedError, UnexpectedRollbackError
-from .failures import watch_disconnects, watch_failures
-from .hooks import BeginHooks
+from .begin_hooks import BeginHooks
+from .driver_errors import watch_disconnects
+from .failed_statements import watch_failures
+from .options import TERMS, Terms
 from .savepoints import keep_connections
-from .settings import DatabaseSettings
-from .terms import TERMS, Terms
-from .url import LIBPQ_KEYS, DatabaseURL, typed_arguments
 
 LAST_USED, EXPIRES = "sessionwire_last_used", "sessionwire_expires"  # of a pooled connection, by the monotonic clock
 JITTER = 0.2  # of its lifetime

@@ -1,15 +1,10 @@
-"""One open session: which blocks use it, who may use it now, its transaction, and how it ends.
-
-A context variable holds the innermost block that the running code is in. It is never reset by token: a block that has
-ended is passed over by whoever looks, so that blocks may end in any order, and elsewhere than they began.
-"""
+"""One open session: which blocks use it, who may use it now, its transaction, and how it ends."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from types import FrameType
 from typing import Protocol
 
@@ -19,8 +14,12 @@ from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
-from .ending import finish_commit, finish_rollback
-from .errors import (
+from sessionwire._database.begin_hooks import BeginHooks
+from sessionwire._database.completion import finish_commit, finish_rollback
+from sessionwire._database.failed_statements import failures
+from sessionwire._database.options import Terms
+from sessionwire._error_reports import cut_off, lost_after
+from sessionwire.errors import (
     ConcurrentSessionError,
     IncompatibleTransactionError,
     NoSessionError,
@@ -28,12 +27,12 @@ from .errors import (
     ScopeError,
     UnexpectedRollbackError,
 )
-from .failures import cut_off, failures, lost_after
+from sessionwire.settings import DatabaseSettings
+
+from .context import Block, innermost_open_frame, current_scope, innermost_block, open_blocks, running_loop, scopes_here
 from .generators import is_at_yield, iterated_generator
-from .hooks import BeginHooks, run_hooks
-from .levels import Hook, Transaction
-from .settings import DatabaseSettings
-from .terms import Terms
+from .hooks import run_hooks
+from .transaction import Hook, Transaction
 
 
 class Owner(Protocol):
@@ -75,47 +74,6 @@ class Owner(Protocol):
         ...
 
 
-class Block:
-    """One `async with`, as the contexts inside it remember it; `scope` is None once it has ended."""
-
-    __slots__ = ("aborted", "outer", "scope")
-
-    def __init__(self, scope: Scope, outer: Block | None) -> None:
-        self.scope: Scope | None = scope
-        self.outer = outer
-        self.aborted: Owner | None = None  # the manager whose close() has aborted it
-
-
-innermost_block: ContextVar[Block | None] = ContextVar("sessionwire_innermost_block", default=None)
-
-
-def open_blocks() -> Iterator[tuple[Block, Scope]]:
-    """The blocks around the running code that are still open, the innermost first, with their scopes."""
-    block = innermost_block.get()
-    while block is not None:
-        if block.scope is not None:
-            yield block, block.scope
-        block = block.outer
-
-
-def _innermost_open() -> Block | None:
-    return next((block for block, _ in open_blocks()), None)
-
-
-def current_scope(owner: Owner) -> Scope | None:
-    """The innermost open scope of this manager in this context."""
-    # by hand, not over open_blocks(): each use of a CurrentSession comes by here
-    block = innermost_block.get()
-    while block is not None and (block.scope is None or block.scope.owner is not owner):
-        block = block.outer
-    return block.scope if block is not None else None
-
-
-def scopes_here(owner: Owner) -> set[Scope]:
-    """All open scopes of this manager in this context."""
-    return {scope for _, scope in open_blocks() if scope.owner is owner}
-
-
 def refuse_second_writer(owner: Owner) -> None:
     """Raises `IncompatibleTransactionError` on SQLite inside a transaction that writes, which would never let go."""
     if owner.is_sqlite and any(scope.is_writer for scope in scopes_here(owner)):
@@ -127,13 +85,6 @@ def second_writer() -> IncompatibleTransactionError:
         "SQLite has one writer at a time, and the transaction around this block is it: join it, take "
         "Propagation.NESTED, or do it after its end, with on_commit(), or in a task with detached()"
     )
-
-
-def running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:  # a coroutine that goes on in a forked process has none
-        return None
 
 
 def entered_twice() -> ScopeError:
@@ -198,7 +149,7 @@ class Scope:
     def enter(self) -> Block:
         """Open a block, inside which this scope is the current one. Raises `ConcurrentSessionError`."""
         self.check_caller()
-        block = Block(self, _innermost_open())
+        block = Block(self, innermost_open_frame())
         if block.outer is not None and not self.blocks:
             self.generator = iterated_generator()
         self.blocks.append(block)
@@ -219,7 +170,7 @@ class Scope:
             if not self.blocks:
                 self.generator = None
         if innermost_block.get() is block:
-            innermost_block.set(_innermost_open())
+            innermost_block.set(innermost_open_frame())
 
     def end(self) -> None:
         """End all blocks."""

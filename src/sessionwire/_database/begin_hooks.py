@@ -1,25 +1,23 @@
-"""Hooks: what may be one, how they are called, and those of `on_begin`, without which no statement may be sent."""
+"""The hooks of `on_begin`, without which no statement may be sent."""
 
 from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from copy import copy
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.util import await_only
 
-from .errors import IncompatibleTransactionError
-from .failures import after
-from .terms import TERMS
+from sessionwire.errors import IncompatibleTransactionError
 
-F = TypeVar("F", bound=Callable[..., Any])
+from .options import TERMS
+
 BeginHook = Callable[[AsyncConnection], Awaitable[object] | None]
-
 WITHOUT_HOOKS = "sessionwire_without_hooks"  # the execution option of a connection that may go without
 
 
@@ -134,50 +132,3 @@ def _in_autocommit() -> IncompatibleTransactionError:
         "on_begin hooks hold in a transaction, and this connection is in AUTOCOMMIT: leave out isolation_level, or "
         f"mark a connection that may go without the hooks: execution_options({WITHOUT_HOOKS}=True)"
     )
-
-
-def to_call(function: F, taken_by: str, *arguments: object) -> F:
-    """Check that the function can be called later with so many arguments, and return it.
-
-    Raises:
-        TypeError: It can't be called so. A coroutine that was passed instead of a function is closed.
-    """
-    if callable(function):
-        try:
-            inspect.signature(function, follow_wrapped=False).bind(*arguments)
-        except ValueError:  # some of those written in C have no signature
-            pass
-        except TypeError as error:
-            raise TypeError(
-                f"{taken_by} calls {_name(function)}() with {len(arguments) or 'no'} "
-                f"argument{'s' * (len(arguments) != 1)}, which it doesn't take: {error}. Write "
-                f"functools.partial({_name(function)}, …) or a lambda"
-            ) from None
-        return function
-    if isinstance(function, Coroutine):
-        function.close()
-        raise TypeError(
-            f"{taken_by} takes a function, to call it later, and was given the coroutine that {_name(function)}() "
-            f"returned; it was closed. Write functools.partial({_name(function)}, …) or lambda: {_name(function)}(…)"
-        )
-    given = "None" if function is None else f"an object of type {type(function).__name__}"
-    raise TypeError(
-        f"{taken_by} takes a function, to call it later, and was given {given}. If a call returned that, don't call "
-        "the function here: write functools.partial(function, …) or lambda: function(…)"
-    )
-
-
-def _name(function: Any) -> str:
-    return str(getattr(function, "__name__", type(function).__name__))
-
-
-async def run_hooks(hooks: list[Callable[[], object]], failure: BaseException | None) -> BaseException | None:
-    """Call them all; the first error is what the block raises, the others are notes on it."""
-    for hook in hooks:
-        try:
-            result = hook()
-            if inspect.isawaitable(result):
-                await result
-        except BaseException as error:
-            failure = after(failure, error, "a hook")
-    return failure
