@@ -358,7 +358,7 @@ class TestOptions:
         assert await notes(desk.manager) == ["serializable"]
 
     async def test_are_checked_before_the_first_request(self, desk: Desk) -> None:
-        with pytest.raises(ValueError, match="no isolation level 'QUICK'"):
+        with pytest.raises(ValueError, match="unknown isolation level 'QUICK'"):
             TransactionMiddleware(Starlette(), transaction=desk.manager.transaction, isolation="QUICK")
 
     @pytest.mark.parametrize("swallows", [False, True])

@@ -9,6 +9,7 @@ from dependency_injector import containers, providers
 from sqlalchemy import text
 
 from sessionwire import CurrentSession, DatabaseSessionManager, TransactionManager, sessionmanager
+from sessionwire._database.runtime import database_of
 
 from .services import Notebook, Notes
 
@@ -21,8 +22,8 @@ def test_a_copy_of_a_manager_is_the_manager(copied) -> None:  # type: ignore[no-
 
 def test_a_copy_of_a_session_and_of_a_transaction_leads_to_the_same_manager() -> None:
     manager = DatabaseSessionManager("sqlite://")
-    assert copy.deepcopy(CurrentSession(manager))._owner is manager
-    assert copy.deepcopy(manager.transaction)._owner is manager
+    assert copy.deepcopy(CurrentSession(manager))._database is database_of(manager)
+    assert copy.deepcopy(manager.transaction)._database is database_of(manager)
 
 
 async def test_a_container_is_given_the_manager_that_there_is(manager: DatabaseSessionManager) -> None:

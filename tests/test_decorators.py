@@ -340,11 +340,11 @@ class TestOptions:
 
     @pytest.mark.parametrize("mode", [Propagation.SUPPORTS, Propagation.NOT_SUPPORTED, Propagation.NEVER])
     def test_so_is_an_isolation_level_where_there_may_be_no_transaction(self, mode: Propagation) -> None:
-        with pytest.raises(ValueError, match=f"{mode.name} may go without a transaction.*take REQUIRED"):
+        with pytest.raises(ValueError, match=f"{mode.name} may run without a transaction.*use REQUIRED"):
             transactional(mode, isolation="SERIALIZABLE")
 
     def test_so_is_an_isolation_level_that_does_not_exist(self) -> None:
-        with pytest.raises(ValueError, match="there is no isolation level 'SERIALISABLE'; there are"):
+        with pytest.raises(ValueError, match="unknown isolation level 'SERIALISABLE'; choose one of"):
 
             @transactional(isolation="SERIALISABLE")
             async def work(transaction: TransactionManager) -> None: ...

@@ -24,6 +24,7 @@ from sessionwire import (
     read_only,
     transactional,
 )
+from sessionwire._database.runtime import database_of
 
 from .conftest import assert_all_returned, checked_out, notes
 from .postgres import OnPostgres, until
@@ -531,11 +532,11 @@ class TestWritesInsideATransaction:
     ) -> None:
         async with manager.transaction():
             async for _ in service.in_session():
-                (scope,) = [scope for scope in manager.in_use if getattr(scope, "generator", None)]
+                (scope,) = [scope for scope in database_of(manager).open_units if getattr(scope, "generator", None)]
                 break
             gc.collect()
             async with asyncio.timeout(5):
-                while scope in manager.in_use:
+                while scope in database_of(manager).open_units:
                     await asyncio.sleep(0.01)
         assert getattr(scope, "generator", 0) is None
 

@@ -25,6 +25,7 @@ from sessionwire import (
     UnexpectedRollbackError,
     read_only,
 )
+from sessionwire._database.runtime import database_of
 
 from .conftest import Postgres, checked_out, notes
 from .postgres import OnPostgres, at_commit, kill, running, until
@@ -230,7 +231,7 @@ class TestTransactionsOfTheirOwn:
     async def test_those_of_requires_new_run_at_its_own_end(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
-        reads = manager.is_sqlite  # where one writer excludes another
+        reads = database_of(manager).is_sqlite  # where one writer excludes another
         with pytest.raises(ZeroDivisionError):
             async with manager.transaction():
                 diary.register(manager.transaction, "outer")
@@ -557,7 +558,7 @@ class TestOnBegin:
                 assert list(await session.scalars(select(Note.text))) == ["from on_begin"]
                 raise ZeroDivisionError
         assert diary.entries == ["first", "second"]
-        manager.begin_hooks.clear()
+        database_of(manager).begin_hooks.clear()
         assert await notes(manager) == []
 
     async def test_where_one_is_set_reads_run_in_a_transaction_too(self, manager: DatabaseSessionManager) -> None:
@@ -602,7 +603,7 @@ class TestOnBegin:
             async with manager.connect():
                 raise AssertionError("never")
         assert checked_out(manager) == 0
-        manager.begin_hooks.clear()
+        database_of(manager).begin_hooks.clear()
         assert await notes(manager) == []
 
     async def test_one_that_fails_once_leaves_a_bare_session_usable_after_its_rollback(

@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
 from sessionwire import CurrentSession, DatabaseSessionManager, IncompatibleTransactionError, Propagation
+from sessionwire._database.runtime import database_of
 from sessionwire.testing import sandbox
 
 from .conftest import Postgres, checked_out, notes
@@ -180,7 +181,7 @@ class TestEveryWay(OnPostgres):
                         failures.append(error)
                 raise failures[0]
         assert len(failures) in (0, 2)  # none where it can't even be opened
-        manager.begin_hooks.clear()
+        database_of(manager).begin_hooks.clear()
         assert await notes(manager) == []
         assert checked_out(manager) == 0
 
@@ -216,7 +217,7 @@ class TestEachStatementAlone:
                 await session.commit()
                 await session.execute(insert(Note).values(text="d"))
                 raise ZeroDivisionError
-        manager.begin_hooks.clear()
+        database_of(manager).begin_hooks.clear()
         assert await notes(manager) == ["a", "c", "d"]
         assert checked_out(manager) == 0
 
@@ -250,7 +251,7 @@ class TestEachStatementAlone:
             with pytest.raises(PermissionError):
                 await session.execute(insert(Note).values(text="never"))
             await session.execute(insert(Note).values(text="a"))
-        manager.begin_hooks.clear()
+        database_of(manager).begin_hooks.clear()
         assert await notes(manager) == ["a", "hook 0"]
 
     async def test_what_needs_a_transaction_is_refused_with_the_reason(
@@ -264,7 +265,7 @@ class TestEachStatementAlone:
             with pytest.raises(IncompatibleTransactionError, match=r"cursor.*read_only=True"):
                 await session.stream(select(Note))
             await session.execute(insert(Note).values(text="a"))
-        manager.begin_hooks.clear()
+        database_of(manager).begin_hooks.clear()
         assert await notes(manager) == ["a"]
 
     async def test_the_hook_itself_may_set_a_savepoint(self, manager: DatabaseSessionManager) -> None:
@@ -281,7 +282,7 @@ class TestEachStatementAlone:
                 await session.flush()
         async with manager.engine.begin() as connection:
             await connection.execute(insert(Note).values(text="by the engine"))
-        manager.begin_hooks.clear()
+        database_of(manager).begin_hooks.clear()
         assert await notes(manager) == ["NOT_SUPPORTED", "REQUIRED", "by the engine"]
 
     async def test_a_transaction_inside_is_one_of_its_own(
@@ -301,10 +302,10 @@ class TestEachStatementAlone:
         for read_only in (False, True):
             async with manager.transaction(Propagation.NOT_SUPPORTED, read_only=read_only) as session:
                 manager.transaction.on_begin(lambda _: None)
-                if not manager.is_sqlite or read_only:
+                if not database_of(manager).is_sqlite or read_only:
                     with pytest.raises(IncompatibleTransactionError, match="AUTOCOMMIT"):
                         await session.scalar(select(1))
-            manager.begin_hooks.clear()
+            database_of(manager).begin_hooks.clear()
 
 
 class TestAutocommitOnTheEngine:
@@ -421,7 +422,7 @@ class TestCancellation(OnPostgres):
         with pytest.raises(asyncio.CancelledError):
             await task
         await until(lambda: _none_runs(postgres, manager))
-        manager.begin_hooks.clear()
+        database_of(manager).begin_hooks.clear()
         assert await notes(manager) == []
 
 

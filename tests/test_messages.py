@@ -53,7 +53,7 @@ def test_what_no_block_can_be_asked_for(
 def test_retries_are_for_what_can_be_called_again() -> None:
     with pytest.raises(TypeError, match=r"'retries': only @transactional\(retries=…\) and run"):
         TRANSACTION(retries=3)
-    with pytest.raises(ValueError, match="there is no isolation level 3"):
+    with pytest.raises(ValueError, match="unknown isolation level 3"):
         TRANSACTION(isolation=3)
     with pytest.raises(TypeError, match="None is not a Propagation"):
         TRANSACTION(None)

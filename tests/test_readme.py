@@ -34,7 +34,7 @@ from sqlalchemy import make_url
 import sessionwire.asgi
 import sessionwire.fastapi
 from sessionwire import DatabaseContainer, DatabaseSettings, Propagation, Settings, errors
-from sessionwire._core.definition import BlockOptions
+from sessionwire._core.definition import TransactionOptions
 
 from .conftest import Postgres
 from .testing.test_plugin import assert_passed, pytest_run
@@ -514,7 +514,7 @@ def test_each_mode_of_a_transaction_is_in_the_table() -> None:
 
 def test_each_option_of_a_transaction_is_in_the_table() -> None:
     options = [code_in(option)[0] for option, _, _ in rows("Options")]
-    assert options == list(BlockOptions.__annotations__)
+    assert options == list(TransactionOptions.__annotations__)
 
 
 def test_each_part_of_the_mission_names_what_is_there() -> None:

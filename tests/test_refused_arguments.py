@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy import insert
 
 from sessionwire import DatabaseSessionManager, Propagation, TransactionManager, transactional
+from sessionwire._database.runtime import database_of
 from sessionwire.asgi import TransactionMiddleware
 
 from .conftest import notes
@@ -37,7 +38,7 @@ class TestHooks:
                 getattr(manager.transaction, method)(coroutine)
         assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED
         assert await notes(manager) == []
-        assert not manager.begin_hooks
+        assert not database_of(manager).begin_hooks
 
     @pytest.mark.parametrize("given", [None, "send", 3], ids=str)
     async def test_what_cannot_be_called_is_refused_at_the_call_in_every_place(

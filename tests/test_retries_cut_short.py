@@ -18,6 +18,7 @@ from sessionwire import (
     transactional,
 )
 from sessionwire import transaction as of_transactions
+from sessionwire._database.runtime import database_of
 
 from .conftest import notes
 from .stepping import each_cancellation
@@ -72,7 +73,7 @@ class TestInThePause:
         task = asyncio.create_task(clerk.work())
         await clerk.failed.wait()
         async with asyncio.timeout(5):
-            while manager.in_use:
+            while database_of(manager).open_units:
                 await asyncio.sleep(0.001)
         assert clerk.ran == []
         return task

@@ -318,7 +318,7 @@ class TestConcurrency:
                 joined.set()
                 await leave.wait()
 
-        with pytest.raises(UnexpectedRollbackError, match="inside this one, which had joined it, was still open"):
+        with pytest.raises(UnexpectedRollbackError, match="a block that joined this one is still open"):
             async with manager.transaction():
                 task = asyncio.create_task(join())
                 await joined.wait()

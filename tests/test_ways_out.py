@@ -24,6 +24,7 @@ from sessionwire import (
     Propagation,
     UnexpectedRollbackError,
 )
+from sessionwire._database.runtime import database_of
 
 from .conftest import Postgres, checked_out, notes
 from .postgres import Network, OnPostgres, at_commit, kill, running, through, until
@@ -178,15 +179,15 @@ class TestCancelledEverywhere:
         """The inner one stands for itself; the outer one commits after it."""
 
         async def work(manager: DatabaseSessionManager) -> None:
-            async with manager.transaction(read_only=manager.is_sqlite) as outer:
-                if not manager.is_sqlite:
+            async with manager.transaction(read_only=database_of(manager).is_sqlite) as outer:
+                if not database_of(manager).is_sqlite:
                     await outer.execute(insert(Note).values(text="outer"))
                 async with manager.transaction(Propagation.REQUIRES_NEW) as inner:
                     await inner.execute(insert(Note).values(text="inner"))
                 assert await outer.scalar(select(1)) == 1
 
         results = [written async for written in cancel_everywhere(manager, work, again_after=again_after)]
-        all_of_it = ["inner"] if manager.is_sqlite else ["inner", "outer"]
+        all_of_it = ["inner"] if database_of(manager).is_sqlite else ["inner", "outer"]
         assert [] in results
         assert results[-1] == all_of_it
         assert all(written in ([], ["inner"], all_of_it) for written in results)

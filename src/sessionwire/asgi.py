@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias, Unpack
 
 from ._core.blocks import TransactionBlock
-from ._core.definition import BlockOptions
+from ._core.definition import TransactionOptions
 from .transaction import TransactionManager
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -33,7 +33,7 @@ class TransactionMiddleware:
     response begins: one that queries at once makes the request fail.
     """
 
-    def __init__(self, app: ASGIApp, *, transaction: TransactionManager, **options: Unpack[BlockOptions]) -> None:
+    def __init__(self, app: ASGIApp, *, transaction: TransactionManager, **options: Unpack[TransactionOptions]) -> None:
         """Raises `ValueError` and `TypeError` for an option that cannot be."""
         transaction(**options)  # at each request would be late to learn it
         self._app = app

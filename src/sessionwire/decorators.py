@@ -9,7 +9,9 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Protocol, TypeVar, Unpack, cast, overload
 
-from ._core.definition import BlockOptions, Plan, Propagation, attempts, plan
+from ._core.definition import Propagation, TransactionDefinition, TransactionOptions, attempts, define
+from ._core.retry import run_with_retries
+from ._database.runtime import database_of
 from .transaction import TransactionManager
 
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -34,7 +36,7 @@ def transactional(
     *,
     retries: int = ...,
     of: str = ...,
-    **options: Unpack[BlockOptions],
+    **options: Unpack[TransactionOptions],
 ) -> Decorator: ...
 
 
@@ -43,7 +45,7 @@ def transactional(
     *,
     retries: int = 0,
     of: str = "transaction",
-    **options: Unpack[BlockOptions],
+    **options: Unpack[TransactionOptions],
 ) -> Any:
     """Run a coroutine function in a `transaction()`, with its options, and with `retries` as in `run()`.
 
@@ -51,8 +53,8 @@ def transactional(
     where there is none.
     """
     is_bare = not isinstance(propagation, Propagation | str)  # without parentheses it is the function
-    planned = plan(Propagation.REQUIRED if is_bare else cast(Propagation, propagation), **options)
-    decorate = partial(_decorate, "@transactional", of, planned, attempts(retries))
+    definition = define(Propagation.REQUIRED if is_bare else cast(Propagation, propagation), **options)
+    decorate = partial(_decorate, "@transactional", of, definition, attempts(retries))
     return decorate(propagation) if is_bare else decorate
 
 
@@ -66,18 +68,19 @@ def read_only(*, of: str = ...) -> Decorator: ...
 
 def read_only(function: Any = None, /, *, of: str = "transaction") -> Any:
     """Run a coroutine function that only reads: in what is current, or else in a read scope, without a transaction."""
-    decorate = partial(_decorate, "@read_only", of, plan(Propagation.SUPPORTS, read_only=True), 1)
+    decorate = partial(_decorate, "@read_only", of, define(Propagation.SUPPORTS, read_only=True), 1)
     return decorate if function is None else decorate(function)
 
 
-def _decorate(name: str, of: str, planned: Plan, attempts: int, function: Any) -> Any:
+def _decorate(name: str, of: str, definition: TransactionDefinition, attempts: int, function: Any) -> Any:
     if not inspect.iscoroutinefunction(function):
         raise TypeError(f"{name} takes a coroutine function: {_remedy(name, function)}")
     find_manager = _finder(name, function, of)
 
     @functools.wraps(function)
     async def in_block(*args: Any, **kwargs: Any) -> Any:
-        return await find_manager(args, kwargs).run_planned(planned, attempts, partial(function, *args, **kwargs))
+        database = database_of(find_manager(args, kwargs))
+        return await run_with_retries(database, definition, attempts, partial(function, *args, **kwargs))
 
     return in_block
 

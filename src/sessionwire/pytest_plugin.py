@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 from dependency_injector import containers
 
+from ._database.runtime import database_of
 from .containers import DatabaseContainer
 from .embedded import EmbeddedServer
 from .errors import OwnershipError
@@ -257,7 +258,8 @@ def _sessionwire_overridden(
                 continue
             if manager.is_initialized:
                 raise pytest.UsageError(OPEN_ALREADY)
-            stack.enter_context(manager.opening_with(own))  # those who took it when they were imported have it too
+            # code that took the manager at import has it too
+            stack.enter_context(database_of(manager).override_settings(own))
             given[f"{name.removesuffix('settings')}sessionmanager"] = manager
         yield stack.enter_context(overriding(container, **given))
 
@@ -275,7 +277,7 @@ async def _started(config: pytest.Config, container: containers.Container) -> As
             if is_sandbox:
                 watch.over(manager.engine.pool)
             else:
-                stack.enter_context(manager.replaced_engines(partial(WatchedEngines, watch)))
+                stack.enter_context(database_of(manager).substitute_engines(partial(WatchedEngines, watch)))
         yield container
         left = await watch.end_tasks(asyncio.current_task(), set(), TIMEOUT) + watch.end_blocks()
         if left:
@@ -323,7 +325,7 @@ def _sessionwire_ready(
     for manager in managers:
         manager.init(manager.settings)
     yield _sessionwire_overridden
-    left = sum(len(manager.in_use) for manager in managers)
+    left = sum(len(database_of(manager).open_units) for manager in managers)
     for manager in managers:
         if manager.is_initialized:
             try:

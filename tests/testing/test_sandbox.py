@@ -48,6 +48,7 @@ from sessionwire import (
     UnexpectedRollbackError,
     transactional,
 )
+from sessionwire._database.runtime import database_of
 from sessionwire.testing import sandbox
 from tests import services
 from tests.conftest import Postgres, checked_out, notes
@@ -333,7 +334,7 @@ async def test_tables_that_are_created_inside_are_not_there_after(
 async def test_a_transaction_of_its_own_sees_what_is_committed_and_commits_for_itself(
     manager: DatabaseSessionManager, inside: DatabaseSessionManager
 ) -> None:
-    if inside.is_sqlite:
+    if database_of(inside).is_sqlite:
         async with inside.transaction():
             with pytest.raises(IncompatibleTransactionError, match="one writer at a time"):
                 await write(inside, "b", propagation=Propagation.REQUIRES_NEW)
@@ -355,12 +356,14 @@ async def test_one_inside_a_read_only_transaction_may_write_on_sqlite_and_is_ref
 ) -> None:
     async with inside.transaction(read_only=True) as session:
         assert await session.scalar(select(Note.text)) == "before"
-        if inside.is_sqlite:
+        if database_of(inside).is_sqlite:
             await write(inside, "a", propagation=Propagation.REQUIRES_NEW)
         else:
             with pytest.raises(SandboxError, match="cannot begin inside a read-only one in a sandbox"):
                 await write(inside, "a", propagation=Propagation.REQUIRES_NEW)
-        assert await session.scalar(select(func.count()).select_from(Note)) == (2 if inside.is_sqlite else 1)
+        assert await session.scalar(select(func.count()).select_from(Note)) == (
+            2 if database_of(inside).is_sqlite else 1
+        )
     await write(inside, "b")
     assert "b" in await seen(inside)
 
@@ -368,7 +371,7 @@ async def test_one_inside_a_read_only_transaction_may_write_on_sqlite_and_is_ref
 async def test_what_a_rollback_takes_with_it_that_would_be_kept_elsewhere_is_told(
     inside: DatabaseSessionManager, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if inside.is_sqlite:  # where it is refused, as without a sandbox
+    if database_of(inside).is_sqlite:  # where it is refused, as without a sandbox
         async with inside.transaction() as session, inside.transaction(Propagation.NOT_SUPPORTED) as audit:
             await session.execute(select(Note))
             with pytest.raises(IncompatibleTransactionError, match="one writer at a time"):
@@ -664,7 +667,7 @@ async def test_so_does_one_of_a_transaction_inside_another(
     inside: DatabaseSessionManager, again_after: int | None
 ) -> None:
     async def work() -> None:
-        async with inside.transaction(read_only=inside.is_sqlite) as outer:
+        async with inside.transaction(read_only=database_of(inside).is_sqlite) as outer:
             await outer.execute(select(Note))
             async with inside.transaction(Propagation.REQUIRES_NEW) as inner:
                 await inner.execute(insert(Note).values(text="a"))
@@ -1052,7 +1055,7 @@ class TestLeft:
     async def nothing_is_left(self, manager: DatabaseSessionManager) -> None:
         assert manager.is_open
         assert checked_out(manager) == 0
-        assert not manager.in_use
+        assert not database_of(manager).open_units
         assert await seen(manager) == await notes(manager) == ["before"]
         async with manager.transaction() as session:
             session.add(Note(text="written"))

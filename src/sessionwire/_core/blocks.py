@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum, auto
 from types import TracebackType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, AsyncSessionTransaction
 from sqlalchemy.orm import SessionTransaction
 
 from sessionwire._database.begin_hooks import WITHOUT_HOOKS
-from sessionwire._database.completion import finish_rollback
-from sessionwire._database.driver_errors import origin
+from sessionwire._database.completion import close_or_invalidate, finish_commit, finish_rollback
+from sessionwire._database.driver_errors import is_retryable, origin
+from sessionwire._database.failed_statements import failures
 from sessionwire._database.options import Terms
-from sessionwire._error_reports import cut_off, lost_after
+from sessionwire._database.runtime import Database, running_loop
+from sessionwire._error_reports import cut_off, lost_after, name_cause
 from sessionwire.errors import (
     CommitOutcomeUnknownError,
     ConcurrentSessionError,
     IncompatibleTransactionError,
+    NotInitializedError,
     TransactionForbiddenError,
     TransactionRequiredError,
     TransactionTimeoutError,
@@ -29,16 +32,27 @@ from sessionwire.errors import (
     UnexpectedRollbackError,
 )
 
-from .context import current_scope
-from .definition import Plan, Propagation
+from .context import current_scope, require_no_enclosing_writer
+from .definition import Propagation, TransactionDefinition
 from .generators import is_left_early, is_told_otherwise, left_early
+from .guarded_session import is_dml
 from .hooks import run_hooks
-from .scope import Owner, Scope, entered_twice, refuse_second_writer, refuse_write_of_loop
-from .transaction import Hook, Level, Transaction
+from .scope import Scope
+from .transaction import Hook, Transaction
+from .usage_errors import already_entered_error, write_in_iteration_error
 
 
-class EnteredAsync:
-    """What is entered with `async with`, and nothing before."""
+class _Block:
+    """What is entered with `async with`, once."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._was_entered = False
+
+    def _enter_once(self) -> None:
+        if self._was_entered:
+            raise already_entered_error()
+        self._was_entered = True
 
     if not TYPE_CHECKING:  # to which it has no such methods
 
@@ -57,37 +71,33 @@ class EnteredAsync:
             )
 
 
-class SessionBlock(EnteredAsync):
+class SessionBlock(_Block):
     """`async with manager.session()`: a session that commits nothing by itself."""
 
-    def __init__(self, owner: Owner) -> None:
-        self._owner = owner
-        self._was_entered = False
-
     async def __aenter__(self) -> AsyncSession:
-        if self._was_entered:
-            raise entered_twice()
-        self._was_entered = True
-        self._scope = self._owner.open_scope(Terms())
+        self._enter_once()
+        self._scope = Scope.open(self._database, Terms())
         self._scope.is_bare = True
-        self._block = self._scope.enter()
+        self._frame = self._scope.push_frame()
         return self._scope.session
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         scope = self._scope
-        if scope.leave_elsewhere(error):
+        if scope.ends_elsewhere(error):
             return
-        lost = (error is None or is_left_early(error)) and (scope.written or scope.pending)
-        failure = left_early() if lost and error is not None else None
+        loses_work = (error is None or is_left_early(error)) and (
+            scope.has_uncommitted_writes or scope.has_pending_changes
+        )
+        failure = left_early() if loses_work and error is not None else None
         if failure is not None and is_told_otherwise(failure):
             failure = None
-        scope.leave(self._block)
+        scope.pop_frame(self._frame)
         await scope.close(failure or error)
         if failure is not None:
             raise failure
-        if lost and error is None:
+        if loses_work and error is None:
             warnings.warn(
                 "a session() block ended with changes that are now lost: call commit() or rollback() in it, "
                 "or use transaction(), which commits at its end",
@@ -96,65 +106,150 @@ class SessionBlock(EnteredAsync):
             )
 
 
-class _Act(Enum):
+class ConnectionBlock(_Block):
+    """`async with manager.connect()`: a connection in a transaction, which the block ends."""
+
+    async def __aenter__(self) -> AsyncConnection:
+        self._enter_once()
+        engines = self._database.admit(is_enclosed=current_scope(self._database) is not None)
+        require_no_enclosing_writer(self._database)
+        self.task = asyncio.current_task()
+        self._loop = running_loop()
+        self._is_aborted = self._has_written = False
+        self.connection = engines.on(Terms(writes=True)).connect()
+        self._database.add(self)
+        try:
+            await self.connection
+            try:
+                await self._begin()
+            except BaseException as error:
+                name_cause(error, failures(self.connection.sync_connection))
+                await self._release(error)
+                raise
+        except BaseException:
+            self._database.release(self)
+            raise
+        return self.connection
+
+    async def _begin(self) -> None:
+        if self._is_aborted:
+            await self.connection.invalidate()  # it came out of a pool that nobody disposes any more
+            raise NotInitializedError("it was closed while connect() waited for a connection")
+        self._transaction = await self.connection.begin()
+        await self.connection.run_sync(self._database.begin_hooks.run_due)
+        event.listen(self.connection.sync_connection, "after_cursor_execute", self._record_write)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        failure = error
+        try:
+            if error is None:
+                try:
+                    await self._commit()
+                except BaseException as refused:
+                    failure = refused
+            elif self._has_written and is_left_early(error):
+                lost = left_early()
+                if not is_told_otherwise(lost):
+                    failure = lost
+            if failure is not None:
+                name_cause(failure, failures(self.connection.sync_connection))
+            await self._release(failure)
+        finally:
+            self._database.release(self)
+        if failure is not None and failure is not error:
+            raise failure
+
+    async def _commit(self) -> None:
+        if running_loop() is not self._loop:
+            raise self._database.ownership_error()
+        if self._is_aborted:
+            raise cut_off()
+        if failed := failures(self.connection.sync_connection):
+            raise lost_after(failed[0])
+        await finish_commit(self._transaction.commit(), self._database.settings.commit_timeout)
+
+    async def _release(self, error: BaseException | None) -> None:
+        """Close the connection, which rolls back what was not committed."""
+        if running_loop() is self._loop:  # otherwise it is another process's, or its loop is closed
+            work = close_or_invalidate(self.connection)
+            await finish_rollback(work, self._database.settings.rollback_timeout, error)
+
+    @property
+    def engine(self) -> AsyncEngine:
+        return self.connection.engine
+
+    def abort(self) -> None:
+        self._is_aborted = True
+
+    def _record_write(self, _connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        self._has_written = self._has_written or is_dml(statement)
+
+
+class _Action(Enum):
     JOIN = auto()
     BEGIN = auto()
     SAVEPOINT = auto()
-    GO_WITHOUT = auto()
-    REFUSE = auto()
+    AUTOCOMMIT = auto()
+    REJECT = auto()
 
 
-# what each mode does where a transaction is current, and where none is
-_ACTS = {
-    Propagation.REQUIRED: (_Act.JOIN, _Act.BEGIN),
-    Propagation.REQUIRES_NEW: (_Act.BEGIN, _Act.BEGIN),
-    Propagation.NESTED: (_Act.SAVEPOINT, _Act.BEGIN),
-    Propagation.MANDATORY: (_Act.JOIN, _Act.REFUSE),
-    Propagation.SUPPORTS: (_Act.JOIN, _Act.GO_WITHOUT),
-    Propagation.NOT_SUPPORTED: (_Act.GO_WITHOUT, _Act.GO_WITHOUT),
-    Propagation.NEVER: (_Act.REFUSE, _Act.GO_WITHOUT),
+# For each mode: the action inside a transaction, and the one outside of any.
+_ACTIONS = {
+    Propagation.REQUIRED: (_Action.JOIN, _Action.BEGIN),
+    Propagation.REQUIRES_NEW: (_Action.BEGIN, _Action.BEGIN),
+    Propagation.NESTED: (_Action.SAVEPOINT, _Action.BEGIN),
+    Propagation.MANDATORY: (_Action.JOIN, _Action.REJECT),
+    Propagation.SUPPORTS: (_Action.JOIN, _Action.AUTOCOMMIT),
+    Propagation.NOT_SUPPORTED: (_Action.AUTOCOMMIT, _Action.AUTOCOMMIT),
+    Propagation.NEVER: (_Action.REJECT, _Action.AUTOCOMMIT),
 }
-_ALONE = (Propagation.REQUIRES_NEW, Propagation.NOT_SUPPORTED)  # never in a session that is there already
+_ALWAYS_NEW_SESSION = (Propagation.REQUIRES_NEW, Propagation.NOT_SUPPORTED)
 
 
-class TransactionBlock(EnteredAsync):
-    """`async with transaction(…)`."""
+class TransactionBlock(_Block):
+    """`async with transaction(…)`.
 
-    def __init__(self, owner: Owner, plan: Plan) -> None:
-        self._owner = owner
-        self._propagation = plan.propagation
-        self._terms = plan.terms
-        self._timeout = plan.timeout
+    Args:
+        database: The database of the transaction.
+        definition: What the block asks for.
+        may_retry: The caller repeats the block after an error that a retry may mend. Hooks of such an end are left
+            in `postponed_hooks`.
+    """
+
+    def __init__(self, database: Database, definition: TransactionDefinition, *, may_retry: bool = False) -> None:
+        super().__init__(database)
+        self._propagation = definition.propagation
+        self._options = definition.options
+        self._timeout = definition.timeout
         self._deadline: asyncio.Timeout | None = None
-        self._was_entered = False
-        self._level: Level | None = None  # what a failure of this block dooms
+        self._transaction: Transaction | None = None  # rolls back if this block fails
         self._savepoint: AsyncSessionTransaction | None = None
-        self.is_repeated_after: Callable[[BaseException | None], bool] = lambda failure: False
-        self.put_off: list[Hook] = []  # which are due, unless what is repeated begins
+        self._may_retry = may_retry
+        self.will_retry = False
+        self.postponed_hooks: list[Hook] = []  # due, unless the next attempt begins
 
     # Begin
 
     async def __aenter__(self) -> AsyncSession:
-        if self._was_entered:
-            raise entered_twice()
-        self._was_entered = True
-        while (current := current_scope(self._owner)) is not None and not current.check_loop():
+        self._enter_once()
+        while (current := current_scope(self._database)) is not None and not current.check_loop():
             pass
-        inside = current is not None and current.transaction is not None
-        self._act = _ACTS[self._propagation][0 if inside else 1]
-        self._scope, self._opened = self._choose(current)
-        self._block = self._scope.enter()
-        if not self._opened and self._act is not _Act.SAVEPOINT and not self._terms.read_only:
+        in_transaction = current is not None and current.transaction is not None
+        self._action = _ACTIONS[self._propagation][0 if in_transaction else 1]
+        self._scope, self._opened_scope = self._select_scope(current)
+        self._frame = self._scope.push_frame()
+        if not self._opened_scope and self._action is not _Action.SAVEPOINT and not self._options.read_only:
             self._scope.work += 1
         self._work_before = self._scope.work
-        if self._act is _Act.BEGIN:
-            self._scope.transaction = Transaction(self._block)
+        if self._action is _Action.BEGIN:
+            self._scope.transaction = Transaction(self._frame)
             self._scope.transaction.has_begun = self._scope.session.in_transaction()
-        if self._scope.transaction is not None:
-            self._level = self._scope.transaction.level
+        self._transaction = self._scope.transaction
         if self._timeout is not None:
             self._deadline = await asyncio.timeout(self._timeout).__aenter__()
-        if self._act is _Act.SAVEPOINT:
+        if self._action is _Action.SAVEPOINT:
             try:
                 await self._set_savepoint()
             except BaseException as error:
@@ -162,133 +257,133 @@ class TransactionBlock(EnteredAsync):
                 raise
         return self._scope.session
 
-    def _choose(self, current: Scope | None) -> tuple[Scope, bool]:
-        """The scope to work in, and whether it is a new one. What is refused here dooms nothing."""
-        if self._act is _Act.REFUSE:
+    def _select_scope(self, current: Scope | None) -> tuple[Scope, bool]:
+        """Return the scope to use, and whether it is new. Errors raised here leave the enclosing transaction intact."""
+        if self._action is _Action.REJECT:
             if self._propagation is Propagation.NEVER:
                 raise TransactionForbiddenError("Propagation.NEVER: a transaction is current; end it before this call")
             raise TransactionRequiredError("Propagation.MANDATORY: wrap the call in transaction() or @transactional")
-        if current is not None and self._propagation not in _ALONE:
-            if current.generator is not None and not self._terms.read_only and current.is_iterated_here:
-                raise refuse_write_of_loop()
-            if current.terms.read_only and not self._terms.read_only:
+        if current is not None and self._propagation not in _ALWAYS_NEW_SESSION:
+            if current.generator is not None and not self._options.read_only and current.is_iterated_here:
+                raise write_in_iteration_error()
+            if current.options.read_only and not self._options.read_only:
                 raise IncompatibleTransactionError(
-                    "this block may write, and the one around it is read-only: make the outer call transactional"
+                    "this block may write, and the enclosing one is read-only: make the outer call transactional"
                 )
-            if self._fits(current):
-                self._check_terms(current.terms)
+            if self._can_reuse(current):
+                self._check_compatible(current.options)
                 return current, False
-        return self._owner.open_scope(self._terms_of_new()), True
+        return Scope.open(self._database, self._options_for_new_scope()), True
 
-    def _fits(self, current: Scope) -> bool:
-        """Whether this block works in the session that is there."""
+    def _can_reuse(self, current: Scope) -> bool:
+        """Tell whether this block can use the current session."""
         if current.transaction is not None:
             return True
-        if self._act is _Act.BEGIN:
-            return not current.terms.autocommit and not current.terms.read_only
-        return not current.terms.read_only or current.task is asyncio.current_task()
+        if self._action is _Action.BEGIN:
+            return not current.options.autocommit and not current.options.read_only
+        return not current.options.read_only or current.task is asyncio.current_task()
 
-    def _check_terms(self, given: Terms) -> None:
-        asked = self._terms
-        for what, value, there in (
-            ("isolation", asked.isolation, given.isolation),
-            ("execution_options", dict(asked.execution_options), dict(given.execution_options)),
+    def _check_compatible(self, existing: Terms) -> None:
+        requested = self._options
+        for name, value, present in (
+            ("isolation", requested.isolation, existing.isolation),
+            ("execution_options", dict(requested.execution_options), dict(existing.execution_options)),
         ):
-            if value and value != there:
+            if value and value != present:
                 raise IncompatibleTransactionError(
-                    f"this block asks for {what}={value!r}, and the one around it has {there or 'the default'!r}: ask "
-                    "for it in the outermost transaction(), or take Propagation.REQUIRES_NEW"
+                    f"{name}={value!r} was requested, but the enclosing transaction has {present or 'the default'!r}: "
+                    "request it in the outermost transaction(), or use Propagation.REQUIRES_NEW"
                 )
 
-    def _terms_of_new(self) -> Terms:
-        terms = self._terms
-        if terms.autocommit and terms.read_only and self._owner.reads_in_transactions:
-            return replace(terms, autocommit=False)
-        if terms.autocommit and self._owner.begin_hooks and WITHOUT_HOOKS not in dict(terms.execution_options):
-            return replace(terms, hooked=True)
-        if terms.writes:
-            refuse_second_writer(self._owner)
-        return terms
+    def _options_for_new_scope(self) -> Terms:
+        options = self._options
+        if options.autocommit and options.read_only and self._database.wraps_reads_in_transactions:
+            return replace(options, autocommit=False)
+        if options.autocommit and self._database.begin_hooks and WITHOUT_HOOKS not in dict(options.execution_options):
+            return replace(options, hooked=True)
+        if options.writes:
+            require_no_enclosing_writer(self._database)
+        return options
 
     async def _set_savepoint(self) -> None:
-        transaction = self._scope.transaction
-        assert transaction is not None
-        failed_before = len(self._scope.failures)
+        failure_mark = len(self._scope.failures)
         self._savepoint = await self._scope.session.begin_nested()
-        self._level = transaction.level = Level(self._block, transaction.level, failed_before)
+        self._transaction = Transaction(self._frame, self._scope.transaction, failure_mark)
+        self._scope.transaction = self._transaction
 
     # End
 
     def set_rollback_only(self) -> None:
-        """What `TransactionManager.set_rollback_only()` asks for in this very block."""
-        if self._level is not None:
-            self._level.set_rollback_only(self._block)
+        """Do what `TransactionManager.set_rollback_only()` does, for this block even if another is innermost."""
+        if self._transaction is not None:
+            self._transaction.set_rollback_only(self._frame)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._scope.leave_elsewhere(error):
+        if self._scope.ends_elsewhere(error):
             return
         failure = error
         loses_work = True
         if failure is None:
             try:
-                await self._check_and_flush()
+                await self._prepare_commit()
             except BaseException as found:
                 failure = found
         elif is_left_early(error):
             loses_work = self._loses_work()
-            lost = left_early(self._level.doomed_by if self._level is not None else None)
+            lost = left_early(self._transaction.rollback_cause if self._transaction is not None else None)
             if loses_work and not is_told_otherwise(lost):
                 failure = lost
-        failure = await self._at_deadline(failure)
-        if self._act is _Act.BEGIN:
+        failure = await self._apply_deadline(failure)
+        if self._action is _Action.BEGIN:
             failure = await self._end_transaction(failure)
-        elif self._savepoint is not None and self._level is not None and not self._level.has_ended:
-            failure = await self._end_savepoint(self._savepoint, self._level, failure)
-        elif self._opened:
+        elif self._savepoint is not None and self._transaction is not None and not self._transaction.has_ended:
+            failure = await self._end_savepoint(self._savepoint, self._transaction, failure)
+        elif self._opened_scope:
             await self._scope.close(failure)
-        else:  # it had joined, or is a savepoint that ended with the one around it
-            self._scope.leave(self._block)
-            if failure is not None and self._level is not None and loses_work:
-                self._level.doom(failure)
+        else:  # it had joined, or is a savepoint that ended with the enclosing transaction
+            self._scope.pop_frame(self._frame)
+            if failure is not None and self._transaction is not None and loses_work:
+                self._transaction.mark_rollback_only(failure)
         if failure is not None and failure is not error:
             raise failure
 
     def _loses_work(self) -> bool:
-        """Whether a rollback would undo something that was done in this block, and nobody else tells of it."""
+        """Tell whether a rollback would undo work of this block without any other error that says so."""
         scope = self._scope
-        if self._act is _Act.GO_WITHOUT:
-            return self._opened and scope.pending
-        ended_with_outer = self._block.scope is None and not scope.cut_off
-        return not ended_with_outer and (scope.work != self._work_before or scope.pending)
+        if self._action is _Action.AUTOCOMMIT:
+            return self._opened_scope and scope.has_pending_changes
+        ended_with_outer_block = self._frame.scope is None and not scope.is_aborted
+        return not ended_with_outer_block and (scope.work != self._work_before or scope.has_pending_changes)
 
-    async def _check_and_flush(self) -> None:
-        """What must hold for the block to end well."""
-        scope, level = self._scope, self._level
-        if scope.cut_off:
+    async def _prepare_commit(self) -> None:
+        """Check what must hold for the block to end well, and flush."""
+        scope, transaction = self._scope, self._transaction
+        if scope.is_aborted:
             raise cut_off()
-        if self._block.scope is None:
-            raise UnexpectedRollbackError("the transaction ended before this block, which had joined it: rolled back")
-        if self._act is _Act.JOIN or (self._act is _Act.GO_WITHOUT and not self._opened):
+        if self._frame.scope is None:
+            raise UnexpectedRollbackError(
+                "the outer block ended before this joined block; the transaction was rolled back"
+            )
+        if self._action is _Action.JOIN or (self._action is _Action.AUTOCOMMIT and not self._opened_scope):
             return
-        if scope.blocks[-1] is not self._block:
-            reason = "a block inside this one, which had joined it, was still open: end it first"
-            raise lost_after(ConcurrentSessionError(reason))
-        if level is None:
+        if scope.frames[-1] is not self._frame:
+            raise lost_after(ConcurrentSessionError("a block that joined this one is still open; end it first"))
+        if transaction is None:
             await scope.flush()
             return
-        if level.rollback_only:
+        if transaction.rollback_only:
             return
-        if level.doomed_by is not None:
-            raise lost_after(level.doomed_by)
-        if not scope.session.is_active and scope.last_error is not None:
-            raise lost_after(scope.last_error)  # a flush failed, and has rolled back
+        if transaction.rollback_cause is not None:
+            raise lost_after(transaction.rollback_cause)
+        if not scope.session.is_active and scope.last_operation_error is not None:
+            raise lost_after(scope.last_operation_error)  # a flush failed, and has rolled back
         await scope.flush()
-        if failed := scope.failures[level.failed_before :]:
+        if failed := scope.failures[transaction.failure_mark :]:
             raise lost_after(failed[0])
 
-    async def _at_deadline(self, failure: BaseException | None) -> BaseException | None:
+    async def _apply_deadline(self, failure: BaseException | None) -> BaseException | None:
         if self._deadline is None:
             return failure
         when = self._deadline.when()
@@ -304,57 +399,59 @@ class TransactionBlock(EnteredAsync):
         return failure
 
     async def _end_savepoint(
-        self, savepoint: AsyncSessionTransaction, level: Level, failure: BaseException | None
+        self, savepoint: AsyncSessionTransaction, transaction: Transaction, failure: BaseException | None
     ) -> BaseException | None:
-        scope = self._scope
-        assert level.outer is not None
-        assert scope.transaction is not None
+        scope, parent = self._scope, transaction.parent
+        assert parent is not None
         try:
-            if failure is None and not level.rollback_only:
+            if failure is None and not transaction.rollback_only:
                 await savepoint.commit()
-                scope.work += not self._terms.read_only
+                scope.work += not self._options.read_only
             else:
-                level.undo()
+                transaction.mark_rolled_back()
                 scope.work = self._work_before
-                undo = scope.run(lambda _: cast(SessionTransaction, savepoint.sync_transaction).rollback())
-                if trouble := await finish_rollback(undo, self._owner.settings.rollback_timeout, failure):
-                    level.outer.doom(trouble)
-        except BaseException as refused:
-            level.undo()
-            level.outer.doom(refused)  # SQLAlchemy cannot roll back to a savepoint whose end has failed
-            failure = refused
+                work = scope.run_exclusively(lambda _: cast(SessionTransaction, savepoint.sync_transaction).rollback())
+                if error := await finish_rollback(work, self._database.settings.rollback_timeout, failure):
+                    parent.mark_rollback_only(error)
+        except BaseException as error:
+            transaction.mark_rolled_back()
+            parent.mark_rollback_only(error)  # SQLAlchemy cannot roll back to a savepoint that failed to end
+            failure = error
         finally:
-            scope.transaction.end(level)
-            scope.leave(self._block, with_inner=True)
+            if not transaction.has_ended:
+                scope.end_savepoints(inside=parent)
+            scope.pop_frame(self._frame, including_nested=True)
         return failure
 
     async def _end_transaction(self, failure: BaseException | None) -> BaseException | None:
-        scope = self._scope
-        transaction = scope.transaction
+        scope, transaction = self._scope, self._transaction
         assert transaction is not None
-        reason = origin(failure, scope.failure)
+        root_cause = origin(failure, scope.first_failure)
+        scope.end_savepoints(inside=transaction)
         transaction.is_ending = True
-        scope.leave(self._block, with_inner=True)
-        outcome = failure  # of the transaction, where a cancellation may come on top
-        if failure is None and not transaction.root.rollback_only:
+        scope.pop_frame(self._frame, including_nested=True)
+        transaction_error = failure  # without a cancellation that comes on top
+        if failure is None and not transaction.rollback_only:
             try:
                 await scope.commit()
-            except BaseException as refused:
-                failure = reason = refused
-                outcome = refused.__cause__ if isinstance(refused, asyncio.CancelledError) else refused
-        if outcome is not None or transaction.root.rollback_only:
-            transaction.root.undo()
+            except BaseException as error:
+                failure = root_cause = error
+                transaction_error = error.__cause__ if isinstance(error, asyncio.CancelledError) else error
+        if transaction_error is not None or transaction.rollback_only:
+            transaction.mark_rolled_back()
         scope.transaction = None
         try:
-            if self._opened:
+            if self._opened_scope:
                 await scope.close(failure)
-            elif transaction.root.undone:
+            elif transaction.rolled_back:
                 await scope.roll_back(failure)
         except asyncio.CancelledError as cancellation:
-            failure = reason = cancellation
-        if isinstance(outcome, CommitOutcomeUnknownError):
+            failure = root_cause = cancellation
+        hooks = transaction.take_due_hooks()
+        if isinstance(transaction_error, CommitOutcomeUnknownError):
             return failure
-        if self.is_repeated_after(reason):
-            self.put_off = transaction.hooks()
+        self.will_retry = self._may_retry and is_retryable(root_cause)
+        if self.will_retry:
+            self.postponed_hooks = hooks
             return failure
-        return await run_hooks([*scope.take_due_hooks(), *transaction.hooks()], failure)
+        return await run_hooks([*scope.take_due_hooks(), *hooks], failure)

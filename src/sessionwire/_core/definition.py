@@ -1,4 +1,4 @@
-"""What a block asks for, checked where it is written down: its propagation mode and its options."""
+"""Propagation modes and transaction options, validated where they are written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Propagation(Enum):
     NEVER = auto()
 
 
-MAY_GO_WITHOUT = (Propagation.SUPPORTS, Propagation.NOT_SUPPORTED, Propagation.NEVER)
+NON_TRANSACTIONAL_MODES = (Propagation.SUPPORTS, Propagation.NOT_SUPPORTED, Propagation.NEVER)
 ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 INSTEAD_OF = {  # what others call an option
     "isolation_level": "write isolation=…",
@@ -33,14 +33,14 @@ INSTEAD_OF = {  # what others call an option
     "of": "only @transactional and @read_only look for their TransactionManager",
     "nested": "write transaction(Propagation.NESTED)",
 }
-REPLACED_OPTIONS = {
+RESERVED_EXECUTION_OPTIONS = {
     "isolation_level": "ask with isolation=…, and for autocommit with Propagation.NOT_SUPPORTED",
     "postgresql_readonly": "ask with read_only=True",
 }
 
 
-class BlockOptions(TypedDict, total=False):
-    """What a block may ask for. `timeout` is in seconds."""
+class TransactionOptions(TypedDict, total=False):
+    """The options of a block. `timeout` is in seconds."""
 
     isolation: str | None
     read_only: bool
@@ -49,15 +49,15 @@ class BlockOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a block asks for."""
+class TransactionDefinition:
+    """The validated propagation mode and options of a block."""
 
     propagation: Propagation
-    terms: Terms
+    options: Terms
     timeout: float | None  # seconds
 
 
-def plan(
+def define(
     propagation: Propagation,
     *,
     isolation: str | None = None,
@@ -65,24 +65,29 @@ def plan(
     timeout: float | timedelta | None = None,
     execution_options: Mapping[str, Any] | None = None,
     **unknown: object,
-) -> Plan:
-    """Check what a block asks for. Raises `TypeError` for an unknown option or a wrong type, and `ValueError`."""
+) -> TransactionDefinition:
+    """Validate the propagation mode and the options of a block.
+
+    Raises:
+        TypeError: An option is unknown, or of a wrong type.
+        ValueError: An option has a value that is not allowed.
+    """
     for name in unknown:
         raise _no_option(name)
     if propagation not in Propagation.__members__.values():
         raise _no_propagation(propagation)
-    for name, instead in REPLACED_OPTIONS.items():
+    for name, instead in RESERVED_EXECUTION_OPTIONS.items():
         if name in (execution_options or {}):
-            raise ValueError(f"execution_options: {name!r} is not for a block to set: {instead}")
-    goes_without = propagation in MAY_GO_WITHOUT
-    terms = Terms(
-        autocommit=goes_without,
-        writes=not (read_only or goes_without),
+            raise ValueError(f"execution_options: {name!r} cannot be set here: {instead}")
+    autocommit = propagation in NON_TRANSACTIONAL_MODES
+    connection_options = Terms(
+        autocommit=autocommit,
+        writes=not (read_only or autocommit),
         read_only=read_only,
-        isolation=_isolation(isolation, propagation),
+        isolation=_normalize_isolation(isolation, propagation),
         execution_options=tuple(sorted((execution_options or {}).items())),
     )
-    return Plan(propagation, terms, None if timeout is None else _seconds(timeout))
+    return TransactionDefinition(propagation, connection_options, None if timeout is None else _seconds(timeout))
 
 
 def attempts(retries: object) -> int:
@@ -105,7 +110,7 @@ def _seconds(timeout: float | timedelta) -> float:
 
 
 def _no_option(name: str) -> TypeError:
-    known = list(BlockOptions.__annotations__)
+    known = list(TransactionOptions.__annotations__)
     close = get_close_matches(name, known, n=1)
     instead = INSTEAD_OF.get(name) or (f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}")
     return TypeError(f"a block has no option {name!r}: {instead}")
@@ -124,14 +129,14 @@ def _no_propagation(given: object) -> TypeError:
     return TypeError(f"{given!r} is not a Propagation: {instead}")
 
 
-def _isolation(level: str | None, propagation: Propagation) -> str | None:
+def _normalize_isolation(level: str | None, propagation: Propagation) -> str | None:
     if level is None:
         return None
     if str(level).upper() not in ISOLATION_LEVELS:
-        raise ValueError(f"there is no isolation level {level!r}; there are {', '.join(ISOLATION_LEVELS)}")
-    if propagation in MAY_GO_WITHOUT:
+        raise ValueError(f"unknown isolation level {level!r}; choose one of {', '.join(ISOLATION_LEVELS)}")
+    if propagation in NON_TRANSACTIONAL_MODES:
         raise ValueError(
-            f"Propagation.{propagation.name} may go without a transaction, which alone has an isolation level: for one "
-            "snapshot take REQUIRED, with read_only=True where it only reads"
+            f"Propagation.{propagation.name} may run without a transaction, so it cannot have an isolation level; for "
+            "a consistent snapshot use REQUIRED, with read_only=True if it only reads"
         )
     return level.upper()

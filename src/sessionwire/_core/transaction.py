@@ -1,4 +1,4 @@
-"""What a transaction is to undo, by its levels: itself and each savepoint; and the hooks that wait for its end."""
+"""A transaction and its savepoints: what each rolls back, and the hooks to run at the end."""
 
 from __future__ import annotations
 
@@ -9,58 +9,47 @@ from sessionwire.errors import TransactionError
 Hook = Callable[[], object]
 
 
-class Level:
-    """What is undone as one: a transaction, or a savepoint within it."""
+class Transaction:
+    """What rolls back as one: a transaction, or a savepoint, which is a transaction with a parent."""
 
-    def __init__(self, block: object, outer: Level | None = None, failed_before: int = 0) -> None:
-        self.block = block  # the one that began it
-        self.outer = outer
-        self.failed_before = failed_before
-        self.doomed_by: BaseException | None = None
-        self.rollback_only = False  # as its own block has asked for
+    def __init__(self, block: object, parent: Transaction | None = None, failure_mark: int = 0) -> None:
+        self.block = block  # the outer block, which began it
+        self.parent = parent
+        self.failure_mark = failure_mark  # how many statements had failed before it
+        self.rollback_cause: BaseException | None = None
+        self.rollback_only = False  # as its outer block requested
+        self.has_begun = False  # in the database
         self.has_ended = False
-        self._undone = False
+        self.is_ending = False
+        self._rolled_back = False
+        self._hooks: list[tuple[Hook, Transaction, bool]] = parent._hooks if parent else []
 
-    def doom(self, reason: BaseException) -> None:
-        """Make it end in a rollback, however its block ends; where it has ended, the one around it. The first stays."""
-        if self.has_ended and self.outer is not None:
-            self.outer.doom(reason)
+    def mark_rollback_only(self, cause: BaseException) -> None:
+        """Make it roll back even if its block succeeds; once it has ended, its parent. The first cause is kept."""
+        if self.has_ended and self.parent is not None:
+            self.parent.mark_rollback_only(cause)
         else:
-            self.doomed_by = self.doomed_by or reason
+            self.rollback_cause = self.rollback_cause or cause
 
     def set_rollback_only(self, block: object) -> None:
-        """The same where a block asks for it, quietly if it is the one that began."""
+        """Handle a request of `block`: silently if it is the outer block, otherwise as an unexpected rollback."""
         if block is self.block:
             self.rollback_only = True
         else:
-            self.doom(TransactionError("set_rollback_only() was called in a block that had joined"))
+            self.mark_rollback_only(TransactionError("set_rollback_only() was called in a joined block"))
 
-    def undo(self) -> None:
-        self._undone = True
+    def mark_rolled_back(self) -> None:
+        self._rolled_back = True
 
     @property
-    def undone(self) -> bool:
-        return self._undone or (self.outer is not None and self.outer.undone)
-
-
-class Transaction:
-    """The transaction that a block owns in a scope, with its savepoints and hooks."""
-
-    def __init__(self, block: object) -> None:
-        self.root = self.level = Level(block)
-        self.has_begun = False  # in the database
-        self.is_ending = False
-        self._hooks: list[tuple[Hook, Level, bool]] = []
-
-    def end(self, level: Level) -> None:
-        """End a savepoint, and with it those that are still open inside it."""
-        while not level.has_ended and self.level.outer is not None:
-            self.level.has_ended = True
-            self.level = self.level.outer
+    def rolled_back(self) -> bool:
+        return self._rolled_back or (self.parent is not None and self.parent.rolled_back)
 
     def add_hook(self, hook: Hook, *, on_rollback: bool) -> None:
-        self._hooks.append((hook, self.level, on_rollback))
+        self._hooks.append((hook, self, on_rollback))
 
-    def hooks(self) -> list[Hook]:
-        """Those that the end has made due, in the order given."""
-        return [hook for hook, level, on_rollback in self._hooks if level.undone is on_rollback]
+    def take_due_hooks(self) -> list[Hook]:
+        """Return the hooks to run now, in the order in which they were added, and forget all of them."""
+        due = [hook for hook, added_in, on_rollback in self._hooks if added_in.rolled_back is on_rollback]
+        self._hooks.clear()  # they know this transaction: without them it is freed at once
+        return due

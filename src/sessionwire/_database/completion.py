@@ -9,6 +9,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from sqlalchemy.exc import DBAPIError, InterfaceError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from sessionwire._error_reports import in_short
 from sessionwire._shield import to_the_end
@@ -57,6 +58,15 @@ async def finish_rollback(
             error.add_note(note)
         return trouble
     return None
+
+
+async def close_or_invalidate(connection: AsyncConnection) -> None:
+    """Close the connection, which rolls back what was not committed; if that fails, discard it."""
+    try:
+        await connection.close()
+    except BaseException:
+        await connection.invalidate()
+        raise
 
 
 async def _committing(work: Coroutine[Any, Any, None]) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import cast
 
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-
-from sessionwire._core.scope import Scope
+from sessionwire._database.runtime import Unit
 
 from ._call_sites import where
 
@@ -23,7 +21,6 @@ class Party:
         self.where = where()
 
 
-def party_of(unit: Scope | AsyncConnection) -> Party | None:
+def party_of(unit: Unit) -> Party | None:
     """None of one that is not of a sandbox."""
-    engine = cast(AsyncEngine, unit.session.bind if isinstance(unit, Scope) else unit.engine)
-    return cast("Party | None", engine.sync_engine.get_execution_options().get(PARTY))
+    return cast("Party | None", unit.engine.sync_engine.get_execution_options().get(PARTY))

@@ -9,9 +9,9 @@ from sqlalchemy import Pool, PoolProxiedConnection, event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from sessionwire._core.scope import Scope
 from sessionwire._database.engines import Engines
 from sessionwire._database.options import Terms
+from sessionwire._database.runtime import database_of
 from sessionwire._shield import shielding_tasks
 from sessionwire.manager import DatabaseSessionManager
 
@@ -27,7 +27,7 @@ class Watch:
 
     def __init__(self, *managers: DatabaseSessionManager) -> None:
         self._tasks = asyncio.all_tasks()
-        self._units = {manager: manager.in_use for manager in managers}
+        self._units = {database: database.open_units for database in map(database_of, managers)}
         self._held: dict[ConnectionPoolEntry, tuple[PoolProxiedConnection, str]] = {}
 
     def over(self, pool: Pool) -> None:
@@ -41,7 +41,9 @@ class Watch:
         loop = asyncio.get_running_loop()
 
         async def running() -> set[Task]:
-            while endings := {ending for manager in self._units for ending in manager.endings}:  # and tasks of theirs
+            while endings := {
+                ending for database in self._units for ending in database.cleanup_tasks
+            }:  # and tasks of theirs
                 if not (await asyncio.wait(endings, timeout=timeout))[0]:
                     break
             others = {cast(Task, caller), cast(Task, asyncio.current_task())}
@@ -61,14 +63,13 @@ class Watch:
     def end_blocks(self) -> list[str]:
         """Cut off those that are open, and end connections that are held; those that no block explains are told."""
         blocks: list[str] = []
-        for manager, before in self._units.items():
-            for unit in manager.in_use - before:
+        for database, before in self._units.items():
+            for unit in database.open_units - before:
                 party = party_of(unit)
                 place = party.where if party else UNKNOWN
                 blocks.append(f"a session or connection was left open: the block that began at {place}")
-                if isinstance(unit, Scope):
-                    unit.cut()
-                manager.forget(unit)
+                unit.abort()
+                database.release(unit)
         connections: list[str] = []
         for connection, place in list(self._held.values()):
             connections.append(f"a connection was left open: the one that was taken at {place}")

@@ -15,7 +15,7 @@ from typing import Any, cast
 from sqlalchemy import Connection, Pool, PoolProxiedConnection, event
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from sessionwire._core.guarded_session import WRITING_VERBS
+from sessionwire._core.guarded_session import DML_VERBS
 from sessionwire._database import sqlite
 from sessionwire._database.begin_hooks import WITHOUT_HOOKS, BeginHooks
 from sessionwire._database.driver_errors import IN_FAILED_TRANSACTION, sqlstate
@@ -182,7 +182,7 @@ class SharedConnection:
             raise
         finally:
             self._rest(virtual)
-        virtual.has_written |= arguments[1].lstrip().upper().startswith(WRITING_VERBS)
+        virtual.has_written |= arguments[1].lstrip().upper().startswith(DML_VERBS)
         if alone:
             self._release(virtual)
 

@@ -21,10 +21,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from sessionwire._config.url import DatabaseURL
 from sessionwire._database.driver_errors import sqlstate
+from sessionwire._database.runtime import EMBEDDED_SERVER_TIMEOUT
 from sessionwire._shield import to_the_end
 from sessionwire.embedded import EmbeddedServer
 from sessionwire.errors import ConfigurationError, ConnectionFailedError
-from sessionwire.manager import SERVER_TIMEOUT, DatabaseSessionManager
+from sessionwire.manager import DatabaseSessionManager
 from sessionwire.settings import DatabaseSettings
 
 TIMEOUT = 120.0  # seconds to make a database, and to clean up
@@ -101,8 +102,8 @@ class Server(Place):
             url = make_url(settings.url)
             if url.drivername == "embedded":
                 server = EmbeddedServer(url.database or "")
-                stack.push_async_callback(lambda: to_the_end(asyncio.to_thread(server.stop), SERVER_TIMEOUT))
-                await to_the_end(asyncio.to_thread(server.start), SERVER_TIMEOUT)
+                stack.push_async_callback(lambda: to_the_end(asyncio.to_thread(server.stop), EMBEDDED_SERVER_TIMEOUT))
+                await to_the_end(asyncio.to_thread(server.start), EMBEDDED_SERVER_TIMEOUT)
                 settings = settings.model_copy(update={"url": server.url})
             try:
                 manager = await stack.enter_async_context(DatabaseSessionManager(settings))

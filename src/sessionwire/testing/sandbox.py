@@ -17,17 +17,18 @@ from dependency_injector import containers
 from sqlalchemy import AsyncAdaptedQueuePool, Connection, Engine, Pool, event, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from sessionwire._core.context import current_scope, scopes_here
+from sessionwire._core.context import current_scope, enclosing_scopes
 from sessionwire._database.begin_hooks import WITHOUT_HOOKS
-from sessionwire._database.completion import finish_rollback
+from sessionwire._database.completion import close_or_invalidate, finish_rollback
 from sessionwire._database.driver_errors import watch_disconnects
 from sessionwire._database.engines import Engines
 from sessionwire._database.failed_statements import watch_failures
 from sessionwire._database.options import TERMS, Terms
+from sessionwire._database.runtime import Database, database_of
 from sessionwire._database.savepoints import keep_connections
 from sessionwire._shield import to_the_end
 from sessionwire.errors import SandboxError
-from sessionwire.manager import DatabaseSessionManager, give_back
+from sessionwire.manager import DatabaseSessionManager
 
 from ._borrowers import PARTY, Party, party_of
 from ._interruptible import Interruptible
@@ -58,7 +59,7 @@ async def sandbox(database: D, *, check_deferred: bool = False, patience: float 
 
 @asynccontextmanager
 async def _sandbox(manager: DatabaseSessionManager, check_deferred: bool, patience: float) -> AsyncGenerator[None]:
-    if current_scope(manager) is not None:
+    if current_scope(database_of(manager)) is not None:
         raise SandboxError("a session is open around the sandbox, and what joins it would be kept: open it inside")
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(_opened(manager))
@@ -71,13 +72,14 @@ async def _sandbox(manager: DatabaseSessionManager, check_deferred: bool, patien
         shared = SharedConnection(
             raw.dbapi_connection,
             connection.dialect,
-            manager.begin_hooks,
+            database_of(manager).begin_hooks,
             check_deferred=check_deferred,
             patience=patience,
         )
         watch = Watch(manager)
+        database = database_of(manager)
         error: BaseException | None = None
-        with manager.replaced_engines(lambda real: SandboxEngines(manager, real, shared, watch)):
+        with database.substitute_engines(lambda real: SandboxEngines(database, real, shared, watch)):
             try:
                 with Interruptible():
                     yield
@@ -92,7 +94,7 @@ async def _sandbox(manager: DatabaseSessionManager, check_deferred: bool, patien
                     left.append("what was left open did not end in time")
                 finally:
                     shared.close()
-                    await finish_rollback(give_back(connection), timeout, error)
+                    await finish_rollback(close_or_invalidate(connection), timeout, error)
             except BaseException as trouble:  # a cancellation
                 trouble.__cause__ = trouble.__cause__ or error
                 error = trouble
@@ -132,10 +134,10 @@ async def _tidy(
 class SandboxEngines(Engines):
     """What the manager has for its engines: one that makes connections of nothing but turns."""
 
-    def __init__(self, manager: DatabaseSessionManager, real: Engines, shared: SharedConnection, watch: Watch) -> None:
+    def __init__(self, database: Database, real: Engines, shared: SharedConnection, watch: Watch) -> None:
         self.server = None  # it is not ours to stop
         self.is_retired = False
-        self._manager = manager
+        self._database = database
         self._shared = shared
         self.dialect: Any = real.dialect if isinstance(real, SandboxEngines) else real.primary.dialect
         self.primary = AsyncEngine(self._engine(real.primary.sync_engine))
@@ -157,7 +159,7 @@ class SandboxEngines(Engines):
         for name in ("set_isolation_level", "set_readonly", "set_deferrable"):
             setattr(dialect, name, _ignore)  # the one transaction has begun
         dialect.do_close = dialect.do_terminate = shared.end
-        pool = self._manager.settings.pool
+        pool = self._database.settings.pool
         engine = Engine(
             AsyncAdaptedQueuePool(
                 cast(Any, shared.connect),
@@ -173,7 +175,7 @@ class SandboxEngines(Engines):
         event.listen(engine, "begin", self._begins)
         event.listen(engine, "checkout", shared.taken)
         watch_disconnects(engine)
-        self._manager.begin_hooks.watch(engine)
+        self._database.begin_hooks.watch(engine)
         watch_failures(engine)
         keep_connections(engine)
         return engine
@@ -188,7 +190,7 @@ class SandboxEngines(Engines):
         virtual.party = options.get(PARTY) or self._party()
 
     def _party(self) -> Party:
-        return Party(frozenset(party_of(scope) for scope in scopes_here(self._manager)))
+        return Party(frozenset(party_of(scope) for scope in enclosing_scopes(self._database)))
 
     @property
     def pools(self) -> list[Pool]:

@@ -12,6 +12,7 @@ from typing import Any
 from dependency_injector import containers
 from sqlalchemy import Connection, Engine, event
 
+from sessionwire._database.runtime import database_of
 from sessionwire.manager import DatabaseSessionManager
 
 from ._call_sites import where
@@ -40,11 +41,11 @@ def count_statements(
     Raises `AssertionError` at the end of a block that ends well where there were more than `at_most`, with each
     statement, how often it was sent, and the line that sent it.
     """
-    managers = managers_of(database)
+    databases = [database_of(manager) for manager in managers_of(database)]
     sent: list[SentStatement] = []
 
     def note(connection: Connection, _cursor: Any, sql: str, *_: Any) -> None:
-        if not sql.startswith(TRANSACTION_CONTROL) and any(manager.owns(connection.engine) for manager in managers):
+        if not sql.startswith(TRANSACTION_CONTROL) and any(each.uses_engine(connection.engine) for each in databases):
             sent.append(SentStatement(sql, where()))
 
     event.listen(Engine, "before_cursor_execute", note)

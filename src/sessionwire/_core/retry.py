@@ -1,0 +1,52 @@
+"""Run a function in a transaction, and again after errors that are certain to have done nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from sessionwire._database.runtime import Database
+from sessionwire._error_reports import in_short
+
+from .blocks import TransactionBlock
+from .context import current_scope
+from .definition import TransactionDefinition
+from .hooks import run_hooks
+from .transaction import Hook
+
+logger = logging.getLogger("sessionwire.retry")
+R = TypeVar("R")
+
+INITIAL_BACKOFF, MAX_BACKOFF = 0.01, 1.0  # seconds before a retry, doubled each time, with full jitter
+
+
+async def run_with_retries(
+    database: Database, definition: TransactionDefinition, attempts: int, function: Callable[[], Awaitable[R]]
+) -> R:
+    """Run the function in a block, up to `attempts` times; once if a scope is open, whose outer block retries."""
+    if current_scope(database) is not None:
+        attempts = 1
+    postponed_hooks: list[Hook] = []  # of the failed attempt: they run if no other one begins
+    attempt = 0
+    while True:
+        attempt += 1
+        block = TransactionBlock(database, definition, may_retry=attempt < attempts)
+        try:
+            if attempt > 1:
+                longest = min(MAX_BACKOFF, INITIAL_BACKOFF * 2.0 ** min(attempt - 1, 20))
+                await asyncio.sleep(random.uniform(0, longest))
+            async with block:
+                postponed_hooks = []
+                return await function()
+        except BaseException as error:
+            if block.will_retry:
+                postponed_hooks = block.postponed_hooks
+                logger.info("attempt %d of %d failed: %s", attempt, attempts, in_short(error))
+                continue
+            failure = await run_hooks(postponed_hooks, error)
+            if failure is not None and failure is not error:
+                raise failure from error
+            raise

@@ -1,0 +1,351 @@
+"""One database at runtime: its settings, its engines, the event loop that owns it, and all that is open on it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Collection, Generator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, Protocol, Self, cast
+
+from sqlalchemy import Connection, Engine, make_url, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from sessionwire._config.url import whereabouts
+from sessionwire._shield import to_the_end
+from sessionwire.errors import (
+    AlreadyInitializedError,
+    ConnectionFailedError,
+    NotInitializedError,
+    OwnershipError,
+)
+from sessionwire.settings import DatabaseSettings
+
+from .begin_hooks import WITHOUT_HOOKS, BeginHooks
+from .engines import Engines
+
+EMBEDDED_SERVER_TIMEOUT = 120.0  # seconds for an embedded server to start or stop
+NOT_INITIALIZED_HINT = (
+    "call init(url) or await open() first, or start the container with Lifespan; after close() open it anew"
+)
+
+
+class Unit(Protocol):
+    """What uses a connection of the database until it is released: a scope, or a block of `connect()`."""
+
+    task: asyncio.Task[Any] | None
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine of its connection."""
+        ...
+
+    def abort(self) -> None:
+        """Let nothing of it commit any more; its connection is being closed."""
+
+
+class Database:
+    """The engines of one manager, and the units that are open on them.
+
+    It belongs to the event loop and process in which it is first used, until it or that loop is closed.
+    """
+
+    def __init__(self, settings: DatabaseSettings | None) -> None:
+        self.begin_hooks = BeginHooks()
+        self.is_open = False  # the database has answered
+        self._constructor_settings = self._settings = settings
+        self._engines: Engines | None = None
+        self._make_engines: Callable[[DatabaseSettings], Engines] = partial(Engines, begin_hooks=self.begin_hooks)
+        self._is_closing = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._open_units: set[Unit] = set()
+        self._unit_released: asyncio.Event | None = None
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Return the database itself: containers copy the arguments of their providers, such as sessions."""
+        return self
+
+    # State
+
+    @property
+    def settings(self) -> DatabaseSettings:
+        """The settings of `init()`, or of the constructor. Raises `NotInitializedError` if there are none."""
+        if self._settings is None:
+            raise NotInitializedError(NOT_INITIALIZED_HINT)
+        return self._settings
+
+    @property
+    def is_initialized(self) -> bool:
+        return self._engines is not None
+
+    @property
+    def engines(self) -> Engines:
+        """Raises `NotInitializedError`."""
+        if self._engines is None:
+            raise NotInitializedError(NOT_INITIALIZED_HINT)
+        return self._engines
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine for users. Raises `NotInitializedError`."""
+        if self._is_abandoned:
+            self._abandon()
+        return self.engines.primary
+
+    @property
+    def engine_for_reference(self) -> AsyncEngine:
+        """The engine, even before the database is initialized: for code that asks for the dialect."""
+        return (self._engines or Engines(self.settings)).primary
+
+    @property
+    def is_sqlite(self) -> bool:
+        return self.engines.is_sqlite
+
+    @property
+    def wraps_reads_in_transactions(self) -> bool:
+        """Whether reads need a transaction: for the hooks of its begin, or because a pooler is in front."""
+        return bool(self.begin_hooks) or not self.settings.read_only_connections
+
+    @property
+    def open_units(self) -> frozenset[Unit]:
+        return frozenset(self._open_units)
+
+    @property
+    def cleanup_tasks(self) -> frozenset[asyncio.Future[Any]]:
+        """The background tasks that close aborted connections."""
+        return frozenset() if self._engines is None else frozenset(self._engines.endings)
+
+    # Opening and closing
+
+    def init(self, settings: DatabaseSettings) -> None:
+        """Create the engines. Does no I/O. Raises `ConfigurationError`, `AlreadyInitializedError`."""
+        if self._is_abandoned:
+            self._abandon()
+            self._engines = None
+        if self._engines is not None:
+            raise AlreadyInitializedError("close() it first, or make another manager for another database")
+        self._settings = settings
+        self._engines = self._make_engines(settings)
+
+    async def open(self) -> None:
+        """Check that the database answers. Leaves nothing open if it does not.
+
+        Raises:
+            ConnectionFailedError: It did not answer within `connect_timeout`.
+            NotInitializedError: There are no settings.
+        """
+        if self._engines is None and self._settings is None:
+            raise NotInitializedError("give it settings, or call init(url) before open()")
+        self.check_loop()
+        async with self._lifecycle_lock:
+            if self.is_open:
+                return
+            created_here = self._engines is None
+            if created_here:
+                self.init(self._constructor_settings or self.settings)
+            engines = self.engines
+            try:
+                await self._check_connection(engines)
+                self.is_open = True
+            finally:
+                if not self.is_open:
+                    await self._dispose(engines, reset=created_here)
+
+    async def close(self, *, enclosing: Collection[Unit]) -> None:
+        """Refuse new units, wait for the open ones, abort the rest, and dispose the engines.
+
+        Args:
+            enclosing: The units that enclose this call. They cannot end before it, so it does not wait for them.
+        """
+        self.check_loop()
+        engines = self.engines
+        async with self._lifecycle_lock:
+            if engines is not self._engines:
+                return  # another task has closed it meanwhile
+            self._is_closing = True
+            try:
+                await self._drain(self._open_units.difference(enclosing))
+            finally:
+                engines.is_retired = True
+                for unit in self._open_units:
+                    unit.abort()
+                await self._dispose(engines, reset=True)
+
+    async def _check_connection(self, engines: Engines) -> None:
+        timeout = self.settings.connect_timeout
+        if engines.server:
+            await to_the_end(asyncio.to_thread(engines.server.start), EMBEDDED_SERVER_TIMEOUT)
+        engine = engines.primary.execution_options(**{WITHOUT_HOOKS: True})
+        try:
+            async with asyncio.timeout(timeout), engine.connect() as connection:
+                await connection.execute(text("SELECT 1"))
+        except Exception as error:
+            root_cause: BaseException = error
+            while root_cause.__cause__ is not None:
+                root_cause = root_cause.__cause__
+            why = f"no answer within {timeout:g} s" if isinstance(error, TimeoutError) else str(root_cause)
+            raise ConnectionFailedError(
+                f"could not open {whereabouts(make_url(self.settings.url))}: {type(root_cause).__name__}: {why}"
+            ) from error
+
+    async def _drain(self, units: set[Unit]) -> None:
+        """Wait for the units, up to `drain_timeout`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.drain_timeout):
+                while units & self._open_units:
+                    self._unit_released = asyncio.Event()
+                    await self._unit_released.wait()
+
+    async def _dispose(self, engines: Engines, *, reset: bool) -> None:
+        """Close all connections, even those in use. Connections that do not close in time are abandoned."""
+        timeout = self.settings.rollback_timeout
+        try:
+            if self._open_units:
+                with suppress(TimeoutError):
+                    await to_the_end(engines.terminate(), timeout)
+            with suppress(TimeoutError):
+                await to_the_end(engines.dispose(), timeout)
+        finally:
+            if reset:
+                self._engines = None
+                self.is_open = self._is_closing = False
+                self._open_units = set()
+            if not self._open_units:
+                self._loop = None  # nothing is left that is bound to it
+            if engines.server:
+                await to_the_end(asyncio.to_thread(engines.server.stop), EMBEDDED_SERVER_TIMEOUT)
+
+    # Units
+
+    def admit(self, *, is_enclosed: bool) -> Engines:
+        """Return the engines for one more unit in this event loop.
+
+        Args:
+            is_enclosed: The unit begins inside another one, which a closing database still serves.
+
+        Raises:
+            NotInitializedError: The database is not initialized, or is closing.
+            OwnershipError: It belongs to another event loop or process.
+        """
+        self.check_loop()
+        engines = self.engines
+        if self._is_closing and not is_enclosed:
+            raise NotInitializedError("the manager is closing and accepts no new sessions")
+        return engines
+
+    def add(self, unit: Unit) -> None:
+        self._open_units.add(unit)
+
+    def release(self, unit: Unit) -> None:
+        """Forget a unit that has ended and released its connection."""
+        self._open_units.discard(unit)
+        if self._unit_released is not None:
+            self._unit_released.set()
+
+    def has_unit_of_finished_task(self) -> bool:
+        return any(unit.task is not None and unit.task.done() for unit in self._open_units)
+
+    def abort_connection(self, connection: Connection) -> None:
+        """Close it in the background, and cancel the statement that a task left running on it."""
+        self.engines.end(connection.connection.dbapi_connection)
+
+    # Ownership
+
+    def check_loop(self) -> None:
+        """Let the first event loop that uses the database own it, and another one after that is closed.
+
+        Raises:
+            OwnershipError: Another loop or process owns it.
+        """
+        loop = running_loop()
+        if self._loop is not None and self._loop is loop:
+            return
+        with _ownership_lock:
+            if self._is_abandoned and loop is not None:
+                self._abandon()
+            if self._loop is not None:
+                raise self.ownership_error()
+            self._loop, self._process, self._lifecycle_lock = loop, os.getpid(), asyncio.Lock()
+
+    @property
+    def _is_abandoned(self) -> bool:
+        """Whether its loop is closed, or this process was forked since: nobody can use or close what is open."""
+        return self._loop is not None and (self._loop.is_closed() or self._process != os.getpid())
+
+    def _abandon(self) -> None:
+        """Drop what belongs to that loop or process, without a word to the server."""
+        if self._engines is not None:
+            self._engines.abandon(is_forked=self._process != os.getpid())
+        for unit in self._open_units:
+            unit.abort()
+        if self._is_closing:  # and will not get further
+            self._engines = None
+        self._open_units = set()
+        self.is_open = self._is_closing = False
+        self._unit_released = self._loop = None
+
+    def ownership_error(self) -> OwnershipError:
+        is_forked = self._process != os.getpid()
+        error = OwnershipError(
+            "this manager belongs to "
+            + ("the process that this one was forked from" if is_forked else "another event loop, which is still open")
+            + ": its connections cannot be shared. close() it there first, or make a manager for each"
+        )
+        if not is_forked:
+            error.add_note(
+                "In an async test, send requests with httpx.AsyncClient(transport=ASGITransport(app)): a TestClient "
+                "runs the application in another event loop."
+            )
+        return error
+
+    # For tests
+
+    def uses_engine(self, engine: Engine) -> bool:
+        """Tell whether `engine` belongs to this database; for listeners to SQLAlchemy's events."""
+        return self._engines is not None and self._engines.owns(engine)
+
+    @contextmanager
+    def override_settings(self, settings: DatabaseSettings) -> Generator[None]:
+        """Open with these settings instead of its own."""
+        own = self._constructor_settings, self._settings
+        self._constructor_settings = self._settings = settings
+        try:
+            yield
+        finally:
+            self._constructor_settings, self._settings = own
+
+    @contextmanager
+    def substitute_engines(self, factory: Callable[[Engines], Engines]) -> Generator[None]:
+        """Use `factory(engines)` instead of its engines, also after a `close()` and an `init()`."""
+        real, make_real, settings = self.engines, self._make_engines, self._settings
+
+        def recreate(settings: DatabaseSettings) -> Engines:
+            nonlocal real
+            if real.is_retired:
+                real = make_real(settings)
+            return factory(real)
+
+        self._make_engines, self._engines = recreate, factory(real)
+        try:
+            yield
+        finally:
+            self._make_engines = make_real
+            if not real.is_retired:
+                self._engines, self._settings, self.is_open = real, settings, True
+
+
+_ownership_lock = threading.Lock()  # two threads may take a database for their loops at once
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:  # a coroutine that goes on in a forked process has none
+        return None
+
+
+def database_of(manager: object) -> Database:
+    """Return the database behind a `DatabaseSessionManager`, which shows only what users may call."""
+    return cast(Database, vars(manager)["_database"])
