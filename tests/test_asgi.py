@@ -318,7 +318,7 @@ class TestHasNoScope:
         assert response.text == "the texts: a"
         [error] = desk.seen
         assert isinstance(error, NoSessionError)
-        assert "opens session() inside itself: the generator of a streamed body" in error.__notes__[0]
+        assert "such as a streaming body or a background task, must open its own session()" in error.__notes__[0]
 
     @on(endpoint_in_a_task)
     async def test_a_body_that_another_middleware_starts_before_the_response_costs_the_response(

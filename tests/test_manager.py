@@ -226,7 +226,7 @@ class TestClose:
             for use in USES:
                 with pytest.raises(NotInitializedError) as raised:
                     await use(manager)
-                assert "being closed" in raised.value.__notes__[0]
+                assert "is closing" in raised.value.__notes__[0]
             assert not closing.done()
             go_on.set()
         assert await notes(manager) == ["outer"]

@@ -144,7 +144,7 @@ async def test_a_write_where_the_block_only_reads(manager: DatabaseSessionManage
                     await session.execute(insert(Note).values(text="a"))
                 else:
                     session.add(Note(text="a"))
-        assert "the block around this only reads, by read_only=True or @read_only: write in" in told(raised.value)
+        assert "the enclosing block only reads, by read_only=True or @read_only: write in" in told(raised.value)
 
 
 async def test_what_was_not_loaded_when_its_block_ended(manager: DatabaseSessionManager) -> None:

@@ -427,7 +427,7 @@ class TestIsolation:
         start = monotonic()
         async with manager.transaction() as session:
             await write(session, "kept")
-            with pytest.raises(IncompatibleTransactionError, match="SQLite has one writer at a time"):
+            with pytest.raises(IncompatibleTransactionError, match="SQLite allows one writer"):
                 async with manager.transaction(Propagation.REQUIRES_NEW):
                     raise AssertionError("it was let in")
         assert monotonic() - start < 1
@@ -440,13 +440,13 @@ class TestIsolation:
     ) -> None:
         async with getattr(manager, by)() as session:
             await write(session, "lost")
-            with pytest.raises(IncompatibleTransactionError, match="SQLite has one writer at a time"):
+            with pytest.raises(IncompatibleTransactionError, match="SQLite allows one writer"):
                 async with manager.connect():
                     raise AssertionError("it was let in")
             async with manager.session() as another:
-                with pytest.raises(IncompatibleTransactionError, match="SQLite has one writer at a time"):
+                with pytest.raises(IncompatibleTransactionError, match="SQLite allows one writer"):
                     await write(another, "lost")
-                with pytest.raises(IncompatibleTransactionError, match="SQLite has one writer at a time"):
+                with pytest.raises(IncompatibleTransactionError, match="SQLite allows one writer"):
                     another.add(Note(text="lost"))
                     await another.flush()
                 another.expunge_all()
@@ -568,7 +568,7 @@ class TestPool:
             assert errors
             for error in errors:
                 assert isinstance(error, PoolTimeoutError)
-                assert "while it held 1" in error.__notes__[0]
+                assert "already held 1 connection" in error.__notes__[0]
                 assert f"pool.size + pool.max_overflow must be at least n + 1; it is {size}" in error.__notes__[0]
             assert checked_out(small) == 0
             async with small.transaction() as session:

@@ -12,7 +12,7 @@ import pytest
 
 import sessionwire
 import sessionwire.testing
-from sessionwire import SessionwireError, errors
+from sessionwire import DatabaseSessionManager, SessionwireError, errors
 
 NAMES = [
     "AlreadyInitializedError",
@@ -127,3 +127,10 @@ def test_what_is_imported_late_is_there_all_the_same() -> None:
 def test_it_can_be_imported_without_any_framework_and_driver() -> None:
     hide = f"sys.modules.update(dict.fromkeys({OPTIONAL}))"
     assert "sessionwire" in run(f"{hide}; import sessionwire; print(*sys.modules)")
+
+
+def test_a_manager_shows_what_users_call_and_nothing_more() -> None:
+    public = {name for name in dir(DatabaseSessionManager("sqlite://")) if not name.startswith("_")}
+    of_its_life = {"init", "open", "close", "is_initialized", "is_open", "settings", "engine"}
+    of_its_use = {"session", "connect", "transaction", "create_all", "drop_all", "metadata"}
+    assert public == of_its_life | of_its_use

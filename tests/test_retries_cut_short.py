@@ -17,7 +17,7 @@ from sessionwire import (
     TransactionManager,
     transactional,
 )
-from sessionwire import transaction as of_transactions
+from sessionwire._core import retry
 from sessionwire._database.runtime import database_of
 
 from .conftest import notes
@@ -31,7 +31,7 @@ def lost_connection() -> DBAPIError:
 
 @pytest.fixture
 def _long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(of_transactions.random, "uniform", lambda _low, _high: 60)
+    monkeypatch.setattr(retry.random, "uniform", lambda _low, _high: 60)
 
 
 class Clerk:
@@ -115,7 +115,7 @@ async def test_they_run_where_the_manager_was_closed_meanwhile(
     manager: DatabaseSessionManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clerk = Clerk(manager, fails=1)
-    monkeypatch.setattr(of_transactions.random, "uniform", lambda _low, _high: 0.2)
+    monkeypatch.setattr(retry.random, "uniform", lambda _low, _high: 0.2)
     task = asyncio.create_task(clerk.work())
     await clerk.failed.wait()
     await manager.close()

@@ -16,8 +16,8 @@ from sessionwire import (
     Propagation,
     TransactionTimeoutError,
     UnexpectedRollbackError,
-    savepoints,
 )
+from sessionwire._database import savepoints
 from sessionwire.testing import sandbox
 
 from .conftest import Postgres, checked_out, notes

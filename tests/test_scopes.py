@@ -323,7 +323,7 @@ class TestConcurrency:
                 task = asyncio.create_task(join())
                 await joined.wait()
         leave.set()
-        with pytest.raises(UnexpectedRollbackError, match="ended before this block"):
+        with pytest.raises(UnexpectedRollbackError, match="outer block ended before this joined block"):
             await task
         assert await notes(manager) == []
 

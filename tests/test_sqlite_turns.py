@@ -95,7 +95,7 @@ async def test_one_that_has_read_is_told_at_once_to_take_a_transaction(
         with pytest.raises(OperationalError, match="locked") as refused:
             await session.execute(text("INSERT INTO note (text) VALUES ('lost')"))
         assert monotonic() - start < 1
-        assert "take transaction(), which waits before it reads, or roll back" in refused.value.__notes__[0]
+        assert "use transaction(), which waits before it reads, or roll back" in refused.value.__notes__[0]
         done.set()
         await writer
         await session.rollback()  # as it is told to

@@ -328,12 +328,12 @@ class TestBlocksThatCannotBe:
         block = getattr(manager, kind)()
         async with block as session:
             session.add(Note(text="first"))
-            with pytest.raises(ScopeError, match="a block is entered once"):
+            with pytest.raises(ScopeError, match="a block can be entered only once"):
                 await block.__aenter__()
             await session.flush()
             if kind == "session":
                 await session.commit()
-        with pytest.raises(ScopeError, match="a block is entered once"):
+        with pytest.raises(ScopeError, match="a block can be entered only once"):
             await block.__aenter__()
         assert await notes(manager) == ["first"]
 
@@ -348,7 +348,7 @@ class TestBlocksThatCannotBe:
                 with pytest.raises(ScopeOwnsTransactionError):
                     await begun.commit()
                 raise ZeroDivisionError
-        with pytest.raises(UnexpectedRollbackError, match="past the session"):
+        with pytest.raises(UnexpectedRollbackError, match="without going through the session"):
             async with manager.transaction() as session:
                 session.add(Note(text="b"))
                 await session.flush()

@@ -113,7 +113,7 @@ async def somebody_in_the_way(manager: DatabaseSessionManager) -> AsyncIterator[
 async def test_a_transfer_that_others_get_in_the_way_of_each_time_is_refused_as_busy(
     database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("sessionwire.transaction.LONGEST_PAUSE", 0.001)
+    monkeypatch.setattr("sessionwire._core.retry.MAX_BACKOFF", 0.001)
     caplog.set_level(logging.INFO, "sessionwire.retry")
     database = DatabaseSettings(url=database_url, pool=PoolSettings(timeout=0.05))
     async with Lifespan(Container(settings=LedgerSettings(database=database))) as container:
