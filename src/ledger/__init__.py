@@ -1,6 +1,11 @@
-"""The reference service: money moves between accounts, through wired services, on a real database.
+"""The reference service: it moves money between accounts, on a real database.
 
-The way data takes: `settings`, `container`, then `models`, `repositories`, `services`; `errors` are the refusals.
-`api` is its HTTP edge, the refusals are its `problems`, `server` runs it. `demo` sends traffic through the services,
-and `proof` holds the answers against the books. `compare` is a program of its own. `python -m ledger` starts them.
+The service, from the bottom up: `settings`, `models`, `repositories`, `services`, and the
+`container` that builds them. `errors` has every refusal of a service.
+
+Its HTTP API: `api` has the routes, `problems` the error responses, `server` runs it.
+
+Two programs use it: `demo` sends concurrent transfers and checks the answers against the
+database; `compare` sends requests to three versions of a smaller service. `python -m ledger`
+starts the server and both programs.
 """

@@ -17,13 +17,17 @@ CONFIG = Path(__file__).parents[2] / "config" / "default.yaml"
 
 
 def main() -> int:
-    """0: the books are right, or the server has ended; 1: they are not; 2: it could not be tried; 130: interrupted."""
+    """Run a command and return its exit code.
+
+    0: all checks passed, or the server has ended; 1: a check failed; 2: the command could not run;
+    130: it was interrupted.
+    """
     arguments = parse()
     try:
         return int(arguments.command(arguments))
     except KeyboardInterrupt:
-        told = ": what was acknowledged is in the books, the rest never happened" if arguments.command is demo else ""
-        print(f"\ninterrupted{told}", file=sys.stderr)
+        consequence = ": every acknowledged transfer is booked" if arguments.command is demo else ""
+        print(f"\ninterrupted{consequence}", file=sys.stderr)
         return 130
 
 
@@ -34,40 +38,41 @@ def parse() -> argparse.Namespace:
 
     command = commands.add_parser(
         "demo",
-        help="run transfers concurrently, and prove that the books kept every answer",
-        description="Runs transfers concurrently, some meant to fail, and proves that the books kept every answer.",
+        help="send concurrent transfers, and check each answer against the database",
+        description="Send concurrent transfers, some of which must fail, and check each answer against the database.",
         epilog=environment,
     )
     command.set_defaults(command=demo)
     add_settings(command)
     option = command.add_argument
-    option("--transfers", type=number(1), default=1000, metavar="N", help="calls to make (%(default)s)")
-    option("--workers", type=number(1), default=50, metavar="N", help="callers at the same time (%(default)s)")
-    option("--accounts", type=number(2), default=10, metavar="N", help="accounts to open (%(default)s)")
+    option("--transfers", type=integer(1), default=1000, metavar="N", help="transfers to send (%(default)s)")
+    option("--workers", type=integer(1), default=50, metavar="N", help="concurrent callers (%(default)s)")
+    option("--accounts", type=integer(2), default=10, metavar="N", help="accounts to open (%(default)s)")
 
     command = commands.add_parser(
         "serve",
         help="serve the ledger's HTTP API",
-        description="Serves the HTTP API, described at /docs. SIGTERM or SIGINT ends it once all accepted is answered.",
+        description="Serve the HTTP API, whose documentation is at /docs. On SIGTERM or SIGINT, finish the accepted "
+        "requests and end.",
         epilog=environment,
     )
     command.set_defaults(command=serve)
     add_settings(command)
     option = command.add_argument
     option("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (%(default)s)")
-    option("--port", type=number(0, 65535), default=8000, metavar="PORT", help="port; 0: a free one (%(default)s)")
+    option("--port", type=integer(0, 65535), default=8000, metavar="PORT", help="port; 0: a free one (%(default)s)")
 
     command = commands.add_parser(
         "compare",
-        help="send the same to a service as documentation writes it, by hand, and with sessionwire",
-        description="Sends the same to a service as documentation writes it, to one written by hand with care, and to "
-        "one with sessionwire. Holds each answer against the books, and counts the lines of each service. It starts a "
-        "PostgreSQL of its own, in var/compare.",
+        help="compare three versions of a service: the documented recipe, by hand, with sessionwire",
+        description="Send equal requests to three versions of a service: the documented recipe, one written by hand "
+        "with care, and one with sessionwire. Check each answer against the database, and count the lines of each "
+        "service. This starts a PostgreSQL server of its own in var/compare.",
     )
     command.set_defaults(command=compare)
     option = command.add_argument
-    option("--requests", type=number(1), default=200, metavar="N", help="requests to each (%(default)s)")
-    option("--workers", type=number(1), default=8, metavar="N", help="clients at the same time (%(default)s)")
+    option("--requests", type=integer(1), default=200, metavar="N", help="requests to each service (%(default)s)")
+    option("--workers", type=integer(1), default=8, metavar="N", help="concurrent clients (%(default)s)")
     return parser.parse_args()
 
 
@@ -77,32 +82,35 @@ def add_settings(command: argparse.ArgumentParser) -> None:
     option("--secrets-dir", type=Path, metavar="DIR", help="directory with a file per secret value")
 
 
-def number(least: int, most: float = math.inf) -> Callable[[str], int]:
+def integer(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:
+    """Build a type for argparse. Its messages call it by the name of the inner function."""
+
     def number(text: str) -> int:
         value = int(text)
-        if not least <= value <= most:
+        if not minimum <= value <= maximum:
             raise argparse.ArgumentTypeError(
-                f"{value} is {f'less than {least}' if value < least else f'more than {most}'}"
+                f"{value} is {f'less than {minimum}' if value < minimum else f'more than {maximum}'}"
             )
         return value
 
     return number
 
 
-# The imports are inside: the help comes at once, and an interrupt while the database's packages load is a quiet one.
+# The commands import their modules. So --help is quick, and an interrupt during the slow imports
+# is handled as quietly as a later one.
 
 
 def demo(arguments: argparse.Namespace) -> int:
     from .demo import Options, run
 
     options = Options(arguments.transfers, arguments.workers, arguments.accounts)
-    return attempt(lambda: run(load(arguments), options))
+    return run_command(lambda: run(load(arguments), options))
 
 
 def serve(arguments: argparse.Namespace) -> int:
     from .server import serve
 
-    return attempt(lambda: serve(load(arguments), arguments.host, arguments.port))
+    return run_command(lambda: serve(load(arguments), arguments.host, arguments.port))
 
 
 def load(arguments: argparse.Namespace) -> LedgerSettings:
@@ -114,11 +122,11 @@ def load(arguments: argparse.Namespace) -> LedgerSettings:
 def compare(arguments: argparse.Namespace) -> int:
     from .compare import run
 
-    return attempt(lambda: run(arguments.requests, arguments.workers))
+    return run_command(lambda: run(arguments.requests, arguments.workers))
 
 
-def attempt(run: Callable[[], Coroutine[Any, Any, bool]]) -> int:
-    """What could not be tried is explained."""
+def run_command(run: Callable[[], Coroutine[Any, Any, bool]]) -> int:
+    """Run a coroutine function and return the exit code. Explain an error instead of a traceback."""
     from sqlalchemy.exc import SQLAlchemyError
 
     from sessionwire import SessionwireError

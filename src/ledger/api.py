@@ -1,4 +1,4 @@
-"""The ledger over HTTP. Amounts are texts such as "10.00", and every refusal is a problem (see `problems`)."""
+"""The HTTP API. Amounts are strings such as "10.00". `problems` has the error responses."""
 # pyright: reportUnknownMemberType=false
 # The providers of a nested container have no types in dependency-injector.
 
@@ -19,33 +19,34 @@ from sessionwire.fastapi import Provide, inject
 from .container import Container
 from .errors import InvalidAmount, LedgerError, UnknownAccount
 from .models import Account, Transfer, create_tables
-from .problems import add_problems, described
+from .problems import install_error_handlers, problem_responses
 from .services import AccountService, TransferService
 
-READY_WITHIN = 2.0  # seconds
+READINESS_TIMEOUT = 2.0  # seconds
 
-# A JSON number would reach us as a float, or leave the caller as one.
+# Strings, because many JSON libraries read and write a number as a float.
 Amount = Annotated[str, StringConstraints(pattern=r"^-?[0-9]+(\.[0-9]+)?$", max_length=40)]
 Owner = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=200)]
-Number = Annotated[int, Field(ge=0, le=2**63 - 1)]  # as large as a database has room for
+RowId = Annotated[int, Field(ge=0, le=2**63 - 1)]  # a BIGINT
 
 Accounts = Annotated[AccountService, Provide[Container.accounts]]
 Transfers = Annotated[TransferService, Provide[Container.transfers]]
 Manager = Annotated[DatabaseSessionManager, Provide[Container.db.sessionmanager]]
 
 
-class Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)  # where money moves, true is not account 1
+class RequestBody(BaseModel):
+    # Strict: `true` must not be read as account 1.
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class NewAccount(Request):
+class NewAccount(RequestBody):
     owner: Owner
     opening: Amount
 
 
-class NewTransfer(Request):
-    source: Number
-    target: Number
+class NewTransfer(RequestBody):
+    source: RowId
+    target: RowId
     amount: Amount
 
 
@@ -89,7 +90,7 @@ router = APIRouter()
     "/accounts",
     status_code=201,
     response_model=OpenedAccount,
-    responses=described(InvalidAmount, CommitOutcomeUnknownError),
+    responses=problem_responses(InvalidAmount, CommitOutcomeUnknownError),
 )
 @inject
 async def open_account(new: NewAccount, response: Response, accounts: Accounts) -> Account:
@@ -98,21 +99,21 @@ async def open_account(new: NewAccount, response: Response, accounts: Accounts) 
     return account
 
 
-@router.get("/accounts/{account}/balance", responses=described(UnknownAccount))
+@router.get("/accounts/{account}/balance", responses=problem_responses(UnknownAccount))
 @inject
-async def balance(account: Number, accounts: Accounts) -> Balance:
+async def balance(account: RowId, accounts: Accounts) -> Balance:
     return Balance(account=account, balance=await accounts.balance(account))
 
 
-@router.get("/accounts/{account}/statement", responses=described(UnknownAccount))
+@router.get("/accounts/{account}/statement", responses=problem_responses(UnknownAccount))
 @inject
 async def statement(
-    account: Number,
+    account: RowId,
     accounts: Accounts,
-    before: Number | None = None,
+    before: RowId | None = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
 ) -> Statement:
-    """A page, the newest transfer first; `next` is where the following one is."""
+    """Return one page, the newest transfer first. `next` is the path of the next page."""
     found = await accounts.statement(account, before=before, limit=limit + 1)
     page = [BookedTransfer.model_validate(transfer) for transfer in found[:limit]]
     path = router.url_path_for("statement", account=account)
@@ -123,31 +124,34 @@ async def statement(
     "/transfers",
     status_code=201,
     response_model=BookedTransfer,
-    responses=described(*LedgerError.__subclasses__(), CommitOutcomeUnknownError),
+    responses=problem_responses(*LedgerError.__subclasses__(), CommitOutcomeUnknownError),
 )
 @inject
 async def transfer(new: NewTransfer, idempotency_key: Annotated[str, Header()], transfers: Transfers) -> Transfer:
-    """Money is moved once per Idempotency-Key: the same sent again is answered with the same transfer."""
+    """Move money, once per Idempotency-Key. A repeated request gets the first transfer as its answer."""
     return await transfers.transfer(new.source, new.target, Decimal(new.amount), idempotency_key)
 
 
 @router.get("/health/live")
 async def live() -> Health:
-    """Whether the process answers, whatever the database does."""
+    """Tell that the process answers, with or without its database."""
     return Health(status="live")
 
 
-@router.get("/health/ready", responses=described())
+@router.get("/health/ready", responses=problem_responses())
 @inject
 async def ready(manager: Manager) -> Health:
-    """Whether the database answers, and a connection to it is to be had."""
-    async with asyncio.timeout(READY_WITHIN), manager.transaction(Propagation.SUPPORTS, read_only=True) as session:
+    """Tell whether the pool has a connection and the database answers on it."""
+    async with asyncio.timeout(READINESS_TIMEOUT), manager.transaction(Propagation.SUPPORTS, read_only=True) as session:
         await session.execute(text("SELECT 1"))
     return Health(status="ready")
 
 
 def create_app(container: Container) -> FastAPI:
-    """The app, which opens and closes the container. In one process one app at a time: wiring is the module's."""
+    """Build the app, which opens and closes the container.
+
+    A process can run one app at a time, because wiring changes this module.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
@@ -161,5 +165,5 @@ def create_app(container: Container) -> FastAPI:
 
     app = FastAPI(title="Ledger", lifespan=lifespan)
     app.include_router(router)
-    add_problems(app)
+    install_error_handlers(app)
     return app

@@ -1,4 +1,4 @@
-"""How the ledger is put together: the one place that knows which class gets which."""
+"""The container: the one place that connects the classes of the ledger."""
 # pyright: reportUnknownMemberType=false
 # The providers of a nested container have no types in dependency-injector.
 
@@ -12,7 +12,10 @@ from .settings import LedgerSettings
 
 
 class Container(containers.DeclarativeContainer):
-    """`accounts` and `transfers` are the services; `Container(settings=…)` takes settings that are loaded already."""
+    """Build the services `accounts` and `transfers`.
+
+    `Container(settings=…)` uses settings that are already loaded.
+    """
 
     settings = providers.ThreadSafeSingleton(LedgerSettings.load)
     db = providers.Container(DatabaseContainer, settings=settings.provided.database)

@@ -1,19 +1,19 @@
-"""Why the ledger refuses; nothing is booked by a call that raises one of these.
+"""The refusals of the ledger. A call that raises one of these has booked nothing.
 
 LedgerError
 ├── UnknownAccount       no account has this number
-├── InsufficientFunds    it would be an overdraft
-├── InvalidAmount        not a positive amount of whole cents, or a larger one than is booked here
-├── InvalidTransfer      an account that pays itself, or a key that cannot be one
-├── IdempotencyConflict  the key belongs to another transfer already
-└── Busy                 too many others at the same accounts, for now
+├── InsufficientFunds    the payer's balance does not cover the amount
+├── InvalidAmount        the amount is not positive, has fractions of a cent, or is too large
+├── InvalidTransfer      an account pays itself, or the key is malformed
+├── IdempotencyConflict  the key belongs to another transfer
+└── Busy                 concurrent transfers at the same accounts conflicted at every attempt
 """
 
 from decimal import Decimal
 
 
 class LedgerError(Exception):
-    """The root of the tree: a refusal that the caller can understand and act on."""
+    """The base of all refusals. The caller can understand it and act on it."""
 
 
 class UnknownAccount(LedgerError):
@@ -25,7 +25,7 @@ class UnknownAccount(LedgerError):
 
 
 class InsufficientFunds(LedgerError):
-    """The payer holds less than the amount."""
+    """The payer's balance does not cover the amount."""
 
     def __init__(self, account: int, balance: Decimal, amount: Decimal) -> None:
         super().__init__(f"account {account} holds {balance}, which does not cover {amount}")
@@ -35,22 +35,22 @@ class InsufficientFunds(LedgerError):
 
 
 class InvalidAmount(LedgerError):
-    """Not an amount of money that can be booked."""
+    """The ledger can't book this amount of money."""
 
 
 class InvalidTransfer(LedgerError):
-    """Not a transfer, whatever the amount."""
+    """The transfer makes no sense, whatever its amount."""
 
 
 class Busy(LedgerError):
-    """Others got in the way of each attempt. The same transfer, with the same key, may be sent again later."""
+    """Concurrent transfers conflicted at every attempt. The caller may send it again later."""
 
     def __init__(self, source: int, target: int) -> None:
         super().__init__(f"too many transfers at accounts {source} and {target}: nothing was booked, send it again")
 
 
 class IdempotencyConflict(LedgerError):
-    """The idempotency key was used for another transfer: a new transfer needs a new key."""
+    """The idempotency key belongs to another transfer. A new transfer needs a new key."""
 
     def __init__(self, key: str) -> None:
         super().__init__(f"the key {key!r} belongs to another transfer: use a new key for a new transfer")

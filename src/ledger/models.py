@@ -1,4 +1,4 @@
-"""The books: accounts, and the transfers between them. The database itself refuses what would make them wrong."""
+"""The tables: accounts, and the transfers between them. Constraints refuse inconsistent rows."""
 
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -8,17 +8,20 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from sessionwire import Base, DatabaseSessionManager
 
-KEY_LENGTH = 200
+MAX_KEY_LENGTH = 200
 CENT = Decimal("0.01")
-# Far below what a BIGINT of cents holds, so that a balance of many such amounts still fits.
-LARGEST_AMOUNT = Decimal("999_999_999_999.99")
+# A BIGINT of cents holds far more, so a balance of many such amounts still fits.
+MAX_AMOUNT = Decimal("999_999_999_999.99")
 
-# SQLite numbers its rows only where the primary key is called INTEGER; it has 64 bits there too.
-AccountNumber = BigInteger().with_variant(Integer, "sqlite")
+# SQLite generates a primary key only if its type is called INTEGER, which has 64 bits there too.
+PrimaryKey = BigInteger().with_variant(Integer, "sqlite")
 
 
 class Money(TypeDecorator[Decimal]):
-    """An exact amount, kept as a whole number of cents: SQLite has no decimal type, and a float loses money."""
+    """An exact amount, stored as a whole number of cents.
+
+    SQLite has no decimal type, and a float loses money.
+    """
 
     impl = BigInteger
     cache_ok = True
@@ -32,12 +35,12 @@ class Money(TypeDecorator[Decimal]):
         return int(cents)
 
     def process_result_value(self, value: int | Decimal | None, dialect: Dialect) -> Decimal | None:
-        # A sum comes back from PostgreSQL as a decimal, which may be written 1E+6.
+        # PostgreSQL returns a sum as a decimal, perhaps in the form 1E+6.
         return None if value is None else Decimal(int(value)).scaleb(-2)
 
 
-class Moment(TypeDecorator[datetime]):
-    """A point in time, in UTC on every database: SQLite forgets the time zone."""
+class UTCDateTime(TypeDecorator[datetime]):
+    """A point in time, in UTC on every database, because SQLite does not store the time zone."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -50,7 +53,10 @@ class Moment(TypeDecorator[datetime]):
 
 
 class Account(Base):
-    """Holds money. `opening` never changes, so the books can be checked from themselves alone."""
+    """An account with its balance.
+
+    `opening` never changes, so an audit can compute each balance from the tables alone.
+    """
 
     __tablename__ = "account"
     __table_args__ = (
@@ -58,14 +64,14 @@ class Account(Base):
         CheckConstraint("balance >= 0", name="no_overdraft"),
     )
 
-    id: Mapped[int] = mapped_column(AccountNumber, primary_key=True)
+    id: Mapped[int] = mapped_column(PrimaryKey, primary_key=True)
     owner: Mapped[str]
     opening: Mapped[Decimal] = mapped_column(Money)
     balance: Mapped[Decimal] = mapped_column(Money)
 
 
 class Transfer(Base):
-    """Money that went from one account to another, once per key."""
+    """A transfer from one account to another. The key is unique."""
 
     __tablename__ = "transfer"
     __table_args__ = (
@@ -73,15 +79,15 @@ class Transfer(Base):
         CheckConstraint("source_id <> target_id", name="two_accounts"),
     )
 
-    id: Mapped[int] = mapped_column(AccountNumber, primary_key=True)
-    key: Mapped[str] = mapped_column(String(KEY_LENGTH), unique=True)
+    id: Mapped[int] = mapped_column(PrimaryKey, primary_key=True)
+    key: Mapped[str] = mapped_column(String(MAX_KEY_LENGTH), unique=True)
     source_id: Mapped[int] = mapped_column(ForeignKey(Account.id), index=True)
     target_id: Mapped[int] = mapped_column(ForeignKey(Account.id), index=True)
     amount: Mapped[Decimal] = mapped_column(Money)
-    booked_at: Mapped[datetime] = mapped_column(Moment, default=lambda: datetime.now(UTC))
+    booked_at: Mapped[datetime] = mapped_column(UTCDateTime, default=lambda: datetime.now(UTC))
 
 
 async def create_tables(manager: DatabaseSessionManager) -> None:
-    """Those that are not there yet."""
+    """Create the tables that do not exist yet."""
     async with manager.connect() as connection:
         await manager.create_all(connection)

@@ -1,4 +1,4 @@
-"""What the HTTP API says when it can't do what was asked: problem details (RFC 9457), and nothing of its insides."""
+"""Error responses as problem details (RFC 9457), without internals."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -28,40 +28,48 @@ from .errors import (
 )
 
 MEDIA_TYPE = "application/problem+json"
-NO_ROOM = "53"  # the class of SQLSTATEs of a server that has no memory, disk or connection left
+# The class of SQLSTATEs for a server that has no memory, disk space or connection left.
+INSUFFICIENT_RESOURCES = "53"
 
 logger = logging.getLogger("ledger.api")
 
 
 class Problem(BaseModel):
-    type: str = Field(description="which problem this is: what a program decides by")
-    title: str = Field(description="the same for people")
+    """The body of an error response."""
+
+    type: str = Field(description="the problem type, for programs")
+    title: str = Field(description="the problem type, for people")
     status: int
-    detail: str = Field(description="what happened to this request, and what to do")
-    instance: str = Field(description="the path that was asked for")
+    detail: str = Field(description="the problem of this request, and a remedy")
+    instance: str = Field(description="the path of the request")
 
 
 @dataclass(frozen=True)
-class Kind:
+class ProblemType:
+    """A problem type, as RFC 9457 calls it.
+
+    If `detail` is None, the message of the error is the detail. `retry_after` is in seconds.
+    """
+
     type: str
     status: int
     title: str
-    detail: str | None = None  # none: the error was written for the caller
-    retry_after: int | None = None  # seconds
+    detail: str | None = None
+    retry_after: int | None = None
 
 
-UNAVAILABLE = Kind(
+UNAVAILABLE = ProblemType(
     "/problems/unavailable", 503, "The database is away or busy", "Nothing was done: send it again later.", 5
 )
-INVALID_REQUEST = Kind("/problems/invalid-request", 422, "The request is incomplete or malformed")
-INTERNAL = Kind(
+INVALID_REQUEST = ProblemType("/problems/invalid-request", 422, "The request is incomplete or malformed")
+INTERNAL = ProblemType(
     "about:blank",
     500,
     "Internal Server Error",
     "This is a fault of the service, which has kept a record of it. "
     "A transfer may be sent again with the same Idempotency-Key: it is booked once.",
 )
-OUTCOME_UNKNOWN = Kind(
+OUTCOME_UNKNOWN = ProblemType(
     "/problems/outcome-unknown",
     503,
     "It is not known whether this was done",
@@ -70,15 +78,15 @@ OUTCOME_UNKNOWN = Kind(
     1,
 )
 
-KINDS: dict[type[Exception], Kind] = {
-    UnknownAccount: Kind("/problems/unknown-account", 404, "There is no such account"),
-    InsufficientFunds: Kind("/problems/insufficient-funds", 409, "The payer holds less than the amount"),
-    InvalidAmount: Kind("/problems/invalid-amount", 422, "This amount can't be booked"),
-    InvalidTransfer: Kind("/problems/invalid-transfer", 422, "This is not a transfer"),
-    IdempotencyConflict: Kind("/problems/idempotency-conflict", 422, "The key belongs to another transfer"),
-    Busy: Kind("/problems/busy", 503, "Too many others at the same accounts", retry_after=1),
+PROBLEM_TYPES: dict[type[Exception], ProblemType] = {
+    UnknownAccount: ProblemType("/problems/unknown-account", 404, "There is no such account"),
+    InsufficientFunds: ProblemType("/problems/insufficient-funds", 409, "The payer holds less than the amount"),
+    InvalidAmount: ProblemType("/problems/invalid-amount", 422, "This amount can't be booked"),
+    InvalidTransfer: ProblemType("/problems/invalid-transfer", 422, "This is not a transfer"),
+    IdempotencyConflict: ProblemType("/problems/idempotency-conflict", 422, "The key belongs to another transfer"),
+    Busy: ProblemType("/problems/busy", 503, "Too many concurrent transfers at the same accounts", retry_after=1),
     CommitOutcomeUnknownError: OUTCOME_UNKNOWN,
-    NotInitializedError: UNAVAILABLE,  # the service is being stopped
+    NotInitializedError: UNAVAILABLE,  # the service is stopping
     OperationalError: UNAVAILABLE,
     InterfaceError: UNAVAILABLE,
     PoolTimeout: UNAVAILABLE,
@@ -86,67 +94,79 @@ KINDS: dict[type[Exception], Kind] = {
 }
 
 
-def kind_of(error: Exception) -> Kind:
+def problem_type_of(error: Exception) -> ProblemType:
+    """Return the problem type of an error: INTERNAL unless the error is known."""
     for base in type(error).__mro__:
-        if base in KINDS:
-            return KINDS[base]
+        if base in PROBLEM_TYPES:
+            return PROBLEM_TYPES[base]
     state = getattr(getattr(error, "orig", error), "sqlstate", None) or ""
-    return UNAVAILABLE if is_retryable(error) or state.startswith(NO_ROOM) else INTERNAL
+    return UNAVAILABLE if is_retryable(error) or state.startswith(INSUFFICIENT_RESOURCES) else INTERNAL
 
 
-def described(*errors: type[Exception]) -> dict[int | str, dict[str, Any]]:
-    """The problems of an endpoint, for OpenAPI: these, and those that each has."""
+def problem_responses(*errors: type[Exception]) -> dict[int | str, dict[str, Any]]:
+    """Describe the problems of an endpoint for OpenAPI, including those that every endpoint has."""
     titles: dict[int | str, list[str]] = {}
-    for kind in [*(KINDS[error] for error in errors), INVALID_REQUEST, UNAVAILABLE, INTERNAL]:
-        titles.setdefault(kind.status, []).append(kind.title)
+    for problem_type in [*(PROBLEM_TYPES[error] for error in errors), INVALID_REQUEST, UNAVAILABLE, INTERNAL]:
+        titles.setdefault(problem_type.status, []).append(problem_type.title)
     content = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
-    return {status: {"description": "; or ".join(said), "content": content} for status, said in titles.items()}
+    return {
+        status: {"description": "; or ".join(alternatives), "content": content}
+        for status, alternatives in titles.items()
+    }
 
 
-def add_problems(app: FastAPI) -> None:
-    """Let the app answer every error with a problem."""
+def install_error_handlers(app: FastAPI) -> None:
+    """Make the app answer every error with a problem."""
     for root in (LedgerError, SessionwireError, SQLAlchemyError, PostgresError, OSError):
-        app.add_exception_handler(root, _answer_known)
-    app.add_exception_handler(RequestValidationError, _answer_invalid)
-    app.add_exception_handler(HTTPException, _answer_http)
-    app.add_exception_handler(Exception, _answer_unknown)
+        app.add_exception_handler(root, _handle_known_error)
+    app.add_exception_handler(RequestValidationError, _handle_invalid_request)
+    app.add_exception_handler(HTTPException, _handle_http_exception)
+    app.add_exception_handler(Exception, _handle_unexpected_error)
 
 
-def cut_off(request: Request) -> JSONResponse:
-    """The answer to what was cancelled, wherever it was."""
-    return _problem(request, OUTCOME_UNKNOWN, OUTCOME_UNKNOWN.detail or "")
+def cancelled_response(request: Request) -> JSONResponse:
+    """Build the response to a request that was cancelled at an unknown point."""
+    return _problem_response(request, OUTCOME_UNKNOWN, OUTCOME_UNKNOWN.detail or "")
 
 
-async def _answer_known(request: Request, error: Exception) -> JSONResponse:
-    kind = kind_of(error)
-    if kind is INTERNAL:
-        raise error  # for `_answer_unknown`, and for the server's log
-    if kind.status >= 500:
+async def _handle_known_error(request: Request, error: Exception) -> JSONResponse:
+    problem_type = problem_type_of(error)
+    if problem_type is INTERNAL:
+        raise error  # `_handle_unexpected_error` answers it, and the server logs it
+    if problem_type.status >= 500:
         cause = getattr(error, "orig", None) or error
         logger.warning("%s %s: %s: %s", request.method, request.url.path, type(cause).__name__, cause)
-    return _problem(request, kind, kind.detail or str(error))
+    return _problem_response(request, problem_type, problem_type.detail or str(error))
 
 
-async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
+async def _handle_invalid_request(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    wrong: Sequence[dict[str, Any]] = error.errors()
-    detail = "; ".join(f"{' '.join(map(str, problem['loc']))}: {problem['msg']}" for problem in wrong)
-    return _problem(request, INVALID_REQUEST, detail)
+    errors: Sequence[dict[str, Any]] = error.errors()
+    detail = "; ".join(f"{' '.join(map(str, each['loc']))}: {each['msg']}" for each in errors)
+    return _problem_response(request, INVALID_REQUEST, detail)
 
 
-async def _answer_http(request: Request, error: Exception) -> JSONResponse:
+async def _handle_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    kind = Kind("about:blank", error.status_code, HTTPStatus(error.status_code).phrase)
-    return _problem(request, kind, error.detail, error.headers)
+    problem_type = ProblemType("about:blank", error.status_code, HTTPStatus(error.status_code).phrase)
+    return _problem_response(request, problem_type, error.detail, error.headers)
 
 
-async def _answer_unknown(request: Request, error: Exception) -> JSONResponse:
-    return _problem(request, INTERNAL, INTERNAL.detail or "")
+async def _handle_unexpected_error(request: Request, error: Exception) -> JSONResponse:
+    return _problem_response(request, INTERNAL, INTERNAL.detail or "")
 
 
-def _problem(request: Request, kind: Kind, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    problem = Problem(type=kind.type, title=kind.title, status=kind.status, detail=detail, instance=request.url.path)
-    also = dict(headers or {})
-    if kind.retry_after is not None:
-        also["Retry-After"] = str(kind.retry_after)
-    return JSONResponse(problem.model_dump(), kind.status, also, MEDIA_TYPE)
+def _problem_response(
+    request: Request, problem_type: ProblemType, detail: str, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    problem = Problem(
+        type=problem_type.type,
+        title=problem_type.title,
+        status=problem_type.status,
+        detail=detail,
+        instance=request.url.path,
+    )
+    all_headers = dict(headers or {})
+    if problem_type.retry_after is not None:
+        all_headers["Retry-After"] = str(problem_type.retry_after)
+    return JSONResponse(problem.model_dump(), problem_type.status, all_headers, MEDIA_TYPE)

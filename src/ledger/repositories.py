@@ -1,4 +1,4 @@
-"""What is asked of the books, one class per table. Each holds the session that it was given, and ends nothing."""
+"""Queries, one repository per table. Repositories use the injected session and never commit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from .models import Account, Transfer
 
 @dataclass(frozen=True)
 class Audit:
-    """The whole books at one moment."""
+    """The totals of all tables at one moment."""
 
     accounts: int
     transfers: int
     opening: Decimal
     balance: Decimal
-    wrong: int
-    """Accounts whose balance is not their opening plus what came in minus what went out."""
+    mismatched_accounts: int
+    """Accounts whose balance differs from the sum of their opening balance and their transfers."""
 
     @property
-    def agree(self) -> bool:
-        return self.balance == self.opening and not self.wrong
+    def is_balanced(self) -> bool:
+        return self.balance == self.opening and not self.mismatched_accounts
 
 
 class AccountRepository:
@@ -39,10 +39,11 @@ class AccountRepository:
         return await self.session.get(Account, account_id)
 
     async def lock(self, *account_ids: int) -> dict[int, Account]:
-        """Those that exist, as they are now, and nobody else changes them before this transaction ends.
+        """Return the accounts that exist, locked until this transaction ends.
 
-        Always in the order of their numbers, so that two transfers in opposite directions can't wait for each other.
-        The lock is the one that an UPDATE takes: it leaves alone who only refers to the account by a foreign key.
+        The locks are taken in the order of the account numbers, so two transfers in opposite
+        directions can't deadlock. It is the lock of an UPDATE, which does not block inserts that
+        refer to the account by a foreign key.
         """
         statement = (
             select(Account).where(Account.id.in_(account_ids)).order_by(Account.id).with_for_update(key_share=True)
@@ -50,13 +51,13 @@ class AccountRepository:
         return {account.id: account for account in await self.session.scalars(statement)}
 
     async def audit(self) -> Audit:
-        """One statement, so that it sees one moment of the books whatever the isolation level."""
+        """Compute the totals in one statement, which sees one moment at any isolation level."""
         entries = union_all(
             select(Account.id.label("account_id"), Account.opening.label("amount")),
             select(Transfer.target_id, Transfer.amount),
             select(Transfer.source_id, -Transfer.amount),
         ).subquery()
-        due = (
+        expected = (
             select(entries.c.account_id, func.sum(entries.c.amount).label("amount"))
             .group_by(entries.c.account_id)
             .subquery()
@@ -66,10 +67,10 @@ class AccountRepository:
             select(func.count()).select_from(Transfer).scalar_subquery(),
             func.sum(Account.opening),
             func.sum(Account.balance),
-            func.count().filter(Account.balance != due.c.amount),
-        ).join_from(Account, due, due.c.account_id == Account.id)
-        accounts, transfers, opening, balance, wrong = (await self.session.execute(statement)).one()
-        return Audit(accounts, transfers, opening or Decimal("0.00"), balance or Decimal("0.00"), wrong)
+            func.count().filter(Account.balance != expected.c.amount),
+        ).join_from(Account, expected, expected.c.account_id == Account.id)
+        accounts, transfers, opening, balance, mismatched = (await self.session.execute(statement)).one()
+        return Audit(accounts, transfers, opening or Decimal("0.00"), balance or Decimal("0.00"), mismatched)
 
 
 class TransferRepository:
@@ -77,16 +78,20 @@ class TransferRepository:
         self.session = session
 
     async def add(self, transfer: Transfer) -> Transfer:
-        """Raises SQLAlchemy's `IntegrityError` where the key is taken."""
+        """Add a transfer. Raises SQLAlchemy's `IntegrityError` if the key is taken."""
         self.session.add(transfer)
         await self.session.flush()
         return transfer
 
-    async def find(self, key: str) -> Transfer | None:
+    async def find_by_key(self, key: str) -> Transfer | None:
         return await self.session.scalar(select(Transfer).where(Transfer.key == key))
 
-    async def touching(self, account_id: int, *, before: int | None, limit: int) -> Sequence[Transfer]:
-        """The newest first; `before` is the number of the last one on the page before this."""
+    async def list_for_account(self, account_id: int, *, before: int | None, limit: int) -> Sequence[Transfer]:
+        """Return one page, the newest transfer first.
+
+        Args:
+            before: the number of the last transfer on the previous page.
+        """
         statement = (
             select(Transfer)
             .where((Transfer.source_id == account_id) | (Transfer.target_id == account_id))

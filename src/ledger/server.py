@@ -1,4 +1,4 @@
-"""The HTTP API under uvicorn, from the first connection to the last answer."""
+"""Run the HTTP API with uvicorn, and end it gracefully."""
 
 import asyncio
 import math
@@ -11,50 +11,54 @@ from starlette.types import Message, Receive, Scope, Send
 
 from .api import create_app
 from .container import Container
-from .problems import cut_off
+from .problems import cancelled_response
 from .settings import LedgerSettings
 
 BACKLOG = 2048
 
 
 async def serve(settings: LedgerSettings, host: str, port: int) -> bool:
-    """Serve until SIGTERM or SIGINT, and then finish what was accepted.
+    """Serve until SIGTERM or SIGINT, and then finish the accepted requests.
 
-    Connections on which nothing is asked are closed then, and the others after their answer. What takes longer than
-    `drain_timeout` is cut off, and rolled back unless it was being committed. Raises `OSError` where it can't listen.
+    Idle connections are closed then, the others after their response. A request that takes longer
+    than `drain_timeout` is cancelled, and rolled back unless its commit has begun.
+
+    Raises:
+        OSError: The server can't listen on this address.
     """
-    with _bound(host, port) as listener:
+    with _bind_socket(host, port) as listener:
         app = create_app(Container(settings=settings))
 
-        async def last_answers(scope: Scope, receive: Receive, send: Send) -> None:
-            """Once the end has begun: tell each client that nothing more is taken on its connection."""
+        async def close_connections_on_shutdown(scope: Scope, receive: Receive, send: Send) -> None:
+            """During the shutdown, tell each client that its connection takes no more requests."""
 
-            async def send_last(message: Message) -> None:
+            async def send_with_close(message: Message) -> None:
                 if server.should_exit and message["type"] == "http.response.start":
                     message["headers"] = [*message["headers"], (b"connection", b"close")]
                 await send(message)
 
             try:
-                await app(scope, receive, send_last)
-            except asyncio.CancelledError:  # it took longer than uvicorn waits
-                await cut_off(Request(scope))(scope, receive, send_last)
+                await app(scope, receive, send_with_close)
+            except asyncio.CancelledError:  # uvicorn has stopped waiting for it
+                await cancelled_response(Request(scope))(scope, receive, send_with_close)
 
         config = uvicorn.Config(
-            last_answers,
-            lifespan="off",  # ours, around the server: what fails in it is raised here
+            close_connections_on_shutdown,
+            lifespan="off",  # it runs below, around the server, so that its errors are raised here
             ws="none",
             log_level="warning",
             timeout_graceful_shutdown=math.ceil(settings.database.drain_timeout),
         )
         server = uvicorn.Server(config)
-        # uvicorn raises again what it was stopped by, which would end the process before the database is closed.
-        this = asyncio.current_task()
-        assert this is not None
+        # After its shutdown, uvicorn raises the signal again, which would end the process before the
+        # database is closed. So the signals are handled here.
+        current_task = asyncio.current_task()
+        assert current_task is not None
 
         def stop() -> None:
             server.should_exit = True
             if not server.started:
-                this.cancel()  # nothing was accepted yet, and the database may not answer
+                current_task.cancel()  # no request was accepted yet, and the database may not answer
 
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop)
@@ -70,13 +74,17 @@ async def serve(settings: LedgerSettings, host: str, port: int) -> bool:
     return True
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    """Bound before anything else is done, listening not before all is ready."""
+def _bind_socket(host: str, port: int) -> socket.socket:
+    """Bind a socket that does not listen yet.
+
+    An address that is in use is an error before anything else starts, and no client connects
+    before the app is ready.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after a restart, too
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # also right after a restart
             listener.bind(address)
         except OSError:
             listener.close()

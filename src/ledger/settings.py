@@ -1,4 +1,4 @@
-"""What the ledger reads at its start: a YAML file, under environment variables such as LEDGER_DATABASE__URL."""
+"""Settings: a YAML file, overridden by environment variables such as LEDGER_DATABASE__URL."""
 
 from pydantic_settings import SettingsConfigDict
 
@@ -6,4 +6,6 @@ from sessionwire import Settings
 
 
 class LedgerSettings(Settings):
+    """The settings of the ledger."""
+
     model_config = SettingsConfigDict(env_prefix="LEDGER_")

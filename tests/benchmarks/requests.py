@@ -10,7 +10,7 @@ import psutil
 from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from ledger.compare.server import new_database, served
+from ledger.compare.server import new_database, run_server
 from sessionwire import DatabaseSessionManager, DatabaseSettings
 
 from .applications.parts import POOL, Account, Base
@@ -53,7 +53,7 @@ async def run(server_socket_directory: str, rounds: int, progress: Callable[[str
         for name in APPLICATIONS:
             progress(f"starting {label(name)}")
             try:
-                application = served(f"{__package__}.applications", name, database=database.url)
+                application = run_server(f"{__package__}.applications", name, database=database.url)
                 address, process = await servers.enter_async_context(application)
                 running[name] = Server(address, psutil.Process(process.pid))
                 await running[name].under_load(WARM_UP)

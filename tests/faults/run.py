@@ -185,7 +185,7 @@ async def _judge(verdict: Verdict, callers: Callers, books: Container) -> None:
         transfers = await connection.execute(select(Transfer.id))
         judge_calls(verdict, callers.calls, {call: rows for call, rows in marks}, set(transfers.scalars()))
     audit = await books.accounts().audit()
-    verdict.counts.wrong_accounts = audit.wrong + (audit.balance != audit.opening)
+    verdict.counts.wrong_accounts = audit.mismatched_accounts + (audit.balance != audit.opening)
 
 
 def _manager(container: Container) -> DatabaseSessionManager:

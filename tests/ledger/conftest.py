@@ -1,4 +1,6 @@
-"""A ledger in this process, undone after the test (`container`), or seen by others (`committed`, `ledger`)."""
+"""Fixtures: a ledger in this process, which is rolled back after each test (`container`), one that
+commits (`committed`), and one in another process (`ledger`).
+"""
 
 from __future__ import annotations
 
@@ -39,21 +41,21 @@ def sessionwire_container() -> type[Container]:
 
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
 def sessionwire_settings(request: pytest.FixtureRequest) -> DatabaseSettings:
-    """Where the databases of `container` are made, for which a pool of five is enough."""
+    """Settings for the databases of `container`, with a pool of five."""
     url = "sqlite://" if request.param == "sqlite" else request.getfixturevalue("postgres").url("postgres")
     return DatabaseSettings(url=url, pool=POOL)
 
 
 @pytest.fixture(scope="session")
 def sessionwire_databases(sessionwire_databases: list[DatabaseSettings]) -> Iterator[list[DatabaseSettings]]:
-    """At the end all is in them as it was at the beginning."""
+    """Check at the end that the databases are unchanged."""
     before = [dump(settings.url) for settings in sessionwire_databases]
     yield sessionwire_databases
     assert [dump(settings.url) for settings in sessionwire_databases] == before
 
 
 def dump(url: URL) -> list[str]:
-    """What is in the database, but for the numbers that sequences have given out."""
+    """Return the content of the database, without the state of its sequences."""
     if url.get_backend_name() == "sqlite":
         with closing(sqlite3.connect(str(url.database))) as connection:
             return [line for line in connection.iterdump() if "sqlite_sequence" not in line]
@@ -66,7 +68,7 @@ def dump(url: URL) -> list[str]:
 
 @pytest.fixture
 async def committed(database_url: str) -> AsyncIterator[Container]:
-    """A container over empty tables that other connections and processes see, too."""
+    """A container over empty tables that other connections and processes also see."""
     database = DatabaseSettings(url=database_url, pool=POOL)
     async with Lifespan(Container(settings=LedgerSettings(database=database))) as container:
         manager = container.db.sessionmanager()
@@ -86,7 +88,7 @@ async def bob(container: Container) -> Account:
 
 
 class Ledger:
-    """`python -m ledger …`, in a working directory and an environment of its own."""
+    """Run `python -m ledger …` in its own working directory and environment."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -118,7 +120,7 @@ class Ledger:
         return self.finish(self.start(*arguments, python=python))
 
     def run_here(self, *arguments: str) -> Finished:
-        """The same without another Python, which would take seconds to import what this one has already."""
+        """Run the command in this process, which has imported all modules already."""
         output, errors = io.StringIO(), io.StringIO()
         with (
             mock.patch.dict(os.environ, self.environment, clear=True),

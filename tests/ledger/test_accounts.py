@@ -1,4 +1,4 @@
-"""Accounts: opening them, reading them, and what the database itself refuses."""
+"""Accounts: open and read them; and the constraints of the database."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from ledger.container import Container
 from ledger.errors import InvalidAmount, UnknownAccount
-from ledger.models import LARGEST_AMOUNT, Account
+from ledger.models import MAX_AMOUNT, Account
 from ledger.repositories import AccountRepository, Audit
 from sessionwire import IncompatibleTransactionError
 
@@ -22,7 +22,7 @@ async def test_an_account_starts_with_its_opening_balance(container: Container, 
 
 
 async def test_an_amount_comes_back_exact_and_with_two_digits(container: Container) -> None:
-    for amount in ["0", "0.01", "0.1", "100", "1E+3", "123456789.99", str(LARGEST_AMOUNT)]:
+    for amount in ["0", "0.01", "0.1", "100", "1E+3", "123456789.99", str(MAX_AMOUNT)]:
         account = await container.accounts().open("Alice", Decimal(amount))
         assert str(await container.accounts().balance(account.id)) == f"{Decimal(amount):.2f}"
 
@@ -60,7 +60,7 @@ async def test_a_statement_comes_in_pages_the_newest_first(container: Container,
 async def test_the_audit_of_empty_books_agrees(container: Container) -> None:
     audit = await container.accounts().audit()
 
-    assert audit.agree
+    assert audit.is_balanced
     assert (audit.accounts, audit.transfers) == (0, 0)
     assert audit.opening == audit.balance == 0
 
@@ -69,15 +69,15 @@ async def test_the_audit_finds_money_that_no_transfer_accounts_for(
     container: Container, alice: Account, bob: Account
 ) -> None:
     await container.transfers().transfer(alice.id, bob.id, Decimal("30.00"), "rent")
-    assert (await container.accounts().audit()).agree
+    assert (await container.accounts().audit()).is_balanced
 
     async with container.db.sessionmanager().connect() as connection:  # the sum stays the same
         await connection.execute(text("UPDATE account SET balance = balance + 500 WHERE owner = 'Alice'"))
         await connection.execute(text("UPDATE account SET balance = balance - 500 WHERE owner = 'Bob'"))
 
     audit = await container.accounts().audit()
-    assert not audit.agree
-    assert audit.wrong == 2
+    assert not audit.is_balanced
+    assert audit.mismatched_accounts == 2
     assert audit.balance == audit.opening == Decimal("200.00")
 
 

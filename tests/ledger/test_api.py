@@ -1,4 +1,4 @@
-"""The HTTP API, as its client sees it: each route, and each refusal as a problem (RFC 9457)."""
+"""The HTTP API: each route, and each error as a problem (RFC 9457)."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from sessionwire import CommitOutcomeUnknownError, DatabaseSettings, NotInitiali
 from tests.conftest import DATABASE, Postgres, checked_out
 from tests.postgres import Network, OnPostgres, at_port
 
-# the answer comes before it is asked
+# These requests are answered before they reach a database.
 without_a_database = pytest.mark.parametrize("sessionwire_settings", ["sqlite"], indirect=True)
 
 
 @asynccontextmanager
 async def served(container: Container) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the API, which uvicorn serves on a socket."""
+    """Serve the API with uvicorn on a socket, and yield a client."""
     config = uvicorn.Config(create_app(container), port=0, lifespan="on", log_config=None, timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
@@ -46,7 +46,7 @@ async def served(container: Container) -> AsyncIterator[httpx.AsyncClient]:
 
 
 def not_open(database_url: str, **pool: float) -> Container:
-    """A container with a pool of five, which the app opens."""
+    """A container with a pool of five. The app opens it."""
     pool_settings = PoolSettings.model_validate({"size": 5, "max_overflow": 0, **pool})
     return Container(settings=LedgerSettings(database=DatabaseSettings(url=database_url, pool=pool_settings)))
 
@@ -58,7 +58,7 @@ async def api(container: Container) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def opened(api: httpx.AsyncClient, *owners: str) -> list[int]:
-    """The accounts of these, with a hundred each."""
+    """Open accounts with a hundred each."""
     answers = [await api.post("/accounts", json={"owner": owner, "opening": "100.00"}) for owner in owners]
     return [answer.json()["id"] for answer in answers]
 
@@ -202,7 +202,7 @@ async def test_two_hundred_transfers_at_once_are_all_booked(api: httpx.AsyncClie
     assert len({answer.json()["id"] for answer in answers}) == 200
     assert checked_out(container.db.sessionmanager()) == 0
     audit = await container.accounts().audit()
-    assert audit.agree
+    assert audit.is_balanced
     assert audit.transfers == 200
 
 
@@ -229,7 +229,7 @@ async def test_a_pool_that_is_full_is_a_problem_and_the_process_stays_alive(data
 
 
 class Failing:
-    """A service that meets this error."""
+    """A service that raises this error."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -311,7 +311,7 @@ class TestOnAServer(OnPostgres):
             await postgres.execute(statement, database=DATABASE)
         try:
             async with served(not_open(database_url.replace("postgres@", "poor@"))) as api:
-                await opened(api, "Alice")  # over the one connection, which stays in the pool of those who write
+                await opened(api, "Alice")  # on the one connection, which stays in the writers' pool
 
                 assert_problem(await api.get("/accounts/1/balance"), 503, "unavailable", "Nothing was done")
                 assert_problem(await api.get("/health/ready"), 503, "unavailable")

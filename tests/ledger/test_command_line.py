@@ -1,4 +1,4 @@
-"""The command line: what it says, and how it exits, where a demo can't run or is interrupted."""
+"""The command line of the demo: messages and exit codes if it can't run or is interrupted."""
 
 from __future__ import annotations
 

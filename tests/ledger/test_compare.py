@@ -1,4 +1,4 @@
-"""The comparison: what it finds in the books of each service, and how it counts lines."""
+"""The comparison: the faults of each service, and the count of its lines."""
 
 from __future__ import annotations
 
@@ -12,46 +12,49 @@ from pathlib import Path
 
 import pytest
 
-from ledger.compare.lines import lines_of_code
-from ledger.compare.traffic import Kind, plan
-from ledger.compare.trial import SERVICES, Findings, compare, try_out
+from ledger.compare.experiment import SERVICES, Result, compare, measure
+from ledger.compare.line_count import count_lines_of_code
+from ledger.compare.workload import RequestKind, generate_requests
 from sessionwire import DatabaseSessionManager
 
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    directory = tempfile.mkdtemp(prefix="sessionwire-")  # pytest closes its own to the server's user
+    directory = tempfile.mkdtemp(prefix="sessionwire-")  # the server's user may not enter pytest's
     yield Path(directory, "postgres")
     shutil.rmtree(directory)
 
 
-def faultless(lines: int) -> Findings:
-    return Findings(lost=0, kept=0, failed=0, held=0, lines=lines)
+def faultless(lines_of_code: int) -> Result:
+    return Result(
+        missing_rows=0, unexpected_rows=0, spurious_failures=0, leaked_connections=0, lines_of_code=lines_of_code
+    )
 
 
 @pytest.mark.long
 async def test_one_request_after_the_other_each_service_is_right(directory: Path) -> None:
-    sent = Counter(request.kind for request in plan(40))
-    assert all(sent[kind] for kind in (Kind.PAYMENT, Kind.UNKNOWN_ACCOUNT, Kind.REFUND, Kind.LARGE_REFUND))
+    sent = Counter(request.kind for request in generate_requests(40))
+    rare = RequestKind.PAYMENT, RequestKind.UNKNOWN_ACCOUNT, RequestKind.REFUND, RequestKind.LARGE_REFUND
+    assert all(sent[kind] for kind in rare)
 
-    findings = await compare(directory, requests=40, workers=1, answered=lambda: None)
+    results = await compare(directory, requests=40, workers=1, on_answer=lambda: None)
 
-    assert len(findings) == len(SERVICES)
-    assert findings == [faultless(of_one.lines) for of_one in findings]
+    assert len(results) == len(SERVICES)
+    assert results == [faultless(result.lines_of_code) for result in results]
 
 
 @pytest.mark.long
 async def test_only_new_attempts_answer_each_of_many_refunds_at_a_time(directory: Path) -> None:
-    refunds = [request for request in plan(200) if request.kind is Kind.REFUND]
+    refunds = [request for request in generate_requests(200) if request.kind is RequestKind.REFUND]
     async with DatabaseSessionManager(f"embedded:{directory}") as server:
-        recipe, by_hand, ours = [
-            await try_out(server, name, deepcopy(refunds), workers=8, answered=lambda: None) for name in SERVICES
+        recipe, by_hand, with_sessionwire = [
+            await measure(server, name, deepcopy(refunds), workers=8, on_answer=lambda: None) for name in SERVICES
         ]
 
-    assert recipe == replace(faultless(recipe.lines), failed=recipe.failed)
-    assert 0 < recipe.failed < len(refunds)
-    assert by_hand == faultless(by_hand.lines)
-    assert ours == faultless(ours.lines)
+    assert recipe == replace(faultless(recipe.lines_of_code), spurious_failures=recipe.spurious_failures)
+    assert 0 < recipe.spurious_failures < len(refunds)
+    assert by_hand == faultless(by_hand.lines_of_code)
+    assert with_sessionwire == faultless(with_sessionwire.lines_of_code)
 
 
 def test_a_line_counts_where_it_has_code() -> None:
@@ -78,4 +81,4 @@ def first(path: Path) -> str:
     lines"""
     return NAMES[0] + str(path) + os.sep + text
 '''
-    assert lines_of_code(source) == 7
+    assert count_lines_of_code(source) == 7

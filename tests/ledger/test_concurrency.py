@@ -1,4 +1,4 @@
-"""Many at once, over a pool of five: all end correctly, and nothing is left behind."""
+"""Concurrent transfers on a pool of five: all end correctly and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def test_two_hundred_at_once_all_end_and_give_their_connection_back(contai
     assert len({transfer.id for transfer in transfers}) == 200
     assert checked_out(manager) == 0
     audit = await container.accounts().audit()
-    assert audit.agree
+    assert audit.is_balanced
     assert audit.transfers == 200
     if manager.engine.dialect.name == "postgresql":
         async with manager.connect() as connection:
@@ -69,7 +69,7 @@ async def test_money_that_is_there_once_is_spent_once(container: Container, alic
 async def test_an_account_that_another_changes_after_it_was_read_is_booked_on_in_the_callers_next_attempt(
     committed: Container, backend: str
 ) -> None:
-    """On SQLite nobody comes between."""
+    """On SQLite no other writer can come between."""
     container = committed
     alice, bob = [await container.accounts().open(name, Decimal("100.00")) for name in ("Alice", "Bob")]
     attempts: list[Decimal] = []
@@ -85,19 +85,19 @@ async def test_an_account_that_another_changes_after_it_was_read_is_booked_on_in
 
     assert attempts == ([100, 50] if backend == "postgresql" else [100])
     assert await container.accounts().balance(alice.id) == attempts[-1] / 2
-    assert (await container.accounts().audit()).agree
+    assert (await container.accounts().audit()).is_balanced
 
 
 TRIGGER = (
-    "CREATE FUNCTION get_in_the_way() RETURNS trigger LANGUAGE plpgsql AS "
+    "CREATE FUNCTION raise_conflict() RETURNS trigger LANGUAGE plpgsql AS "
     "$$BEGIN RAISE EXCEPTION 'somebody was faster' USING ERRCODE = 'serialization_failure'; END$$",
-    "CREATE TRIGGER in_the_way BEFORE UPDATE ON account FOR EACH ROW EXECUTE FUNCTION get_in_the_way()",
+    "CREATE TRIGGER conflict BEFORE UPDATE ON account FOR EACH ROW EXECUTE FUNCTION raise_conflict()",
 )
 
 
 @asynccontextmanager
-async def somebody_in_the_way(manager: DatabaseSessionManager) -> AsyncIterator[None]:
-    """Of each transfer: on SQLite one who has the write lock, on PostgreSQL one who is always faster."""
+async def conflicting_writer(manager: DatabaseSessionManager) -> AsyncIterator[None]:
+    """Make each transfer conflict: with a held write lock on SQLite, with a trigger on PostgreSQL."""
     if manager.engine.dialect.name == "sqlite":
         async with manager.connect():
             yield
@@ -107,7 +107,7 @@ async def somebody_in_the_way(manager: DatabaseSessionManager) -> AsyncIterator[
             await connection.execute(text(statement))
     yield
     async with manager.connect() as connection:
-        await connection.execute(text("DROP TRIGGER in_the_way ON account"))
+        await connection.execute(text("DROP TRIGGER conflict ON account"))
 
 
 async def test_a_transfer_that_others_get_in_the_way_of_each_time_is_refused_as_busy(
@@ -122,14 +122,14 @@ async def test_a_transfer_that_others_get_in_the_way_of_each_time_is_refused_as_
             await manager.create_all(connection)
         alice, bob = [await container.accounts().open(name, Decimal("100.00")) for name in ("Alice", "Bob")]
 
-        async with somebody_in_the_way(manager):
+        async with conflicting_writer(manager):
             with pytest.raises(Busy, match=f"accounts {alice.id} and {bob.id}: nothing was booked") as refused:
                 await container.transfers().transfer(alice.id, bob.id, Decimal("1.00"), "rent")
 
         assert isinstance(refused.value.__cause__, DBAPIError)
         assert len(caplog.records) == RETRIES
         audit = await container.accounts().audit()
-        assert audit.agree
+        assert audit.is_balanced
         assert audit.transfers == 0
         await container.transfers().transfer(alice.id, bob.id, Decimal("1.00"), "rent")  # sent again
 

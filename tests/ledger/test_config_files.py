@@ -1,4 +1,4 @@
-"""The files in config/: each loads, and says what it is for."""
+"""The files in config/: each loads, and states its purpose."""
 
 from __future__ import annotations
 

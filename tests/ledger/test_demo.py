@@ -1,4 +1,4 @@
-"""The demo as its user runs it, on both databases: the proof, and the exit code."""
+"""The demo as its user runs it, on both databases: its report and its exit code."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sqlalchemy import text
 
 from ledger.container import Container
 from ledger.demo import Options, demo
+from ledger.demo.console import ConsoleReport
 from ledger.models import Transfer
-from ledger.screen import Screen
 from ledger.services import TransferService
 
 from .conftest import Ledger
@@ -51,15 +51,15 @@ async def test_fifty_callers_at_five_accounts_are_each_acknowledged_or_refused_a
     container: Container, backend: str
 ) -> None:
     output = io.StringIO()
-    container.wire(modules=["ledger.demo", "ledger.traffic"])
+    container.wire(modules=["ledger.demo", "ledger.demo.workload"])
 
-    right = await demo(Options(transfers=200, workers=50, accounts=5), Screen(Console(file=output, width=120)))
+    right = await demo(Options(transfers=200, workers=50, accounts=5), ConsoleReport(Console(file=output, width=120)))
 
     container.unwire()
-    assert right, output.getvalue()  # an answer that is no LedgerError would be found wrong
+    assert right, output.getvalue()  # any error but a LedgerError would be reported
     told = re.search(r"Nothing lost. 200 transfers in .*; retries: ([\d,]+)\.", output.getvalue())
     assert told is not None
-    assert (told[1] == "0") is (backend == "sqlite")  # where transfers take turns
+    assert (told[1] == "0") is (backend == "sqlite")  # where one transfer at a time may write
 
 
 @pytest.mark.long
@@ -136,8 +136,8 @@ async def test_a_service_that_lies_is_found_out(container: Container, liar: type
     )
 
     with container.transfers.override(lying):
-        container.wire(modules=["ledger.demo", "ledger.traffic"])
-        right = await demo(Options(transfers=20, workers=1, accounts=2), Screen(Console(file=output, width=120)))
+        container.wire(modules=["ledger.demo", "ledger.demo.workload"])
+        right = await demo(Options(transfers=20, workers=1, accounts=2), ConsoleReport(Console(file=output, width=120)))
         container.unwire()
 
     assert not right

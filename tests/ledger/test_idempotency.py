@@ -1,4 +1,4 @@
-"""The idempotency key: however often and however concurrently it is sent, it books one transfer."""
+"""The idempotency key: repeated and concurrent calls with one key book one transfer."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def test_twenty_at_once_with_one_key_book_it_once(container: Container, al
 
     assert len({transfer.id for transfer in transfers}) == 1
     assert await container.accounts().balance(alice.id) == Decimal("90.00")
-    assert (await container.accounts().audit()).agree
+    assert (await container.accounts().audit()).is_balanced
 
 
 async def test_one_key_raced_for_by_transfers_that_share_no_account_goes_to_one(container: Container) -> None:
@@ -74,5 +74,5 @@ async def test_one_key_raced_for_by_transfers_that_share_no_account_goes_to_one(
     assert sum(isinstance(answer, Transfer) for answer in answers) == 1
     assert sum(isinstance(answer, IdempotencyConflict) for answer in answers) == 9
     audit = await container.accounts().audit()
-    assert audit.agree
+    assert audit.is_balanced
     assert audit.transfers == 1

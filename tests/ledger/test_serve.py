@@ -1,4 +1,4 @@
-"""`python -m ledger serve`, the process: how it starts, how it ends, and what it says while its database is away."""
+"""`python -m ledger serve`: the start and end of the process, and a database that goes away."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def container(committed: Container) -> Container:
 
 
 class Service:
-    """The running process, and a client of it."""
+    """The running process with a client."""
 
     def __init__(self, process: subprocess.Popen[str], client: httpx.AsyncClient) -> None:
         self.process = process
@@ -44,7 +44,7 @@ class Service:
             _, writer = await asyncio.open_connection(self.client.base_url.host, self.client.base_url.port)
         except ConnectionRefusedError:
             return True
-        except OSError:  # the end came while it was waiting to be taken
+        except OSError:  # the server ended while the connection waited for it
             return False
         writer.close()
         return False
@@ -78,7 +78,7 @@ async def test_it_answers_until_an_interrupt_ends_it_quietly(ledger: Ledger, dat
     async with serving(ledger.on(database_url), "-W", "error") as service:
         assert (await service.client.get("/health/live")).status_code == 200
         assert (await service.client.get("/health/ready")).status_code == 200
-        # the connection is kept, and does not hold up the end
+        # The client keeps its connection open, which must not delay the end.
         finished = await asyncio.wait_for(service.stop(signal.SIGINT), 5)
 
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
@@ -113,7 +113,7 @@ async def test_stopped_under_load_what_it_answered_is_booked_and_nothing_else(
     answers: dict[str, int | httpx.TransportError] = {}
 
     async def send(number: int, address: httpx.URL) -> None:
-        """Every second one opens a connection for each call. Nothing is sent twice."""
+        """Send each transfer once. Every second client opens a connection for each call."""
         headers = {"Connection": "close"} if number % 2 else {}
         async with httpx.AsyncClient(base_url=address, timeout=30, verify=False, headers=headers) as client:
             for call in count():
@@ -122,7 +122,7 @@ async def test_stopped_under_load_what_it_answered_is_booked_and_nothing_else(
                     answer = await transfer(client, accounts[number], accounts[number - 1], key)
                     answers[key] = answer.status_code
                 except httpx.ConnectError:
-                    return  # nobody listens any more
+                    return  # the server has stopped listening
                 except httpx.TransportError as closed:
                     answers[key] = closed
 
@@ -138,21 +138,21 @@ async def test_stopped_under_load_what_it_answered_is_booked_and_nothing_else(
         booked = list(await session.scalars(select(Transfer.key)))
     assert sorted(booked) == sorted(key for key, answer in answers.items() if answer == 201)
     assert len(booked) >= 60
-    # what is not booked was not taken: its connection was closed without an answer
+    # A transfer that is not booked was not accepted: its connection was closed without an answer.
     assert all(isinstance(answer, httpx.TransportError) for key, answer in answers.items() if key not in booked)
-    assert (await container.accounts().audit()).agree
+    assert (await container.accounts().audit()).is_balanced
 
 
 @asynccontextmanager
-async def no_transfer_gets_on(container: Container) -> AsyncIterator[None]:
-    """All wait for the accounts, or on SQLite for the write lock."""
+async def all_accounts_locked(container: Container) -> AsyncIterator[None]:
+    """Make all transfers wait: for the accounts, or on SQLite for the write lock."""
     async with container.db.sessionmanager().connect() as connection:
         await connection.execute(text("UPDATE account SET owner = owner"))
         yield
 
 
-async def taken(service: Service) -> None:
-    """Wait until what was sent before has been taken: the process has one thread."""
+async def until_accepted(service: Service) -> None:
+    """Wait until the earlier requests are accepted: the process has one thread."""
     for _ in range(3):
         await service.client.get("/health/live")
 
@@ -162,10 +162,10 @@ async def test_a_transfer_that_was_taken_before_is_answered_after_the_signal(
     ledger: Ledger, container: Container, alice: Account, bob: Account, database_url: str
 ) -> None:
     async with serving(ledger.on(database_url)) as service:
-        async with no_transfer_gets_on(container):
+        async with all_accounts_locked(container):
             sent = asyncio.create_task(transfer(service.client, alice, bob, "rent"))
             await asyncio.sleep(0)
-            await taken(service)
+            await until_accepted(service)
             service.process.send_signal(signal.SIGTERM)
             await until(service.refuses_connections)
             assert not sent.done()
@@ -184,10 +184,10 @@ async def test_one_that_takes_longer_than_the_drain_timeout_is_cut_off_and_told_
     ledger: Ledger, container: Container, alice: Account, bob: Account, database_url: str
 ) -> None:
     ledger.environment["LEDGER_DATABASE__DRAIN_TIMEOUT"] = "0.2"
-    async with serving(ledger.on(database_url)) as service, no_transfer_gets_on(container):
+    async with serving(ledger.on(database_url)) as service, all_accounts_locked(container):
         sent = asyncio.create_task(transfer(service.client, alice, bob, "rent"))
         await asyncio.sleep(0)
-        await taken(service)
+        await until_accepted(service)
         finished = await service.stop()
         answer = await sent
 
@@ -200,7 +200,7 @@ async def test_one_that_takes_longer_than_the_drain_timeout_is_cut_off_and_told_
 
 @pytest.fixture
 def own_server() -> Iterator[EmbeddedServer]:
-    directory = tempfile.mkdtemp(prefix="ledger-")  # pytest closes its own to the server's user
+    directory = tempfile.mkdtemp(prefix="ledger-")  # the server's user may not enter pytest's
     with EmbeddedServer(Path(directory) / "data") as server:
         yield server
     shutil.rmtree(directory)

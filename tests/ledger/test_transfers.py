@@ -1,4 +1,4 @@
-"""Transfers: what they move, and each refusal, after which nothing has moved."""
+"""Transfers move money, and each refusal moves none."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from ledger.container import Container
 from ledger.errors import InsufficientFunds, InvalidAmount, InvalidTransfer, LedgerError, UnknownAccount
-from ledger.models import LARGEST_AMOUNT, Account
+from ledger.models import MAX_AMOUNT, Account
 
 
 async def test_a_transfer_moves_the_amount_and_no_more(container: Container, alice: Account, bob: Account) -> None:
@@ -31,7 +31,7 @@ async def test_a_refused_transfer_says_why_and_moves_nothing(
 ) -> None:
     cases: list[tuple[int, int, str, str, type[LedgerError], str]] = [
         (alice.id, bob.id, "100.01", "k", InsufficientFunds, "holds 100.00, which does not cover 100.01"),
-        (alice.id, bob.id, str(LARGEST_AMOUNT), "k", InsufficientFunds, "does not cover"),
+        (alice.id, bob.id, str(MAX_AMOUNT), "k", InsufficientFunds, "does not cover"),
         (alice.id, 99, "1", "k", UnknownAccount, "there is no account 99"),
         (99, bob.id, "1", "k", UnknownAccount, "there is no account 99"),
         (alice.id, bob.id, "0", "k", InvalidAmount, "nothing to transfer"),
@@ -52,7 +52,7 @@ async def test_a_refused_transfer_says_why_and_moves_nothing(
             await container.transfers().transfer(source, target, Decimal(amount), key)
 
     audit = await container.accounts().audit()
-    assert audit.agree
+    assert audit.is_balanced
     assert audit.transfers == 0
     assert await container.accounts().balance(alice.id) == await container.accounts().balance(bob.id) == 100
 

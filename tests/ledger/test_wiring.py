@@ -1,4 +1,4 @@
-"""The container: wired into functions and methods, and overridden in a test."""
+"""The container: wired into functions and methods, and overridden."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ledger.services import AccountService, TransferService
 from ledger.settings import LedgerSettings
 from sessionwire import DatabaseSettings
 
-# what is wired is the same on every database
+# Wiring does not depend on the database.
 pytestmark = pytest.mark.parametrize("sessionwire_settings", ["sqlite"], indirect=True)
 
 

@@ -1,21 +1,22 @@
-"""`python -m ledger compare`: the same traffic through three services that do the same, one of them with sessionwire.
+"""`python -m ledger compare`: send equal requests to three versions of one service.
 
-Each answer is held against the books. `recipe.py`, `by_hand.py` and `ours.py` are the services, `traffic.py` what they
-are sent.
+`recipe`, `by_hand` and `with_sessionwire` are the three versions, on the tables of `models`.
+`workload` generates and sends the requests, `server` runs a service, `experiment` checks the
+answers against the database, `line_count` counts lines, `console` prints the report.
 """
 
 from pathlib import Path
 
-from .screen import progress, show
-from .trial import SERVICES, compare
+from .console import show_progress, show_results
+from .experiment import SERVICES, compare
 
-DIRECTORY = Path("var", "compare")  # of the PostgreSQL that all write to
+DIRECTORY = Path("var", "compare")  # of the PostgreSQL server that all three use
 
 
 async def run(requests: int, workers: int) -> bool:
-    """Whether sessionwire's books agree with its answers."""
+    """Run the comparison. Return True if the version with sessionwire had no fault."""
     print(f"{requests:,} requests to each, {workers} at a time, on PostgreSQL\n")
-    with progress(len(SERVICES) * requests) as answered:
-        findings = await compare(DIRECTORY, requests, workers, answered)
-    show(findings)
-    return findings[-1].are_faultless()
+    with show_progress(len(SERVICES) * requests) as on_answer:
+        results = await compare(DIRECTORY, requests, workers, on_answer)
+    show_results(results)
+    return results[-1].is_faultless()

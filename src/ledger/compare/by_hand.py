@@ -1,4 +1,4 @@
-"""The service by hand, with care: blocks that end before the response, and new attempts after a conflict."""
+"""The service by hand, with care: transactions end before the response, and conflicts are retried."""
 
 import asyncio
 import os
@@ -11,7 +11,7 @@ from sqlalchemy import func, insert, select
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
-from .books import RETRIES, Order, Payer, Payment
+from .models import RETRIES, Order, Payer, Payment
 
 engine = create_async_engine(os.environ["DATABASE_URL"], pool_pre_ping=True)
 sessions = async_sessionmaker(engine, expire_on_commit=False)
@@ -65,5 +65,5 @@ async def report() -> dict[str, int]:
 
 
 async def count(what: type[Payment] | type[Payer]) -> int:
-    async with sessions() as session:  # of its own: the two run at the same time
+    async with sessions() as session:  # one for each query, because they run concurrently
         return await session.scalar(select(func.count()).select_from(what)) or 0

@@ -1,7 +1,8 @@
-"""The service as documentation writes it: a session that FastAPI's dependency opens, commits and closes.
+"""The documented recipe: a FastAPI dependency opens, commits and closes the session.
 
-FastAPI: "Dependencies with yield", with the `scope` that ends the dependency before the response is sent.
-SQLAlchemy: `async_sessionmaker`, `begin_nested()`, and the isolation level of a single transaction.
+From the documentation of FastAPI: "Dependencies with yield", with the `scope` that ends the
+dependency before the response is sent. From that of SQLAlchemy: `async_sessionmaker`,
+`begin_nested()`, and the isolation level of a single transaction.
 """
 
 import os
@@ -14,7 +15,7 @@ from sqlalchemy import func, insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
-from .books import Order, Payer, Payment
+from .models import Order, Payer, Payment
 
 engine = create_async_engine(os.environ["DATABASE_URL"])
 sessions = async_sessionmaker(engine, expire_on_commit=False)

@@ -1,4 +1,4 @@
-"""A database of a run alone, since another run may be under way, and a server on it in a process of its own."""
+"""Create a database for one run, and run a server on it in another process."""
 
 import asyncio
 import os
@@ -16,13 +16,14 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from sessionwire import DatabaseSessionManager
 
-PATIENCE = 30.0  # seconds for a server to start, to stop, and to come to rest
+# Seconds that a server has to start, to stop, and to end its transactions.
+SERVER_TIMEOUT = 30.0
 
 
 @asynccontextmanager
 async def new_database(server: DatabaseSessionManager) -> AsyncGenerator[AsyncEngine]:
-    """An empty one on this PostgreSQL, for as long as the block lasts."""
-    name = f"trial_{uuid4().hex}"
+    """Create an empty database on this PostgreSQL server, and drop it after the block."""
+    name = f"run_{uuid4().hex}"
     administration = server.engine.execution_options(isolation_level="AUTOCOMMIT")
     async with administration.connect() as connection:
         await connection.execute(text(f"CREATE DATABASE {name}"))
@@ -37,32 +38,38 @@ async def new_database(server: DatabaseSessionManager) -> AsyncGenerator[AsyncEn
 
 
 @asynccontextmanager
-async def served(*command: str, database: URL) -> AsyncGenerator[tuple[str, Process]]:
-    """Run a module of Python's with these arguments and a free port. Yields its URL as soon as it answers there.
+async def run_server(*command: str, database: URL) -> AsyncGenerator[tuple[str, Process]]:
+    """Run a Python module as a server on a free port, and yield its URL as soon as it answers.
 
-    Raises `ChildProcessError` where it doesn't. To that, and to one of the block, what it has complained of is added.
+    Args:
+        command: the module and its arguments; the port is added at the end.
+        database: the URL that the server finds in the variable DATABASE_URL.
+
+    Raises:
+        ChildProcessError: The server did not start, or the block raised this error. The end of
+            the server's stderr is added to the message.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"DATABASE_URL": database.render_as_string(hide_password=False)}
-    with TemporaryFile("w+") as complaints:
+    with TemporaryFile("w+") as stderr:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", *command, f"{port}", env=environment, stderr=complaints
+            sys.executable, "-m", *command, f"{port}", env=environment, stderr=stderr
         )
         try:
-            yield await _answering(process, f"http://127.0.0.1:{port}"), process
+            yield await _wait_until_it_answers(process, f"http://127.0.0.1:{port}"), process
         except ChildProcessError as error:
-            complaints.seek(0)
-            raise ChildProcessError(f"{' '.join(command)}: {error}\n{complaints.read()[-2000:]}") from None
+            stderr.seek(0)
+            raise ChildProcessError(f"{' '.join(command)}: {error}\n{stderr.read()[-2000:]}") from None
         finally:
             if process.returncode is None:
                 process.terminate()
-                await asyncio.wait_for(process.wait(), PATIENCE)
+                await asyncio.wait_for(process.wait(), SERVER_TIMEOUT)
 
 
-async def _answering(process: Process, url: str) -> str:
-    async with httpx.AsyncClient() as client, asyncio.timeout(PATIENCE):
+async def _wait_until_it_answers(process: Process, url: str) -> str:
+    async with httpx.AsyncClient() as client, asyncio.timeout(SERVER_TIMEOUT):
         while process.returncode is None:
             try:
                 await client.get(f"{url}/docs")

@@ -1,4 +1,4 @@
-"""The demo's traffic: what is sent, some of it meant to fail, and what each call was answered."""
+"""The orders of the demo, some of which must fail, and the client that sends them."""
 
 import asyncio
 import random
@@ -10,55 +10,61 @@ from uuid import uuid4
 
 from dependency_injector.wiring import Provide, inject
 
-from .container import Container
-from .errors import InsufficientFunds, InvalidAmount, LedgerError, UnknownAccount
-from .models import CENT, Account, Transfer
-from .services import TransferService
+from ledger.container import Container
+from ledger.errors import InsufficientFunds, InvalidAmount, LedgerError, UnknownAccount
+from ledger.models import CENT, Account, Transfer
+from ledger.services import TransferService
 
 
-class Kind(StrEnum):
+class OrderKind(StrEnum):
+    """The kinds of orders, by the label in the report."""
+
     TRANSFER = "a transfer"
-    AGAIN = "the same again"
-    OTHER = "its key, another amount"
-    OVERDRAFT = "more than there is"
-    UNKNOWN = "to an unknown account"
+    REPEATED = "sent twice"
+    CONFLICTING = "a used key, another amount"
+    OVERDRAFT = "more than the balance"
+    UNKNOWN_ACCOUNT = "to an unknown account"
     ZERO = "an amount of zero"
 
 
-MEANT_TO_FAIL: dict[Kind, type[LedgerError]] = {
-    Kind.OVERDRAFT: InsufficientFunds,
-    Kind.UNKNOWN: UnknownAccount,
-    Kind.ZERO: InvalidAmount,
+EXPECTED_ERRORS: dict[OrderKind, type[LedgerError]] = {
+    OrderKind.OVERDRAFT: InsufficientFunds,
+    OrderKind.UNKNOWN_ACCOUNT: UnknownAccount,
+    OrderKind.ZERO: InvalidAmount,
 }
 
-# One in four is a special case. AGAIN and OTHER repeat the order before them while that one is still on its way.
-PATTERN = [kind for special in list(Kind)[1:] for kind in (Kind.TRANSFER, Kind.TRANSFER, Kind.TRANSFER, special)]
+# One in four is a special case. REPEATED and CONFLICTING use the key of the order before them,
+# which may be still under way.
+PATTERN = [kind for special in list(OrderKind)[1:] for kind in (*[OrderKind.TRANSFER] * 3, special)]
 
 
 @dataclass(frozen=True)
 class Order:
-    kind: Kind
+    """A transfer to send."""
+
+    kind: OrderKind
     source: int
     target: int
     amount: Decimal
     key: str
 
-    def is_booked_as(self, transfer: Transfer) -> bool:
+    def matches(self, transfer: Transfer) -> bool:
+        """Tell whether the transfer has the content of this order."""
         content = (transfer.source_id, transfer.target_id, transfer.amount, transfer.key)
         return content == (self.source, self.target, self.amount, self.key)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a caller knows: the transfer that was acknowledged, or the error."""
+    """The answer to an order: the acknowledged transfer, or the error."""
 
     order: Order
     transfer: Transfer | None = None
     error: Exception | None = None
 
 
-def plan(count: int, accounts: Sequence[Account]) -> list[Order]:
-    """Orders between these accounts, with keys that no other run has."""
+def generate_orders(count: int, accounts: Sequence[Account]) -> list[Order]:
+    """Generate orders between these accounts, with keys that no other run uses."""
     run = uuid4().hex
     numbers = [account.id for account in accounts]
     everything = sum(account.opening for account in accounts)
@@ -68,44 +74,46 @@ def plan(count: int, accounts: Sequence[Account]) -> list[Order]:
         amount = random.randint(1, 2500) * CENT
         order = Order(PATTERN[number % len(PATTERN)], source, target, amount, f"{run}-{number}")
         match order.kind:
-            case Kind.TRANSFER:
+            case OrderKind.TRANSFER:
                 pass
-            case Kind.AGAIN:
+            case OrderKind.REPEATED:
                 order = replace(orders[-1], kind=order.kind)
-            case Kind.OTHER:
+            case OrderKind.CONFLICTING:
                 order = replace(orders[-1], kind=order.kind, amount=orders[-1].amount + CENT)
-            case Kind.OVERDRAFT:
+            case OrderKind.OVERDRAFT:
                 order = replace(order, amount=everything + CENT)
-            case Kind.UNKNOWN:
+            case OrderKind.UNKNOWN_ACCOUNT:
                 order = replace(order, target=0)
-            case Kind.ZERO:
+            case OrderKind.ZERO:
                 order = replace(order, amount=Decimal(0))
         orders.append(order)
     return orders
 
 
 class Client:
-    """Sends orders as so many callers at once, and keeps what each was answered."""
+    """Send orders from concurrent workers, and collect the answers."""
 
-    def __init__(self, orders: Iterable[Order], answered: Callable[[], None]) -> None:
-        self.answers: list[Answer] = []
+    def __init__(self, orders: Iterable[Order], on_answer: Callable[[], None]) -> None:
+        self._answers: list[Answer] = []
         self._orders = iter(orders)
-        self._answered = answered
+        self._on_answer = on_answer
 
     async def send_all(self, workers: int) -> list[Answer]:
+        """Send all orders, as many at a time as there are workers."""
         async with asyncio.TaskGroup() as group:
             for _ in range(workers):
                 group.create_task(self._work())
-        return self.answers
+        return self._answers
 
     async def _work(self) -> None:
         for order in self._orders:
-            self.answers.append(await self.send(order))
-            self._answered()
+            self._answers.append(await self.send(order))
+            self._on_answer()
 
     @inject
     async def send(self, order: Order, transfers: TransferService = Provide[Container.transfers]) -> Answer:
+        """Send one order."""
         try:
             return Answer(order, await transfers.transfer(order.source, order.target, order.amount, order.key))
-        except Exception as error:  # an answer as well: the proof holds each one against the books
+        except Exception as error:  # an answer too: the reconciliation checks it
             return Answer(order, error=error)

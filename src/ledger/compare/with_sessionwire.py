@@ -24,7 +24,7 @@ from sessionwire import (
 )
 from sessionwire.fastapi import Provide, inject
 
-from .books import RETRIES, Order, Payer, Payment
+from .models import RETRIES, Order, Payer, Payment
 
 
 class Payments:

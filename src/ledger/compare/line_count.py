@@ -1,4 +1,4 @@
-"""How long a program is."""
+"""Count the lines of code of a program."""
 
 import ast
 import io
@@ -8,8 +8,8 @@ import tokenize
 LAYOUT = (token.COMMENT, token.NL, token.NEWLINE, token.INDENT, token.DEDENT, token.ENDMARKER)
 
 
-def lines_of_code(source: str) -> int:
-    """Count the lines of a program, without blank lines, comments, docstrings and imports."""
+def count_lines_of_code(source: str) -> int:
+    """Count the lines without blank lines, comments, docstrings and imports."""
     code = {
         line
         for part in tokenize.generate_tokens(io.StringIO(source).readline)

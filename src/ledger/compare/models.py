@@ -1,26 +1,28 @@
-"""What all three services write: payments, and who has paid before."""
+"""The tables of the three services: payments, and the payers known so far."""
 
 from pydantic import BaseModel
 from sqlalchemy import ForeignKey
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-ACCOUNTS = range(1, 6)  # there are no others
-DEPOSIT = 1_000_000  # what each regular payer has paid before the first request
-RETRIES = 20  # of a refund that others got in the way of
+ACCOUNT_IDS = range(1, 6)  # all accounts that exist
+DEPOSIT = 1_000_000  # paid by each known payer before the first request
+RETRIES = 20  # of a refund, after a conflict
 
 
 class Base(DeclarativeBase):
-    pass
+    """The base of the tables."""
 
 
 class Account(Base):
+    """An account that receives payments."""
+
     __tablename__ = "account"
 
     id: Mapped[int] = mapped_column(primary_key=True)
 
 
 class Payer(Base):
-    """Who has paid before."""
+    """A payer who has paid before."""
 
     __tablename__ = "payer"
 
@@ -28,7 +30,7 @@ class Payer(Base):
 
 
 class Payment(Base):
-    """A refund is a negative one."""
+    """A payment. A refund has a negative amount."""
 
     __tablename__ = "payment"
 
