@@ -13,9 +13,13 @@ from rich.console import Console
 from sqlalchemy import text
 
 from ledger.container import Container
-from ledger.demo import Options, demo
+from ledger.demo import OPENING, Options, demo
 from ledger.demo.console import ConsoleReport
+from ledger.demo.reconciliation import Check
+from ledger.demo.workload import Answer, Order, OrderKind
+from ledger.errors import Busy, InsufficientFunds
 from ledger.models import Transfer
+from ledger.repositories import Audit
 from ledger.services import TransferService
 
 from .conftest import Ledger
@@ -60,6 +64,37 @@ async def test_fifty_callers_at_five_accounts_are_each_acknowledged_or_refused_a
     told = re.search(r"Nothing lost. 200 transfers in .*; retries: ([\d,]+)\.", output.getvalue())
     assert told is not None
     assert (told[1] == "0") is (backend == "sqlite")  # where one transfer at a time may write
+    assert ("can conflict; one of them is tried again." in output.getvalue()) is (told[1] != "0")
+
+
+def test_the_demo_prints_no_line_of_more_than_80_columns(ledger: Ledger, database_url: str) -> None:
+    ledger.on(database_url).environment["COLUMNS"] = "80"
+
+    first = ledger.run_here("demo", "--transfers", "200", "--accounts", "2")
+    again = ledger.run_here("demo", "--transfers", "40")
+
+    assert (first.returncode, again.returncode) == (0, 0)
+    for line in (first.stdout + again.stdout).splitlines():
+        assert len(line) <= 80, line
+
+
+def test_the_report_of_an_unhappy_run_fits_in_80_columns() -> None:
+    output = io.StringIO()
+    report = ConsoleReport(Console(file=output, width=80))
+    errors = [InsufficientFunds(1, OPENING, OPENING), Busy(1, 2), RuntimeError("secret " * 30)]
+    order = Order(OrderKind.CONFLICTING, 1, 2, OPENING, "key")
+    audit = Audit(1_000_000, 1_000_000, OPENING, OPENING, mismatched_accounts=1_000_000)
+
+    report.show_earlier_runs(audit)
+    report.show_answers([Answer(order, error=error) for error in errors] * 1000)
+    report.show_checks([Check("meant to fail, refused as meant", False, f"{1_000_000:,}, the first: {errors[2]}")])
+    report.show_result(False, 1_000_000, 1000.0, 1_000_000)
+
+    assert "retries: 1,000,000" in output.getvalue()
+    assert all(word in output.getvalue() for word in ("InsufficientFunds", "Busy", "RuntimeError"))
+    assert output.getvalue().count("secret") == 30
+    for line in output.getvalue().splitlines():
+        assert len(line) <= 80, line
 
 
 @pytest.mark.long

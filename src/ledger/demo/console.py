@@ -1,4 +1,4 @@
-"""The report of the demo, printed on the console."""
+"""The report of the demo, printed on the console. It fits in 80 columns."""
 
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
@@ -68,7 +68,7 @@ class ConsoleReport:
             refused = Counter(type(error).__name__ for error in errors if error is not None)
             counts = len(errors), len(errors) - refused.total(), refused.total()
             if errors:
-                table.add_row(kind.value, *(f"{count:,}" for count in counts), ", ".join(refused))
+                table.add_row(kind.value, *(f"{count:,}" for count in counts), "\n".join(refused))
         self.console.print(table)
         if any(answer.transfer is not None and answer.order.kind is OrderKind.CONFLICTING for answer in answers):
             self._line(("Of two transfers with one key, the first to arrive is booked.", "dim"))
@@ -88,9 +88,15 @@ class ConsoleReport:
         failed = (f"Something is wrong: see {self.failed_mark} above.", "bold red")
         took = f"{_count(calls, 'transfer')} in {seconds:.1f} s, {calls / seconds:,.0f} a second"
         self._line(passed if all_passed else failed, f" {took}; retries: {retries:,}.")
+        if retries:
+            self._line(("Concurrent transfers at one account can conflict; one of them is tried again.", "dim"))
 
     def _line(self, *parts: str | tuple[str, str]) -> None:
-        self.console.print(Text.assemble(INDENT if parts else "", *parts), soft_wrap=True)
+        # Wrapped here, because Rich would not indent the second line of a long one.
+        width = self.console.width - len(INDENT)
+        for line in Text.assemble(*parts).wrap(self.console, width) or [Text()]:
+            line.rstrip()
+            self.console.print(Text.assemble(INDENT if line else "", line), soft_wrap=True)
 
 
 def _table(first: str, *, header: bool = False) -> Table:
