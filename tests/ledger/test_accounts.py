@@ -21,13 +21,13 @@ async def test_an_account_starts_with_its_opening_balance(container: Container, 
     assert await container.accounts().balance(alice.id) == Decimal("100.00")
 
 
-async def test_an_amount_comes_back_exact_and_with_two_digits(container: Container) -> None:
+async def test_an_amount_is_stored_exactly_and_returned_with_two_digits(container: Container) -> None:
     for amount in ["0", "0.01", "0.1", "100", "1E+3", "123456789.99", str(MAX_AMOUNT)]:
         account = await container.accounts().open("Alice", Decimal(amount))
         assert str(await container.accounts().balance(account.id)) == f"{Decimal(amount):.2f}"
 
 
-async def test_an_opening_balance_that_is_no_amount_is_refused(container: Container, subtests: pytest.Subtests) -> None:
+async def test_an_invalid_opening_balance_is_refused(container: Container, subtests: pytest.Subtests) -> None:
     for amount in ["-0.01", "0.001", "NaN", "sNaN", "Infinity", "-Infinity", "1E+30", "1000000000000"]:
         with subtests.test(amount), pytest.raises(InvalidAmount):
             await container.accounts().open("Alice", Decimal(amount))
@@ -57,7 +57,7 @@ async def test_a_statement_comes_in_pages_the_newest_first(container: Container,
     assert all(transfer.booked_at.utcoffset() is not None for transfer in first)
 
 
-async def test_the_audit_of_empty_books_agrees(container: Container) -> None:
+async def test_the_audit_of_an_empty_ledger_is_balanced(container: Container) -> None:
     audit = await container.accounts().audit()
 
     assert audit.is_balanced
@@ -81,7 +81,7 @@ async def test_the_audit_finds_money_that_no_transfer_accounts_for(
     assert audit.balance == audit.opening == Decimal("200.00")
 
 
-async def test_the_database_itself_refuses_what_would_make_the_books_wrong(
+async def test_database_constraints_refuse_inconsistent_rows(
     container: Container, alice: Account, bob: Account, subtests: pytest.Subtests
 ) -> None:
     await container.transfers().transfer(alice.id, bob.id, Decimal("1.00"), "rent")
@@ -111,7 +111,9 @@ class WritesWhereItReads(AccountRepository):
         return await super().audit()
 
 
-async def test_what_only_reads_cannot_write(container: Container, alice: Account, subtests: pytest.Subtests) -> None:
+async def test_a_read_only_service_method_cannot_write(
+    container: Container, alice: Account, subtests: pytest.Subtests
+) -> None:
     writing = providers.Factory(WritesWhereItReads, session=container.db.session)
     with container.account_repository.override(writing):
         accounts = container.accounts()
@@ -128,7 +130,7 @@ async def test_what_only_reads_cannot_write(container: Container, alice: Account
     assert await container.accounts().balance(alice.id) == Decimal("100.00")
 
 
-async def test_no_transfer_is_made_inside_of_what_only_reads(
+async def test_a_transfer_inside_a_read_only_transaction_is_refused(
     container: Container, alice: Account, bob: Account
 ) -> None:
     async with container.db.transaction()(read_only=True):

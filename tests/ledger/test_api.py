@@ -86,7 +86,7 @@ def assert_problem(answer: httpx.Response, status: int, type: str, *says: str) -
     assert "secret" not in answer.text
 
 
-async def test_an_account_is_opened_and_its_balance_read_where_the_location_says(api: httpx.AsyncClient) -> None:
+async def test_the_location_of_an_opened_account_returns_its_balance(api: httpx.AsyncClient) -> None:
     answer = await api.post("/accounts", json={"owner": "Alice", "opening": "1000000.5"})
 
     assert answer.status_code == 201
@@ -97,7 +97,7 @@ async def test_an_account_is_opened_and_its_balance_read_where_the_location_says
     assert read.json() == {"account": account, "balance": "1000000.50"}
 
 
-async def test_a_transfer_moves_money_once_per_key(api: httpx.AsyncClient) -> None:
+async def test_the_api_moves_money_once_per_idempotency_key(api: httpx.AsyncClient) -> None:
     alice, bob = await opened(api, "Alice", "Bob")
 
     first, *others = await asyncio.gather(*(transfer(api, alice, bob, "10.00", "rent") for _ in range(5)))
@@ -114,7 +114,7 @@ async def test_a_transfer_moves_money_once_per_key(api: httpx.AsyncClient) -> No
     assert [await balance(api, alice), await balance(api, bob)] == [90, 110]
 
 
-async def test_a_statement_comes_by_pages_each_of_which_names_the_next(api: httpx.AsyncClient) -> None:
+async def test_the_api_returns_a_statement_in_pages_that_link_to_the_next(api: httpx.AsyncClient) -> None:
     alice, bob, carol = await opened(api, "Alice", "Bob", "Carol")
     for number in range(5):
         await transfer(api, alice, bob, "1.00", f"{number}")
@@ -134,7 +134,7 @@ async def test_a_statement_comes_by_pages_each_of_which_names_the_next(api: http
     assert await read(f"/accounts/{carol}/statement?before=1") == [[]]
 
 
-async def test_what_the_ledger_refuses_is_a_problem(api: httpx.AsyncClient) -> None:
+async def test_the_api_answers_each_refusal_with_a_problem(api: httpx.AsyncClient) -> None:
     alice, bob = await opened(api, "Alice", "Bob")
     await transfer(api, alice, bob, "10.00", "rent")
 
@@ -153,7 +153,7 @@ async def test_what_the_ledger_refuses_is_a_problem(api: httpx.AsyncClient) -> N
 
 
 @without_a_database
-async def test_what_cannot_be_read_is_a_problem_that_names_the_place(api: httpx.AsyncClient) -> None:
+async def test_the_api_answers_an_invalid_request_with_a_problem_that_names_the_field(api: httpx.AsyncClient) -> None:
     order: dict[str, Any] = {"source": 1, "target": 2, "amount": "1.00"}
     key = {"Idempotency-Key": "rent"}
 
@@ -177,14 +177,14 @@ async def test_what_cannot_be_read_is_a_problem_that_names_the_place(api: httpx.
 
 
 @without_a_database
-async def test_what_is_not_there_is_a_problem(api: httpx.AsyncClient) -> None:
+async def test_the_api_answers_an_unknown_path_or_method_with_a_problem(api: httpx.AsyncClient) -> None:
     assert_problem(await api.get("/nowhere"), 404, "about:blank")
     wrong_method = await api.get("/transfers")
     assert_problem(wrong_method, 405, "about:blank")
     assert wrong_method.headers["allow"] == "POST"
 
 
-async def test_two_hundred_transfers_at_once_are_all_booked(api: httpx.AsyncClient, container: Container) -> None:
+async def test_the_api_books_two_hundred_concurrent_transfers(api: httpx.AsyncClient, container: Container) -> None:
     numbers = await opened(api, *map(str, range(20)))
 
     async with AsyncExitStack() as stack:
@@ -206,14 +206,14 @@ async def test_two_hundred_transfers_at_once_are_all_booked(api: httpx.AsyncClie
     assert audit.transfers == 200
 
 
-async def test_health_tells_whether_the_process_and_the_database_answer(api: httpx.AsyncClient) -> None:
+async def test_the_health_routes_report_on_the_process_and_the_database(api: httpx.AsyncClient) -> None:
     live, ready = await api.get("/health/live"), await api.get("/health/ready")
 
     assert (live.status_code, live.json()) == (200, {"status": "live"})
     assert (ready.status_code, ready.json()) == (200, {"status": "ready"})
 
 
-async def test_a_pool_that_is_full_is_a_problem_and_the_process_stays_alive(database_url: str) -> None:
+async def test_a_full_pool_is_answered_with_a_problem_and_the_process_stays_live(database_url: str) -> None:
     container = not_open(database_url, timeout=0.1)
     async with served(container) as api, AsyncExitStack() as held:
         alice, bob = await opened(api, "Alice", "Bob")
@@ -239,7 +239,7 @@ class Failing:
 
 
 @without_a_database
-async def test_whatever_fails_is_a_problem_and_tells_nothing_of_the_inside(
+async def test_the_api_answers_any_error_with_a_problem_without_internals(
     api: httpx.AsyncClient, container: Container, subtests: pytest.Subtests
 ) -> None:
     driver = Exception("password=secret")
@@ -262,7 +262,7 @@ async def test_whatever_fails_is_a_problem_and_tells_nothing_of_the_inside(
 
 
 @without_a_database
-async def test_openapi_shows_the_problems_and_nothing_of_the_services(api: httpx.AsyncClient) -> None:
+async def test_openapi_describes_the_problems_and_no_service(api: httpx.AsyncClient) -> None:
     description = (await api.get("/openapi.json")).json()
 
     operations = {
@@ -304,7 +304,7 @@ class TestOnAServer(OnPostgres):
             assert again.status_code == 201
             assert [await balance(api, alice), await balance(api, bob)] == [90, 110]
 
-    async def test_a_server_without_room_for_a_connection_is_a_problem(
+    async def test_a_database_server_without_free_connections_is_answered_with_a_problem(
         self, postgres: Postgres, database_url: str
     ) -> None:
         for statement in ("CREATE ROLE poor LOGIN CONNECTION LIMIT 1", "GRANT ALL ON SCHEMA public TO poor"):

@@ -32,7 +32,7 @@ def faultless(lines_of_code: int) -> Result:
 
 
 @pytest.mark.long
-async def test_one_request_after_the_other_each_service_is_right(directory: Path) -> None:
+async def test_each_compared_service_is_faultless_with_one_request_at_a_time(directory: Path) -> None:
     sent = Counter(request.kind for request in generate_requests(40))
     rare = RequestKind.PAYMENT, RequestKind.UNKNOWN_ACCOUNT, RequestKind.REFUND, RequestKind.LARGE_REFUND
     assert all(sent[kind] for kind in rare)
@@ -44,7 +44,7 @@ async def test_one_request_after_the_other_each_service_is_right(directory: Path
 
 
 @pytest.mark.long
-async def test_only_new_attempts_answer_each_of_many_refunds_at_a_time(directory: Path) -> None:
+async def test_only_services_with_retries_answer_every_concurrent_refund(directory: Path) -> None:
     refunds = [request for request in generate_requests(200) if request.kind is RequestKind.REFUND]
     async with DatabaseSessionManager(f"embedded:{directory}") as server:
         recipe, by_hand, with_sessionwire = [
@@ -57,7 +57,7 @@ async def test_only_new_attempts_answer_each_of_many_refunds_at_a_time(directory
     assert with_sessionwire == faultless(with_sessionwire.lines_of_code)
 
 
-def test_a_line_counts_where_it_has_code() -> None:
+def test_only_lines_with_code_are_counted() -> None:
     source = '''
 """What this is."""
 

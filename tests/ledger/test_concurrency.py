@@ -21,7 +21,7 @@ from sessionwire import DatabaseSessionManager, DatabaseSettings, Lifespan, Pool
 from tests.conftest import checked_out
 
 
-async def test_two_hundred_at_once_all_end_and_give_their_connection_back(container: Container) -> None:
+async def test_two_hundred_concurrent_transfers_all_end_and_release_their_connections(container: Container) -> None:
     manager = container.db.sessionmanager()
     numbers = [(await container.accounts().open(f"{number}", Decimal("100.00"))).id for number in range(20)]
 
@@ -43,7 +43,7 @@ async def test_two_hundred_at_once_all_end_and_give_their_connection_back(contai
             assert await connection.scalar(text(f"{idle} AND datname = current_database()")) == 0
 
 
-async def test_opposite_directions_wait_for_each_other_and_never_deadlock(
+async def test_concurrent_transfers_in_opposite_directions_never_deadlock(
     container: Container, alice: Account, bob: Account
 ) -> None:
     await asyncio.gather(
@@ -55,7 +55,9 @@ async def test_opposite_directions_wait_for_each_other_and_never_deadlock(
     assert await container.accounts().balance(bob.id) == Decimal("100.00")
 
 
-async def test_money_that_is_there_once_is_spent_once(container: Container, alice: Account, bob: Account) -> None:
+async def test_concurrent_transfers_cannot_spend_money_twice(
+    container: Container, alice: Account, bob: Account
+) -> None:
     answers = await asyncio.gather(
         *(container.transfers().transfer(alice.id, bob.id, Decimal("30.00"), f"{n}") for n in range(20)),
         return_exceptions=True,
@@ -66,7 +68,7 @@ async def test_money_that_is_there_once_is_spent_once(container: Container, alic
     assert await container.accounts().balance(alice.id) == Decimal("10.00")
 
 
-async def test_an_account_that_another_changes_after_it_was_read_is_booked_on_in_the_callers_next_attempt(
+async def test_a_callers_retry_sees_an_account_that_changed_after_it_was_read(
     committed: Container, backend: str
 ) -> None:
     """On SQLite no other writer can come between."""
@@ -110,7 +112,7 @@ async def conflicting_writer(manager: DatabaseSessionManager) -> AsyncIterator[N
         await connection.execute(text("DROP TRIGGER conflict ON account"))
 
 
-async def test_a_transfer_that_others_get_in_the_way_of_each_time_is_refused_as_busy(
+async def test_a_transfer_that_conflicts_at_every_attempt_is_refused_as_busy(
     database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("sessionwire._core.retry.MAX_BACKOFF", 0.001)
@@ -134,7 +136,7 @@ async def test_a_transfer_that_others_get_in_the_way_of_each_time_is_refused_as_
         await container.transfers().transfer(alice.id, bob.id, Decimal("1.00"), "rent")  # sent again
 
 
-async def test_a_cancelled_transfer_moves_nothing_and_gives_its_connection_back(
+async def test_a_cancelled_transfer_moves_nothing_and_releases_its_connection(
     container: Container, alice: Account, bob: Account
 ) -> None:
     manager, transaction = container.db.sessionmanager(), container.db.transaction()

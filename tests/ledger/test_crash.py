@@ -43,7 +43,7 @@ asyncio.run(send_all())
 
 
 @pytest.mark.long
-async def test_what_was_acknowledged_before_is_in_the_books_once(
+async def test_every_transfer_acknowledged_before_a_sigkill_is_booked_once(
     ledger: Ledger, container: Container, alice: Account, bob: Account, database_url: str
 ) -> None:
     assert (alice.id, bob.id) == (1, 2)  # the sender's accounts
@@ -61,7 +61,7 @@ async def test_what_was_acknowledged_before_is_in_the_books_once(
 
 
 @pytest.mark.long
-async def test_the_demo_started_again_finds_the_books_right(
+async def test_a_demo_after_a_sigkill_finds_the_books_right(
     ledger: Ledger, container: Container, database_url: str
 ) -> None:
     killed = ledger.on(database_url).start("demo", "--transfers", "5000")
@@ -80,7 +80,7 @@ def directory() -> Iterator[Path]:
 
 
 @pytest.mark.long
-async def test_so_it_does_on_the_embedded_server_which_was_the_killed_demos_own(
+async def test_a_demo_after_a_sigkill_finds_the_books_right_on_the_embedded_server_of_the_killed_one(
     ledger: Ledger, directory: Path
 ) -> None:
     settings = LedgerSettings(database=DatabaseSettings(url=f"embedded:{directory}"))

@@ -31,7 +31,7 @@ def container(committed: Container) -> Container:
 
 
 @pytest.mark.long
-def test_it_proves_that_nothing_is_lost_and_does_so_again(ledger: Ledger, database_url: str) -> None:
+def test_two_demos_on_one_database_both_find_nothing_lost(ledger: Ledger, database_url: str) -> None:
     ledger.on(database_url)
 
     first = ledger.run("demo", "--transfers", "60", python=("-W", "error", "-X", "dev"))
@@ -51,7 +51,7 @@ def test_it_proves_that_nothing_is_lost_and_does_so_again(ledger: Ledger, databa
 
 
 @pytest.mark.long
-async def test_fifty_callers_at_five_accounts_are_each_acknowledged_or_refused_and_the_retries_are_told(
+async def test_the_demo_with_fifty_workers_finds_nothing_lost_and_explains_its_retries(
     container: Container, backend: str
 ) -> None:
     output = io.StringIO()
@@ -98,7 +98,7 @@ def test_the_report_of_an_unhappy_run_fits_in_80_columns() -> None:
 
 
 @pytest.mark.long
-def test_two_at_the_same_time_on_one_empty_database_are_both_right(ledger: Ledger, database_url: str) -> None:
+def test_two_concurrent_demos_on_one_empty_database_both_pass(ledger: Ledger, database_url: str) -> None:
     ledger.on(database_url)
 
     finished = [ledger.finish(demo) for demo in [ledger.start("demo", "--transfers", "40") for _ in range(2)]]
@@ -107,7 +107,7 @@ def test_two_at_the_same_time_on_one_empty_database_are_both_right(ledger: Ledge
 
 
 @pytest.mark.parametrize("backend", ["sqlite"])
-async def test_books_that_are_wrong_already_are_said_to_be_and_exit_with_1(
+async def test_the_demo_reports_wrong_balances_of_earlier_runs_and_exits_with_1(
     ledger: Ledger, container: Container, database_url: str
 ) -> None:
     account = await container.accounts().open("Alice", Decimal("100.00"))
@@ -161,7 +161,9 @@ class RefusesWhatItBooked(TransferService):
     ],
 )
 @pytest.mark.parametrize("backend", ["sqlite"])
-async def test_a_service_that_lies_is_found_out(container: Container, liar: type[TransferService], found: str) -> None:
+async def test_the_demo_detects_a_service_that_gives_false_answers(
+    container: Container, liar: type[TransferService], found: str
+) -> None:
     output = io.StringIO()
     lying = providers.Factory(
         liar,

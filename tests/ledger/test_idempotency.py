@@ -12,7 +12,7 @@ from ledger.errors import IdempotencyConflict, InsufficientFunds
 from ledger.models import Account, Transfer
 
 
-async def test_the_same_transfer_sent_again_is_booked_once(container: Container, alice: Account, bob: Account) -> None:
+async def test_a_transfer_sent_twice_is_booked_once(container: Container, alice: Account, bob: Account) -> None:
     first = await container.transfers().transfer(alice.id, bob.id, Decimal("10.00"), "rent")
     again = await container.transfers().transfer(alice.id, bob.id, Decimal("10"), "rent")
 
@@ -21,7 +21,7 @@ async def test_the_same_transfer_sent_again_is_booked_once(container: Container,
     assert await container.accounts().balance(alice.id) == Decimal("90.00")
 
 
-async def test_sent_again_it_is_answered_alike_although_the_money_is_gone(
+async def test_a_repeated_transfer_gets_the_first_answer_even_if_the_money_is_gone(
     container: Container, alice: Account, bob: Account
 ) -> None:
     first = await container.transfers().transfer(alice.id, bob.id, Decimal("100.00"), "all")
@@ -30,7 +30,7 @@ async def test_sent_again_it_is_answered_alike_although_the_money_is_gone(
     assert again.id == first.id
 
 
-async def test_a_key_used_for_another_transfer_is_a_conflict(
+async def test_an_idempotency_key_used_for_another_transfer_is_a_conflict(
     container: Container, alice: Account, bob: Account
 ) -> None:
     await container.transfers().transfer(alice.id, bob.id, Decimal("10.00"), "rent")
@@ -42,7 +42,9 @@ async def test_a_key_used_for_another_transfer_is_a_conflict(
     assert (await container.accounts().audit()).transfers == 1
 
 
-async def test_a_refused_transfer_leaves_its_key_free(container: Container, alice: Account, bob: Account) -> None:
+async def test_a_refused_transfer_leaves_its_idempotency_key_free(
+    container: Container, alice: Account, bob: Account
+) -> None:
     with pytest.raises(InsufficientFunds):
         await container.transfers().transfer(alice.id, bob.id, Decimal("150.00"), "car")
     await container.transfers().transfer(bob.id, alice.id, Decimal("50.00"), "loan")
@@ -52,7 +54,9 @@ async def test_a_refused_transfer_leaves_its_key_free(container: Container, alic
     assert await container.accounts().balance(bob.id) == Decimal("200.00")
 
 
-async def test_twenty_at_once_with_one_key_book_it_once(container: Container, alice: Account, bob: Account) -> None:
+async def test_twenty_concurrent_transfers_with_one_key_book_one(
+    container: Container, alice: Account, bob: Account
+) -> None:
     transfers = await asyncio.gather(
         *(container.transfers().transfer(alice.id, bob.id, Decimal("10.00"), "rent") for _ in range(20))
     )
@@ -62,7 +66,7 @@ async def test_twenty_at_once_with_one_key_book_it_once(container: Container, al
     assert (await container.accounts().audit()).is_balanced
 
 
-async def test_one_key_raced_for_by_transfers_that_share_no_account_goes_to_one(container: Container) -> None:
+async def test_of_concurrent_transfers_between_different_accounts_one_gets_the_key(container: Container) -> None:
     accounts = [await container.accounts().open(f"{number}", Decimal("10.00")) for number in range(20)]
     pairs = list(zip(accounts[::2], accounts[1::2], strict=True))
 

@@ -74,7 +74,7 @@ async def serving(ledger: Ledger, *python: str) -> AsyncIterator[Service]:
 
 
 @pytest.mark.parametrize("backend", ["sqlite"])
-async def test_it_answers_until_an_interrupt_ends_it_quietly(ledger: Ledger, database_url: str) -> None:
+async def test_the_server_answers_until_an_interrupt_ends_it_quietly(ledger: Ledger, database_url: str) -> None:
     async with serving(ledger.on(database_url), "-W", "error") as service:
         assert (await service.client.get("/health/live")).status_code == 200
         assert (await service.client.get("/health/ready")).status_code == 200
@@ -85,7 +85,7 @@ async def test_it_answers_until_an_interrupt_ends_it_quietly(ledger: Ledger, dat
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_stopped_while_it_starts_it_ends_at_once(ledger: Ledger, number: signal.Signals) -> None:
+async def test_a_server_that_is_stopped_while_it_starts_ends_at_once(ledger: Ledger, number: signal.Signals) -> None:
     asked = asyncio.Event()
 
     async def never_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -106,7 +106,7 @@ async def test_stopped_while_it_starts_it_ends_at_once(ledger: Ledger, number: s
 
 
 @pytest.mark.long
-async def test_stopped_under_load_what_it_answered_is_booked_and_nothing_else(
+async def test_a_server_stopped_under_load_has_booked_exactly_the_acknowledged_transfers(
     ledger: Ledger, container: Container, database_url: str
 ) -> None:
     accounts = [await container.accounts().open(f"{number}", Decimal("100.00")) for number in range(20)]
@@ -158,7 +158,7 @@ async def until_accepted(service: Service) -> None:
 
 
 @pytest.mark.long
-async def test_a_transfer_that_was_taken_before_is_answered_after_the_signal(
+async def test_a_transfer_accepted_before_the_stop_signal_is_answered_after_it(
     ledger: Ledger, container: Container, alice: Account, bob: Account, database_url: str
 ) -> None:
     async with serving(ledger.on(database_url)) as service:
@@ -180,7 +180,7 @@ async def test_a_transfer_that_was_taken_before_is_answered_after_the_signal(
 
 @pytest.mark.long
 @pytest.mark.parametrize("backend", ["postgresql"])
-async def test_one_that_takes_longer_than_the_drain_timeout_is_cut_off_and_told_so(
+async def test_a_request_longer_than_the_drain_timeout_is_cancelled_and_answered_with_a_problem(
     ledger: Ledger, container: Container, alice: Account, bob: Account, database_url: str
 ) -> None:
     ledger.environment["LEDGER_DATABASE__DRAIN_TIMEOUT"] = "0.2"
@@ -206,7 +206,7 @@ def own_server() -> Iterator[EmbeddedServer]:
     shutil.rmtree(directory)
 
 
-async def test_while_the_database_is_away_it_lives_and_is_not_ready_and_recovers_by_itself(
+async def test_a_server_without_its_database_is_live_but_not_ready_and_recovers_by_itself(
     ledger: Ledger, own_server: EmbeddedServer
 ) -> None:
     host = own_server.socket_directory
@@ -244,7 +244,7 @@ async def test_while_the_database_is_away_it_lives_and_is_not_ready_and_recovers
     assert "secret" not in finished.stderr
 
 
-def test_settings_that_cannot_work_are_explained(ledger: Ledger, tmp_path: Path) -> None:
+def test_serve_explains_settings_that_cannot_work(ledger: Ledger, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("database:\n  url: sqlite://\n  pol:\n    size: 5\n")
 
     assert_explained(ledger.run_here("serve", "--config", "my.yaml"), "database.pol (my.yaml)", "did you mean 'pool'?")
@@ -252,14 +252,14 @@ def test_settings_that_cannot_work_are_explained(ledger: Ledger, tmp_path: Path)
     assert_explained(ledger.run_here("serve", "--port", "70000"), "argument --port", "more than 65535")
 
 
-def test_a_database_that_does_not_answer_at_the_start_is_explained_without_its_password(ledger: Ledger) -> None:
+def test_serve_explains_an_unreachable_database_without_its_password(ledger: Ledger) -> None:
     finished = ledger.on("postgresql://someone:secret@127.0.0.1:9/ledger").run_here("serve", "--port", "0")
 
     assert_explained(finished, "'ledger'", "127.0.0.1:9", "user someone")
     assert "secret" not in finished.stderr
 
 
-def test_an_address_that_it_cannot_listen_on_is_explained(ledger: Ledger, tmp_path: Path) -> None:
+def test_serve_explains_an_address_that_it_cannot_listen_on(ledger: Ledger, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         finished = ledger.on(f"sqlite:///{tmp_path}/test.db").run_here("serve", "--port", port)

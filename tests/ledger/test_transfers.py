@@ -20,7 +20,7 @@ async def test_a_transfer_moves_the_amount_and_no_more(container: Container, ali
     assert await container.accounts().balance(bob.id) == Decimal("112.30")
 
 
-async def test_everything_can_be_spent(container: Container, alice: Account, bob: Account) -> None:
+async def test_a_transfer_can_spend_the_whole_balance(container: Container, alice: Account, bob: Account) -> None:
     await container.transfers().transfer(alice.id, bob.id, Decimal("100.00"), "all")
 
     assert await container.accounts().balance(alice.id) == 0

@@ -48,14 +48,14 @@ def wired(container: Container) -> Iterator[Container]:
 
 
 @pytest.mark.usefixtures("wired")
-async def test_a_function_gets_its_service(alice: Account, bob: Account) -> None:
+async def test_a_wired_function_gets_its_service(alice: Account, bob: Account) -> None:
     transfer = await pay(alice.id, bob.id)
 
     assert transfer.key == "paid"
 
 
 @pytest.mark.usefixtures("wired")
-async def test_constructor_and_method_get_their_services(alice: Account, bob: Account) -> None:
+async def test_a_wired_constructor_and_a_wired_method_get_their_services(alice: Account, bob: Account) -> None:
     teller = Teller()
 
     await teller.pay(alice.id, bob.id)
@@ -63,7 +63,7 @@ async def test_constructor_and_method_get_their_services(alice: Account, bob: Ac
     assert await teller.balance(bob.id) == Decimal("110.00")
 
 
-def test_services_are_built_before_the_database_is_open_and_anew_for_every_caller(
+def test_the_container_builds_services_before_the_database_is_open_and_anew_for_every_caller(
     sessionwire_settings: DatabaseSettings,
 ) -> None:
     container = Container(settings=LedgerSettings(database=sessionwire_settings))
@@ -81,7 +81,7 @@ class NobodyHere(AccountRepository):
         return {}
 
 
-async def test_a_repository_can_be_overridden_and_taken_back(wired: Container, alice: Account, bob: Account) -> None:
+async def test_a_repository_can_be_overridden_and_restored(wired: Container, alice: Account, bob: Account) -> None:
     with wired.account_repository.override(NobodyHere(wired.db.session())):
         with pytest.raises(UnknownAccount):
             await pay(alice.id, bob.id)
