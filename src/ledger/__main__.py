@@ -19,8 +19,8 @@ CONFIG = Path(__file__).parents[2] / "config" / "default.yaml"
 def main() -> int:
     """Run a command and return its exit code.
 
-    0: all checks passed, or the server has ended; 1: a check failed; 2: the command could not run;
-    130: it was interrupted.
+    0: all checks passed, or the server has ended; 1: a check failed; 2: the command
+    could not run; 130: it was interrupted.
     """
     arguments = parse()
     try:
@@ -83,7 +83,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
 
 
 def integer(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:
-    """Build a type for argparse. Its messages call it by the name of the inner function."""
+    """Build a type for argparse, whose messages show the inner function's name."""
 
     def number(text: str) -> int:
         value = int(text)
@@ -96,8 +96,8 @@ def integer(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:
     return number
 
 
-# The commands import their modules. So --help is quick, and an interrupt during the slow imports
-# is handled as quietly as a later one.
+# The commands import their modules. So --help is quick, and an interrupt during the
+# slow imports is handled as quietly as a later one.
 
 
 def demo(arguments: argparse.Namespace) -> int:
@@ -126,7 +126,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def run_command(run: Callable[[], Coroutine[Any, Any, bool]]) -> int:
-    """Run a coroutine function and return the exit code. Explain an error instead of a traceback."""
+    """Run a coroutine function and return the exit code. Explain expected errors."""
     from sqlalchemy.exc import SQLAlchemyError
 
     from sessionwire import SessionwireError

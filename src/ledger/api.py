@@ -1,4 +1,4 @@
-"""The HTTP API. Amounts are strings such as "10.00". `problems` has the error responses."""
+"""The HTTP API. Amounts are strings such as "10.00"."""
 # pyright: reportUnknownMemberType=false
 # The providers of a nested container have no types in dependency-injector.
 
@@ -113,7 +113,7 @@ async def statement(
     before: RowId | None = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
 ) -> Statement:
-    """Return one page, the newest transfer first. `next` is the path of the next page."""
+    """Return one page, the newest transfer first, and the path of the next page."""
     found = await accounts.statement(account, before=before, limit=limit + 1)
     page = [BookedTransfer.model_validate(transfer) for transfer in found[:limit]]
     path = router.url_path_for("statement", account=account)
@@ -128,7 +128,10 @@ async def statement(
 )
 @inject
 async def transfer(new: NewTransfer, idempotency_key: Annotated[str, Header()], transfers: Transfers) -> Transfer:
-    """Move money, once per Idempotency-Key. A repeated request gets the first transfer as its answer."""
+    """Move money, once per Idempotency-Key.
+
+    A repeated request gets the first transfer as its answer.
+    """
     return await transfers.transfer(new.source, new.target, Decimal(new.amount), idempotency_key)
 
 

@@ -3,10 +3,10 @@
 LedgerError
 ├── UnknownAccount       no account has this number
 ├── InsufficientFunds    the payer's balance does not cover the amount
-├── InvalidAmount        the amount is not positive, has fractions of a cent, or is too large
+├── InvalidAmount        it is not positive, has fractions of a cent, or is too large
 ├── InvalidTransfer      an account pays itself, or the key is malformed
 ├── IdempotencyConflict  the key belongs to another transfer
-└── Busy                 concurrent transfers at the same accounts conflicted at every attempt
+└── Busy                 every attempt conflicted with concurrent transfers
 """
 
 from decimal import Decimal
@@ -43,14 +43,14 @@ class InvalidTransfer(LedgerError):
 
 
 class Busy(LedgerError):
-    """Concurrent transfers conflicted at every attempt. The caller may send it again later."""
+    """Every attempt conflicted with concurrent transfers. Send the transfer again later."""
 
     def __init__(self, source: int, target: int) -> None:
         super().__init__(f"too many transfers at accounts {source} and {target}: nothing was booked, send it again")
 
 
 class IdempotencyConflict(LedgerError):
-    """The idempotency key belongs to another transfer. A new transfer needs a new key."""
+    """The idempotency key belongs to another transfer."""
 
     def __init__(self, key: str) -> None:
         super().__init__(f"the key {key!r} belongs to another transfer: use a new key for a new transfer")

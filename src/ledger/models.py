@@ -1,4 +1,4 @@
-"""The tables: accounts, and the transfers between them. Constraints refuse inconsistent rows."""
+"""The tables: accounts, and transfers. Constraints refuse inconsistent rows."""
 
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -13,7 +13,8 @@ CENT = Decimal("0.01")
 # A BIGINT of cents holds far more, so a balance of many such amounts still fits.
 MAX_AMOUNT = Decimal("999_999_999_999.99")
 
-# SQLite generates a primary key only if its type is called INTEGER, which has 64 bits there too.
+# SQLite generates a primary key only if its type is called INTEGER, which has 64 bits
+# there too.
 PrimaryKey = BigInteger().with_variant(Integer, "sqlite")
 
 
@@ -40,7 +41,7 @@ class Money(TypeDecorator[Decimal]):
 
 
 class UTCDateTime(TypeDecorator[datetime]):
-    """A point in time, in UTC on every database, because SQLite does not store the time zone."""
+    """A point in time, always in UTC, because SQLite does not store a time zone."""
 
     impl = DateTime(timezone=True)
     cache_ok = True

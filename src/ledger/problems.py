@@ -48,7 +48,8 @@ class Problem(BaseModel):
 class ProblemType:
     """A problem type, as RFC 9457 calls it.
 
-    If `detail` is None, the message of the error is the detail. `retry_after` is in seconds.
+    If `detail` is None, the message of the error is the detail. `retry_after` is in
+    seconds.
     """
 
     type: str
@@ -104,7 +105,7 @@ def problem_type_of(error: Exception) -> ProblemType:
 
 
 def problem_responses(*errors: type[Exception]) -> dict[int | str, dict[str, Any]]:
-    """Describe the problems of an endpoint for OpenAPI, including those that every endpoint has."""
+    """Describe the problems of an endpoint for OpenAPI, with those of every endpoint."""
     titles: dict[int | str, list[str]] = {}
     for problem_type in [*(PROBLEM_TYPES[error] for error in errors), INVALID_REQUEST, UNAVAILABLE, INTERNAL]:
         titles.setdefault(problem_type.status, []).append(problem_type.title)

@@ -1,4 +1,7 @@
-"""Queries, one repository per table. Repositories use the injected session and never commit."""
+"""Queries, one repository per table.
+
+Repositories use the injected session and never commit.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ class Audit:
     opening: Decimal
     balance: Decimal
     mismatched_accounts: int
-    """Accounts whose balance differs from the sum of their opening balance and their transfers."""
+    """Accounts whose balance is not their opening balance plus all transfers."""
 
     @property
     def is_balanced(self) -> bool:
@@ -41,9 +44,9 @@ class AccountRepository:
     async def lock(self, *account_ids: int) -> dict[int, Account]:
         """Return the accounts that exist, locked until this transaction ends.
 
-        The locks are taken in the order of the account numbers, so two transfers in opposite
-        directions can't deadlock. It is the lock of an UPDATE, which does not block inserts that
-        refer to the account by a foreign key.
+        The locks are taken in the order of the account numbers, so two transfers in
+        opposite directions can't deadlock. It is the lock of an UPDATE, which does not
+        block inserts that refer to the account by a foreign key.
         """
         statement = (
             select(Account).where(Account.id.in_(account_ids)).order_by(Account.id).with_for_update(key_share=True)
@@ -51,7 +54,7 @@ class AccountRepository:
         return {account.id: account for account in await self.session.scalars(statement)}
 
     async def audit(self) -> Audit:
-        """Compute the totals in one statement, which sees one moment at any isolation level."""
+        """Compute the totals in one statement: at any isolation level it sees one moment."""
         entries = union_all(
             select(Account.id.label("account_id"), Account.opening.label("amount")),
             select(Transfer.target_id, Transfer.amount),

@@ -20,8 +20,9 @@ BACKLOG = 2048
 async def serve(settings: LedgerSettings, host: str, port: int) -> bool:
     """Serve until SIGTERM or SIGINT, and then finish the accepted requests.
 
-    Idle connections are closed then, the others after their response. A request that takes longer
-    than `drain_timeout` is cancelled, and rolled back unless its commit has begun.
+    Idle connections are closed then, the others after their response. A request that
+    takes longer than `drain_timeout` is cancelled, and rolled back unless its commit
+    has begun.
 
     Raises:
         OSError: The server can't listen on this address.
@@ -30,7 +31,7 @@ async def serve(settings: LedgerSettings, host: str, port: int) -> bool:
         app = create_app(Container(settings=settings))
 
         async def close_connections_on_shutdown(scope: Scope, receive: Receive, send: Send) -> None:
-            """During the shutdown, tell each client that its connection takes no more requests."""
+            """During the shutdown, tell clients to close their connections."""
 
             async def send_with_close(message: Message) -> None:
                 if server.should_exit and message["type"] == "http.response.start":
@@ -50,15 +51,16 @@ async def serve(settings: LedgerSettings, host: str, port: int) -> bool:
             timeout_graceful_shutdown=math.ceil(settings.database.drain_timeout),
         )
         server = uvicorn.Server(config)
-        # After its shutdown, uvicorn raises the signal again, which would end the process before the
-        # database is closed. So the signals are handled here.
+        # After its shutdown, uvicorn raises the signal again, which would end the
+        # process before the database is closed. So the signals are handled here.
         current_task = asyncio.current_task()
         assert current_task is not None
 
         def stop() -> None:
             server.should_exit = True
             if not server.started:
-                current_task.cancel()  # no request was accepted yet, and the database may not answer
+                # No request was accepted yet, and the database may never answer.
+                current_task.cancel()
 
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop)
@@ -77,14 +79,15 @@ async def serve(settings: LedgerSettings, host: str, port: int) -> bool:
 def _bind_socket(host: str, port: int) -> socket.socket:
     """Bind a socket that does not listen yet.
 
-    An address that is in use is an error before anything else starts, and no client connects
-    before the app is ready.
+    An address that is in use is an error before anything else starts, and no client
+    connects before the app is ready.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # also right after a restart
+            # The address can be used again right after a restart.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
         except OSError:
             listener.close()

@@ -11,8 +11,8 @@ from .errors import Busy, IdempotencyConflict, InsufficientFunds, InvalidAmount,
 from .models import CENT, MAX_AMOUNT, MAX_KEY_LENGTH, Account, Transfer
 from .repositories import AccountRepository, Audit, TransferRepository
 
-# How often a transfer is retried after a conflict, each time after a pause. Many concurrent
-# callers at one account need that many.
+# How often a transfer is retried after a conflict, each time after a pause. Many
+# concurrent callers at one account need that many.
 RETRIES = 40
 
 
@@ -78,7 +78,7 @@ class TransferService:
         self.transaction = transaction
 
     async def transfer(self, source: int, target: int, amount: Decimal, key: str) -> Transfer:
-        """Move money, once per key. A repeated call returns the transfer that the first one booked.
+        """Move money, once per key. A repeated call returns the transfer of the first.
 
         Raises any `LedgerError`.
         """
@@ -93,15 +93,17 @@ class TransferService:
         try:
             return await self._book(source, target, amount, key)
         except DBAPIError as error:
-            # Only the caller can retry the caller's transaction, and a lost connection is no conflict.
+            # Only the caller can retry the caller's transaction, and a lost connection
+            # is no conflict.
             if self.transaction.active or error.connection_invalidated or not is_retryable(error):
                 raise
             raise Busy(source, target) from error
 
     @transactional(isolation="SERIALIZABLE", retries=RETRIES)
     async def _book(self, source: int, target: int, amount: Decimal, key: str) -> Transfer:
-        # The lock comes before the query for the key. If a call is repeated while the first one
-        # runs, it waits here, fails with a conflict, and its retry finds the booked transfer.
+        # The lock comes before the query for the key. If a call is repeated while the
+        # first one runs, it waits here, fails with a conflict, and its retry finds the
+        # booked transfer.
         locked = await self.accounts.lock(source, target)
         booked = await self.transfers.find_by_key(key)
         if booked is not None:
@@ -121,6 +123,7 @@ class TransferService:
         try:
             return await self.transfers.add(Transfer(key=key, source_id=source, target_id=target, amount=amount))
         except IntegrityError as error:
-            # Accounts and balances were checked under their locks, so the key is taken. A transfer
-            # between two other accounts, which our locks do not block, took it after our query.
+            # Accounts and balances were checked under their locks, so the key is taken.
+            # A transfer between two other accounts, which our locks do not block, took
+            # it after our query.
             raise IdempotencyConflict(key) from error

@@ -1,4 +1,4 @@
-"""Settings: a YAML file, overridden by environment variables such as LEDGER_DATABASE__URL."""
+"""Settings: a YAML file, overridden by variables such as LEDGER_DATABASE__URL."""
 
 from pydantic_settings import SettingsConfigDict
 

@@ -1,5 +1,7 @@
-"""Fixtures: a ledger in this process, which is rolled back after each test (`container`), one that
-commits (`committed`), and one in another process (`ledger`).
+"""Fixtures for the ledger.
+
+`container` is rolled back after each test, `committed` commits, and `ledger` runs the
+command line.
 """
 
 from __future__ import annotations
@@ -111,7 +113,8 @@ class Ledger:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+            # A background job of a shell ignores SIGINT unless it is reset.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.started.append(process)
         return process

@@ -311,7 +311,8 @@ class TestOnAServer(OnPostgres):
             await postgres.execute(statement, database=DATABASE)
         try:
             async with served(not_open(database_url.replace("postgres@", "poor@"))) as api:
-                await opened(api, "Alice")  # on the one connection, which stays in the writers' pool
+                # This uses the one connection, which stays in the writers' pool.
+                await opened(api, "Alice")
 
                 assert_problem(await api.get("/accounts/1/balance"), 503, "unavailable", "Nothing was done")
                 assert_problem(await api.get("/health/ready"), 503, "unavailable")

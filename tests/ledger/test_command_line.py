@@ -1,4 +1,4 @@
-"""The command line of the demo: messages and exit codes if it can't run or is interrupted."""
+"""The command line of the demo: messages and exit codes of failed runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Concurrent transfers on a pool of five: all end correctly and leave nothing behind."""
+"""Concurrent transfers on a pool of five: all end, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ TRIGGER = (
 
 @asynccontextmanager
 async def conflicting_writer(manager: DatabaseSessionManager) -> AsyncIterator[None]:
-    """Make each transfer conflict: with a held write lock on SQLite, with a trigger on PostgreSQL."""
+    """Make each transfer conflict: by a write lock on SQLite, by a trigger on PostgreSQL."""
     if manager.engine.dialect.name == "sqlite":
         async with manager.connect():
             yield
@@ -133,7 +133,7 @@ async def test_a_transfer_that_conflicts_at_every_attempt_is_refused_as_busy(
         audit = await container.accounts().audit()
         assert audit.is_balanced
         assert audit.transfers == 0
-        await container.transfers().transfer(alice.id, bob.id, Decimal("1.00"), "rent")  # sent again
+        await container.transfers().transfer(alice.id, bob.id, Decimal("1.00"), "rent")
 
 
 async def test_a_cancelled_transfer_moves_nothing_and_releases_its_connection(
@@ -143,7 +143,8 @@ async def test_a_cancelled_transfer_moves_nothing_and_releases_its_connection(
     async with transaction(isolation="SERIALIZABLE"):
         await container.transfers().transfer(alice.id, bob.id, Decimal("1.00"), "first")
         second = container.transfers().transfer(alice.id, bob.id, Decimal("1.00"), "second")
-        waiting = asyncio.create_task(transaction.detached(second))  # for the locks that are held here
+        # It waits for the locks that this transaction holds.
+        waiting = asyncio.create_task(transaction.detached(second))
         while checked_out(manager) < 2:
             await asyncio.sleep(0)
         waiting.cancel()

@@ -1,4 +1,4 @@
-"""SIGKILL in the middle of a run: every acknowledged transfer is booked, and the audit is balanced."""
+"""SIGKILL in the middle of a run: every acknowledged transfer is booked."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ async def send_all():
     async with Lifespan(Container()) as container:
         async def send(sender):
             for number in range(100_000):
-                await container.transfers().transfer(1, 2, Decimal("0.01"), f"{sender}-{number}")
-                print(f"{sender}-{number}", flush=True)
+                await container.transfers().transfer(1, 2, Decimal("0.01"),
+                f"{sender}-{number}") print(f"{sender}-{number}", flush=True)
         await asyncio.gather(*map(send, range(10)))
 
 asyncio.run(send_all())
@@ -56,7 +56,8 @@ async def test_every_transfer_acknowledged_before_a_sigkill_is_booked_once(
     booked = [transfer.key for transfer in await container.accounts().statement(alice.id, limit=100_000)]
 
     assert set(acknowledged) <= set(booked)
-    assert len(set(booked)) == len(booked) <= len(acknowledged) + 10  # one more of each sender may be booked
+    # One more of each sender may be booked.
+    assert len(set(booked)) == len(booked) <= len(acknowledged) + 10
     assert (await container.accounts().audit()).is_balanced
 
 
@@ -74,7 +75,7 @@ async def test_a_demo_after_a_sigkill_finds_the_books_right(
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    """A directory outside of pytest's, which other users may not enter: as root, the server is one."""
+    """A directory outside of pytest's, which the server's user may not enter."""
     with TemporaryDirectory(prefix="ledger-") as directory:
         yield Path(directory, "postgres")
 

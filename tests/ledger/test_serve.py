@@ -1,4 +1,4 @@
-"""`python -m ledger serve`: the start and end of the process, and a database that goes away."""
+"""`python -m ledger serve`: start, end, and a database that goes away."""
 
 from __future__ import annotations
 
@@ -100,7 +100,8 @@ async def test_a_server_that_is_stopped_while_it_starts_ends_at_once(ledger: Led
         )
         await asyncio.wait_for(asked.wait(), 30)
         process.send_signal(number)
-        finished = await asyncio.wait_for(asyncio.to_thread(ledger.finish, process), 5)  # connect_timeout is 10
+        # The end must not wait for the connect_timeout of 10 seconds.
+        finished = await asyncio.wait_for(asyncio.to_thread(ledger.finish, process), 5)
 
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
 
@@ -113,7 +114,7 @@ async def test_a_server_stopped_under_load_has_booked_exactly_the_acknowledged_t
     answers: dict[str, int | httpx.TransportError] = {}
 
     async def send(number: int, address: httpx.URL) -> None:
-        """Send each transfer once. Every second client opens a connection for each call."""
+        """Send each transfer once; every second client opens a connection per call."""
         headers = {"Connection": "close"} if number % 2 else {}
         async with httpx.AsyncClient(base_url=address, timeout=30, verify=False, headers=headers) as client:
             for call in count():
@@ -138,7 +139,8 @@ async def test_a_server_stopped_under_load_has_booked_exactly_the_acknowledged_t
         booked = list(await session.scalars(select(Transfer.key)))
     assert sorted(booked) == sorted(key for key, answer in answers.items() if answer == 201)
     assert len(booked) >= 60
-    # A transfer that is not booked was not accepted: its connection was closed without an answer.
+    # A transfer that is not booked was not accepted: its connection was closed without
+    # an answer.
     assert all(isinstance(answer, httpx.TransportError) for key, answer in answers.items() if key not in booked)
     assert (await container.accounts().audit()).is_balanced
 

@@ -1,8 +1,9 @@
 """`python -m ledger compare`: send equal requests to three versions of one service.
 
-`recipe`, `by_hand` and `with_sessionwire` are the three versions, on the tables of `models`.
-`workload` generates and sends the requests, `server` runs a service, `experiment` checks the
-answers against the database, `line_count` counts lines, `console` prints the report.
+`recipe`, `by_hand` and `with_sessionwire` are the three versions, on the tables of
+`models`. `workload` generates and sends the requests, `server` runs a service,
+`experiment` checks the answers against the database, `line_count` counts lines,
+`console` prints the report.
 """
 
 from pathlib import Path

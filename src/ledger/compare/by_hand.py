@@ -1,4 +1,4 @@
-"""The service by hand, with care: transactions end before the response, and conflicts are retried."""
+"""The service by hand: it commits before the response, and retries conflicts."""
 
 import asyncio
 import os

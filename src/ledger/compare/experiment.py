@@ -42,7 +42,7 @@ class Result:
 
 
 async def compare(directory: Path, requests: int, workers: int, on_answer: Callable[[], None]) -> list[Result]:
-    """Measure all services, in the order of SERVICES, on a PostgreSQL server in this directory."""
+    """Measure all SERVICES on a PostgreSQL server in this directory."""
     async with DatabaseSessionManager(f"embedded:{directory}") as server:
         return [await measure(server, name, generate_requests(requests), workers, on_answer) for name in SERVICES]
 
@@ -95,7 +95,7 @@ async def create_rows(database: AsyncEngine) -> None:
 
 
 async def count_leaked_connections(server: DatabaseSessionManager, database: AsyncEngine) -> int:
-    """Wait until no statement runs and nothing changes. Return the number of open transactions."""
+    """Wait until no statement runs and nothing changes, then count open transactions."""
     query = text("SELECT state, count(*) FROM pg_stat_activity WHERE datname = :name AND state <> 'idle' GROUP BY 1")
     states: dict[str, int] | None = None
     async with asyncio.timeout(SERVER_TIMEOUT), server.engine.connect() as connection:

@@ -1,8 +1,8 @@
 """The documented recipe: a FastAPI dependency opens, commits and closes the session.
 
-From the documentation of FastAPI: "Dependencies with yield", with the `scope` that ends the
-dependency before the response is sent. From that of SQLAlchemy: `async_sessionmaker`,
-`begin_nested()`, and the isolation level of a single transaction.
+From the documentation of FastAPI: "Dependencies with yield", with the `scope` that ends
+the dependency before the response is sent. From that of SQLAlchemy:
+`async_sessionmaker`, `begin_nested()`, and the isolation level of a single transaction.
 """
 
 import os

@@ -22,7 +22,7 @@ SERVER_TIMEOUT = 30.0
 
 @asynccontextmanager
 async def new_database(server: DatabaseSessionManager) -> AsyncGenerator[AsyncEngine]:
-    """Create an empty database on this PostgreSQL server, and drop it after the block."""
+    """Create an empty database on this server, and drop it after the block."""
     name = f"run_{uuid4().hex}"
     administration = server.engine.execution_options(isolation_level="AUTOCOMMIT")
     async with administration.connect() as connection:
@@ -39,15 +39,15 @@ async def new_database(server: DatabaseSessionManager) -> AsyncGenerator[AsyncEn
 
 @asynccontextmanager
 async def run_server(*command: str, database: URL) -> AsyncGenerator[tuple[str, Process]]:
-    """Run a Python module as a server on a free port, and yield its URL as soon as it answers.
+    """Run a Python module as a server on a free port, and yield its URL.
 
     Args:
         command: the module and its arguments; the port is added at the end.
         database: the URL that the server finds in the variable DATABASE_URL.
 
     Raises:
-        ChildProcessError: The server did not start, or the block raised this error. The end of
-            the server's stderr is added to the message.
+        ChildProcessError: The server did not start, or the block raised this error.
+            The end of the server's stderr is added to the message.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""The requests: payments, refunds and reports. Each service gets equal ones in one order."""
+"""The requests: payments, refunds and reports. Every service gets equal ones."""
 
 import asyncio
 import random

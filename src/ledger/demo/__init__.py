@@ -1,7 +1,7 @@
-"""`python -m ledger demo`: send concurrent transfers, and check each answer against the database.
+"""`python -m ledger demo`: send concurrent transfers, and check each answer.
 
-`workload` generates and sends the orders, `reconciliation` checks the answers, `console` prints
-the report.
+`workload` generates and sends the orders, `reconciliation` checks the answers,
+`console` prints the report.
 """
 # pyright: reportUnknownMemberType=false
 # The providers of a nested container have no types in dependency-injector.
@@ -56,7 +56,7 @@ async def demo(
     manager: DatabaseSessionManager = Provide[Container.db.sessionmanager],
     accounts: AccountService = Provide[Container.accounts],
 ) -> bool:
-    """Open accounts, send the transfers and check the answers. Return True if every check passed."""
+    """Open accounts, send transfers, check the answers. Return True if all are right."""
     report.show_header(manager.engine)
     await create_tables(manager)
     before = await accounts.audit()

@@ -16,7 +16,8 @@ from .workload import EXPECTED_ERRORS, Answer
 class LedgerSnapshot:
     """The state of the database after the run.
 
-    It has the accounts that the run opened, by their numbers, and the audit of all accounts.
+    It has the accounts that the run opened, by their numbers, and the audit of all
+    accounts.
     """
 
     balances: Mapping[int, Decimal]
@@ -72,8 +73,8 @@ def reconcile(
         )
 
     def is_absent(answer: Answer) -> bool:
-        # If another call with this key was acknowledged, the transfer belongs to that call, whose
-        # own check covers it.
+        # If another call with this key was acknowledged, the transfer belongs to that
+        # call, whose own check covers it.
         return answer.order.key in acknowledged_keys or answer.order.key not in entries
 
     def is_refused_as_expected(answer: Answer) -> bool:

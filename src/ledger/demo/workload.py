@@ -33,8 +33,8 @@ EXPECTED_ERRORS: dict[OrderKind, type[LedgerError]] = {
     OrderKind.ZERO: InvalidAmount,
 }
 
-# One in four is a special case. REPEATED and CONFLICTING use the key of the order before them,
-# which may be still under way.
+# One in four is a special case. REPEATED and CONFLICTING use the key of the order
+# before them, which may be still under way.
 PATTERN = [kind for special in list(OrderKind)[1:] for kind in (*[OrderKind.TRANSFER] * 3, special)]
 
 
