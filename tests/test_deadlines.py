@@ -277,7 +277,7 @@ class TestWithinAnother:
         async with manager.transaction() as session:
             session.add(Note(text="kept"))
             with pytest.raises(TransactionTimeoutError):
-                async with manager.transaction(Propagation.NESTED, timeout=SOON):
+                async with manager.transaction(Propagation.NESTED, timeout=5 * SOON):
                     await session.execute(insert(Note).values(text="lost"))
                     await asyncio.sleep(60)
             session.add(Note(text="kept too"))

@@ -363,10 +363,17 @@ class TestCancelledCommit:
     async def test_a_timeout_around_it_waits_for_it_too(
         self, manager: DatabaseSessionManager, sent: asyncio.Event, answer: asyncio.Event
     ) -> None:
-        asyncio.get_running_loop().call_later(0.1, answer.set)
+        async def pass_the_deadline_then_answer() -> None:
+            await sent.wait()
+            limit.reschedule(asyncio.get_running_loop().time())
+            await asyncio.sleep(0.05)
+            answer.set()
+
+        answering = asyncio.create_task(pass_the_deadline_then_answer())
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05), manager.transaction() as session:
+            async with asyncio.timeout(None) as limit, manager.transaction() as session:
                 session.add(Note(text="kept"))
+        await answering
         assert await notes(manager) == ["kept"]
 
 
