@@ -426,7 +426,7 @@ class TransactionBlock(_Block):
     async def _end_transaction(self, failure: BaseException | None) -> BaseException | None:
         scope, transaction = self._scope, self._transaction
         assert transaction is not None
-        root_cause = origin(failure, scope.first_failure)
+        root_cause = failure and origin(failure, scope.first_failure)
         scope.end_savepoints(inside=transaction)
         transaction.is_ending = True
         scope.pop_frame(self._frame, including_nested=True)
@@ -450,8 +450,9 @@ class TransactionBlock(_Block):
         hooks = transaction.take_due_hooks()
         if isinstance(transaction_error, CommitOutcomeUnknownError):
             return failure
-        self.will_retry = self._may_retry and is_retryable(root_cause)
+        self.will_retry = self._may_retry and root_cause is not None and is_retryable(root_cause)
         if self.will_retry:
             self.postponed_hooks = hooks
             return failure
-        return await run_hooks([*scope.take_due_hooks(), *hooks], failure)
+        hooks = [*scope.take_due_hooks(), *hooks]
+        return await run_hooks(hooks, failure) if hooks else failure

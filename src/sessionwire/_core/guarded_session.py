@@ -277,4 +277,5 @@ def _on_begin(session: GuardedSession, transaction: SessionTransaction, connecti
         return
     if scope.transaction is not None:
         scope.transaction.has_begun = True
-    scope.database.begin_hooks.run_due(connection)
+    if scope.database.begin_hooks:
+        scope.database.begin_hooks.run_due(connection)
