@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import httpx
 import pytest
 from dependency_injector import containers, providers, wiring
-from dependency_injector.wiring import Closing, Provider, as_, as_float, as_int, invariant, provided, required
+from dependency_injector.wiring import (
+    Closing,
+    Provider,
+    as_,
+    as_float,
+    as_int,
+    invariant,
+    provided,
+    required,
+)
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query
 
 import sessionwire

@@ -12,7 +12,12 @@ from sqlalchemy import Executable, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
-from sessionwire import CurrentSession, DatabaseSessionManager, IncompatibleTransactionError, Propagation
+from sessionwire import (
+    CurrentSession,
+    DatabaseSessionManager,
+    IncompatibleTransactionError,
+    Propagation,
+)
 from sessionwire._database.runtime import database_of
 from sessionwire.testing import sandbox
 

@@ -326,7 +326,7 @@ class TestClose:
         await closing
         with pytest.raises(NotInitializedError) as raised:
             await waiting
-        assert "it was closed while" in raised.value.__notes__[0]
+        assert "the manager was closed while" in raised.value.__notes__[0]
         assert await notes(manager) == []
 
 

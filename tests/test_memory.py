@@ -15,7 +15,13 @@ from sqlalchemy import Connection, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 
-from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings, Propagation, SessionwireError
+from sessionwire import (
+    DatabaseSessionManager,
+    DatabaseSettings,
+    PoolSettings,
+    Propagation,
+    SessionwireError,
+)
 from sessionwire._core.blocks import TransactionBlock
 from sessionwire._core.scope import Scope
 

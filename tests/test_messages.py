@@ -14,7 +14,13 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import defer
 from sqlalchemy.orm.exc import DetachedInstanceError
 
-from sessionwire import DatabaseSessionManager, Propagation, TransactionManager, read_only, transactional
+from sessionwire import (
+    DatabaseSessionManager,
+    Propagation,
+    TransactionManager,
+    read_only,
+    transactional,
+)
 from sessionwire.fastapi import Provide, inject
 
 from .services import Container, Notebook

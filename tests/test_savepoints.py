@@ -27,7 +27,7 @@ from .tables import Note
 
 SOON = 0.5
 MARGIN = 1.0  # for a busy machine: half a second is meant
-LIMIT = savepoints.PATIENCE
+LIMIT = savepoints.STOP_TIMEOUT
 NESTED = Propagation.NESTED
 READ = {
     "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n",
@@ -52,7 +52,7 @@ async def nothing_is_left_behind(manager: DatabaseSessionManager) -> AsyncIterat
 @pytest.fixture(autouse=True)
 def busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let statements be stopped in more time than they have otherwise; tests of that limit set it back."""
-    monkeypatch.setattr(savepoints, "PATIENCE", 5 * LIMIT)
+    monkeypatch.setattr(savepoints, "STOP_TIMEOUT", 5 * LIMIT)
 
 
 Way = Callable[[DatabaseSessionManager, AsyncSession, str], Awaitable[None]]
@@ -207,7 +207,7 @@ class TestOnSQLite:
     async def test_one_that_is_not_costs_the_transaction_and_says_so(
         self, manager: DatabaseSessionManager, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(savepoints, "PATIENCE", LIMIT)
+        monkeypatch.setattr(savepoints, "STOP_TIMEOUT", LIMIT)
         sql = f"INSERT INTO note (text) {READ['sqlite']}"
         began = time.monotonic()
         with pytest.raises(UnexpectedRollbackError, match=r"could not be stopped within .* run the whole") as raised:
@@ -245,7 +245,7 @@ class TestOnPostgres(OnPostgres):
         database_url: str,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(savepoints, "PATIENCE", LIMIT)
+        monkeypatch.setattr(savepoints, "STOP_TIMEOUT", LIMIT)
         network = Network()
         async with through(network, postgres, database_url, rollback_timeout=0.3) as remote:
             with pytest.raises(UnexpectedRollbackError, match="not be stopped within"):

@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from sessionwire import DatabaseSessionManager, DatabaseSettings, Propagation, TransactionTimeoutError
+from sessionwire import (
+    DatabaseSessionManager,
+    DatabaseSettings,
+    Propagation,
+    TransactionTimeoutError,
+)
 
 from .postgres import until
 

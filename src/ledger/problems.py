@@ -15,7 +15,12 @@ from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
-from sessionwire import CommitOutcomeUnknownError, NotInitializedError, SessionwireError, is_retryable
+from sessionwire import (
+    CommitOutcomeUnknownError,
+    NotInitializedError,
+    SessionwireError,
+    is_retryable,
+)
 
 from .errors import (
     Busy,

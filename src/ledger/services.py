@@ -7,7 +7,14 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from sessionwire import TransactionManager, is_retryable, read_only, transactional
 
-from .errors import Busy, IdempotencyConflict, InsufficientFunds, InvalidAmount, InvalidTransfer, UnknownAccount
+from .errors import (
+    Busy,
+    IdempotencyConflict,
+    InsufficientFunds,
+    InvalidAmount,
+    InvalidTransfer,
+    UnknownAccount,
+)
 from .models import CENT, MAX_AMOUNT, MAX_KEY_LENGTH, Account, Transfer
 from .repositories import AccountRepository, Audit, TransferRepository
 

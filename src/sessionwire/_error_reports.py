@@ -9,39 +9,56 @@ from sqlalchemy.exc import PendingRollbackError
 from .errors import UnexpectedRollbackError
 
 
-def in_short(error: BaseException) -> str:
-    """Its type and first line: the lines after it, of SQLAlchemy's errors, are SQL and its parameters."""
+def summarize(error: BaseException) -> str:
+    """Return the type and first line of an error.
+
+    In SQLAlchemy's errors, the other lines are SQL and its parameters.
+    """
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def name_cause(error: BaseException, failed: Sequence[BaseException]) -> None:
-    """Give a `PendingRollbackError` the failure as its cause that made the transaction end; SQLAlchemy gives none."""
-    if isinstance(error, PendingRollbackError) and error.__cause__ is None and failed:
-        error.__cause__ = failed[0]
+def explain_pending_rollback(error: BaseException, failures: Sequence[BaseException]) -> None:
+    """Make the first failure the cause of a `PendingRollbackError`, which has none."""
+    if isinstance(error, PendingRollbackError) and error.__cause__ is None and failures:
+        error.__cause__ = failures[0]
 
 
-def after(first: BaseException | None, later: BaseException, what: str) -> BaseException:
-    """What to raise: the first, and the later one is a note on it; but a cancellation or an exit goes on."""
+def chain_errors(first: BaseException | None, later: BaseException, action: str) -> BaseException:
+    """Combine two errors into the one to raise.
+
+    The first error is kept and the later one noted on it, unless the later one is a
+    cancellation or an exit.
+
+    Args:
+        first: The error raised so far, or None.
+        later: The error that `action` raised after it.
+        action: What failed last, to complete "then … failed".
+    """
     if first is None:
         return later
     if isinstance(later, Exception) or not isinstance(first, Exception):
-        first.add_note(f"then {what} failed: {in_short(later)}")
+        first.add_note(f"then {action} failed: {summarize(later)}")
         return first
     later.__cause__ = first
     return later
 
 
-def lost_after(reason: BaseException) -> UnexpectedRollbackError:
-    """What to raise where all seemed well, but a failure was caught on the way."""
+def unexpected_rollback(cause: BaseException) -> UnexpectedRollbackError:
+    """Make the error of a block that finished normally after an error was caught."""
     error = UnexpectedRollbackError(
-        str(reason)  # which has a remedy of its own
-        if isinstance(reason, UnexpectedRollbackError)
-        else "what was done was rolled back, although this block ended well, because of a failure that was caught in "
-        f"it: {in_short(reason)}; what may fail and be caught belongs into transaction(Propagation.NESTED)"
+        str(cause)  # It names a remedy of its own.
+        if isinstance(cause, UnexpectedRollbackError)
+        else "the block finished normally, but its transaction was rolled back, because an "
+        f"error inside it had been caught: {summarize(cause)}. Put code whose errors you catch "
+        "in transaction(Propagation.NESTED)"
     )
-    error.__cause__ = reason
+    error.__cause__ = cause
     return error
 
 
-def cut_off() -> UnexpectedRollbackError:
-    return UnexpectedRollbackError("the manager was closed before this block ended: all was rolled back")
+def closed_while_open_error() -> UnexpectedRollbackError:
+    """Make the error for a block that was still open when its manager was closed."""
+    return UnexpectedRollbackError(
+        "the manager was closed before this block ended, so all was rolled back: end the block "
+        "before close(), or give it more time with drain_timeout"
+    )

@@ -11,38 +11,46 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
-# the tasks that finish work for another task, for those who look for tasks that are left
+# The tasks that finish work for another task: a search for leftover tasks skips them.
 shielding_tasks: weakref.WeakSet[asyncio.Future[Any]] = weakref.WeakSet()
 
 
-async def to_the_end(work: Coroutine[Any, Any, T], timeout: float) -> T:
-    """Run `work` to completion even if the current task is cancelled, then re-raise the cancellation.
+async def run_shielded(work: Coroutine[Any, Any, T], timeout: float) -> T:
+    """Run `work` to completion even if the task is cancelled, then re-raise that.
 
-    Work that takes longer than `timeout` seconds is cancelled. Raises `TimeoutError`, and what the work raises; as the
-    cause of a `CancelledError` if the current task was cancelled.
+    If the task was cancelled, an error of `work` is the cause of the `CancelledError`.
+
+    Args:
+        work: The coroutine to run.
+        timeout: Seconds after which `work` is cancelled.
+
+    Raises:
+        TimeoutError: `work` took longer.
     """
     try:
         awaited = work.send(None)
-    except StopIteration as done:  # nothing had to be waited for
+    except StopIteration as done:  # It did not have to wait.
         return cast(T, done.value)
     cancellation: asyncio.CancelledError | None = None
     while True:
         rest = _resume(work, awaited)
-        task = asyncio.ensure_future(rest)  # a cancellation of the current task does not reach it
+        task = asyncio.ensure_future(rest)  # Cancelling the current task does not reach it.
         shielding_tasks.add(task)
-        overdue = asyncio.get_running_loop().call_later(timeout, task.cancel)
+        timer = asyncio.get_running_loop().call_later(timeout, task.cancel)
         while not task.done():
             try:
                 await asyncio.wait((task,))
             except asyncio.CancelledError as error:
                 cancellation = error
-        overdue.cancel()
-        rest.close()  # which has not begun if a wrapper of the task was cancelled before its first step
+        timer.cancel()
+        # `rest` has not begun if a wrapper of the task was cancelled before it ran.
+        rest.close()
         if not task.cancelled() or inspect.getcoroutinestate(work) != inspect.CORO_SUSPENDED:
             break
         if awaited is not None:
-            awaited.cancel()  # let the work know, and finish it
-    failure = TimeoutError(f"no answer within {timeout:g} s") if task.cancelled() else task.exception()
+            awaited.cancel()  # This tells the work, which is then resumed and can finish.
+    late = TimeoutError(f"no answer within {timeout:g} s")
+    failure = late if task.cancelled() else task.exception()
     if cancellation is not None:
         raise cancellation from failure
     if failure is not None:
@@ -51,7 +59,11 @@ async def to_the_end(work: Coroutine[Any, Any, T], timeout: float) -> T:
 
 
 async def _resume(work: Coroutine[Any, Any, T], awaited: asyncio.Future[Any] | None) -> T:
-    """Continue work that has begun. A coroutine like any other, because whoever makes the task may wrap it."""
+    """Continue work that has begun.
+
+    Tools that instrument tasks wrap what they are given, so this must be a real
+    coroutine.
+    """
     return await _continue(work, awaited)
 
 
@@ -59,7 +71,7 @@ async def _resume(work: Coroutine[Any, Any, T], awaited: asyncio.Future[Any] | N
 def _continue(
     work: Coroutine[Any, Any, T], awaited: asyncio.Future[Any] | None
 ) -> Generator[asyncio.Future[Any] | None, None, T]:
-    """Await first what the work is waiting for already."""
+    """Yield the future that `work` is waiting for, then drive `work` to its end."""
     while True:
         try:
             yield awaited

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 from dependency_injector import containers, providers
 
-from ._error_reports import after
+from ._error_reports import chain_errors
 from .containers import DatabaseContainer
 from .errors import ConfigurationError
 from .settings import DatabaseSettings, settings_of
@@ -75,7 +75,7 @@ class Lifespan(Generic[C]):
                 if resource.initialized:
                     await _settled(cast(Any, resource).shutdown())
             except BaseException as failure:
-                first = after(first, failure, "the shutdown of a resource")
+                first = chain_errors(first, failure, "the shutdown of a resource")
         if first is not None and first is not error:
             raise first
 

@@ -41,7 +41,10 @@ class DatabaseSessionManager:
     transaction: TransactionManager
 
     def __init__(
-        self, settings: DatabaseSettings | str | URL | None = None, *, metadata: MetaData | None = None
+        self,
+        settings: DatabaseSettings | str | URL | None = None,
+        *,
+        metadata: MetaData | None = None,
     ) -> None:
         self._database = Database(None if settings is None else settings_of(settings))
         self.metadata = Base.metadata if metadata is None else metadata
@@ -95,7 +98,10 @@ class DatabaseSessionManager:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if self.is_initialized:
             await self.close()

@@ -21,7 +21,12 @@ from ledger.api import create_app
 from ledger.container import Container
 from ledger.errors import Busy
 from ledger.settings import LedgerSettings
-from sessionwire import CommitOutcomeUnknownError, DatabaseSettings, NotInitializedError, PoolSettings
+from sessionwire import (
+    CommitOutcomeUnknownError,
+    DatabaseSettings,
+    NotInitializedError,
+    PoolSettings,
+)
 from tests.conftest import DATABASE, Postgres, checked_out
 from tests.postgres import Network, OnPostgres, at_port
 

@@ -7,7 +7,13 @@ from decimal import Decimal
 import pytest
 
 from ledger.container import Container
-from ledger.errors import InsufficientFunds, InvalidAmount, InvalidTransfer, LedgerError, UnknownAccount
+from ledger.errors import (
+    InsufficientFunds,
+    InvalidAmount,
+    InvalidTransfer,
+    LedgerError,
+    UnknownAccount,
+)
 from ledger.models import MAX_AMOUNT, Account
 
 

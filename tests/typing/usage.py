@@ -29,7 +29,13 @@ from sessionwire import (
 from sessionwire import Settings as BaseSettings
 from sessionwire import fastapi as web
 from sessionwire.asgi import ASGIApp, TransactionMiddleware
-from sessionwire.testing import DatabaseCopy, DatabaseTemplate, SentStatement, count_statements, overriding
+from sessionwire.testing import (
+    DatabaseCopy,
+    DatabaseTemplate,
+    SentStatement,
+    count_statements,
+    overriding,
+)
 
 
 class ShopSettings(BaseSettings):

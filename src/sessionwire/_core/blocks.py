@@ -10,16 +10,25 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import event
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, AsyncSessionTransaction
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncSession,
+    AsyncSessionTransaction,
+)
 from sqlalchemy.orm import SessionTransaction
 
 from sessionwire._database.begin_hooks import WITHOUT_HOOKS
 from sessionwire._database.completion import close_or_invalidate, finish_commit, finish_rollback
-from sessionwire._database.driver_errors import is_retryable, origin
-from sessionwire._database.failed_statements import failures
-from sessionwire._database.options import Terms
+from sessionwire._database.driver_errors import is_retryable, root_cause
+from sessionwire._database.failed_statements import failed_statements
+from sessionwire._database.options import ConnectionOptions
 from sessionwire._database.runtime import Database, running_loop
-from sessionwire._error_reports import cut_off, lost_after, name_cause
+from sessionwire._error_reports import (
+    closed_while_open_error,
+    explain_pending_rollback,
+    unexpected_rollback,
+)
 from sessionwire.errors import (
     CommitOutcomeUnknownError,
     ConcurrentSessionError,
@@ -76,13 +85,16 @@ class SessionBlock(_Block):
 
     async def __aenter__(self) -> AsyncSession:
         self._enter_once()
-        self._scope = Scope.open(self._database, Terms())
+        self._scope = Scope.open(self._database, ConnectionOptions())
         self._scope.is_bare = True
         self._frame = self._scope.push_frame()
         return self._scope.session
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         scope = self._scope
         if scope.ends_elsewhere(error):
@@ -116,14 +128,14 @@ class ConnectionBlock(_Block):
         self.task = asyncio.current_task()
         self._loop = running_loop()
         self._is_aborted = self._has_written = False
-        self.connection = engines.on(Terms(writes=True)).connect()
+        self.connection = engines.engine_for(ConnectionOptions(write_intent=True)).connect()
         self._database.add(self)
         try:
             await self.connection
             try:
                 await self._begin()
             except BaseException as error:
-                name_cause(error, failures(self.connection.sync_connection))
+                explain_pending_rollback(error, failed_statements(self.connection.sync_connection))
                 await self._release(error)
                 raise
         except BaseException:
@@ -136,11 +148,14 @@ class ConnectionBlock(_Block):
             await self.connection.invalidate()  # it came out of a pool that nobody disposes any more
             raise NotInitializedError("it was closed while connect() waited for a connection")
         self._transaction = await self.connection.begin()
-        await self.connection.run_sync(self._database.begin_hooks.run_due)
+        await self.connection.run_sync(self._database.begin_hooks.run_if_due)
         event.listen(self.connection.sync_connection, "after_cursor_execute", self._record_write)
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         failure = error
         try:
@@ -154,7 +169,7 @@ class ConnectionBlock(_Block):
                 if not is_told_otherwise(lost):
                     failure = lost
             if failure is not None:
-                name_cause(failure, failures(self.connection.sync_connection))
+                explain_pending_rollback(failure, failed_statements(self.connection.sync_connection))
             await self._release(failure)
         finally:
             self._database.release(self)
@@ -165,9 +180,9 @@ class ConnectionBlock(_Block):
         if running_loop() is not self._loop:
             raise self._database.ownership_error()
         if self._is_aborted:
-            raise cut_off()
-        if failed := failures(self.connection.sync_connection):
-            raise lost_after(failed[0])
+            raise closed_while_open_error()
+        if failed := failed_statements(self.connection.sync_connection):
+            raise unexpected_rollback(failed[0])
         await finish_commit(self._transaction.commit(), self._database.settings.commit_timeout)
 
     async def _release(self, error: BaseException | None) -> None:
@@ -283,11 +298,15 @@ class TransactionBlock(_Block):
             return not current.options.autocommit and not current.options.read_only
         return not current.options.read_only or current.task is asyncio.current_task()
 
-    def _check_compatible(self, existing: Terms) -> None:
+    def _check_compatible(self, existing: ConnectionOptions) -> None:
         requested = self._options
         for name, value, present in (
             ("isolation", requested.isolation, existing.isolation),
-            ("execution_options", dict(requested.execution_options), dict(existing.execution_options)),
+            (
+                "execution_options",
+                dict(requested.execution_options),
+                dict(existing.execution_options),
+            ),
         ):
             if value and value != present:
                 raise IncompatibleTransactionError(
@@ -295,13 +314,13 @@ class TransactionBlock(_Block):
                     "request it in the outermost transaction(), or use Propagation.REQUIRES_NEW"
                 )
 
-    def _options_for_new_scope(self) -> Terms:
+    def _options_for_new_scope(self) -> ConnectionOptions:
         options = self._options
         if options.autocommit and options.read_only and self._database.wraps_reads_in_transactions:
             return replace(options, autocommit=False)
         if options.autocommit and self._database.begin_hooks and WITHOUT_HOOKS not in dict(options.execution_options):
-            return replace(options, hooked=True)
-        if options.writes:
+            return replace(options, transaction_per_statement=True)
+        if options.write_intent:
             require_no_enclosing_writer(self._database)
         return options
 
@@ -319,7 +338,10 @@ class TransactionBlock(_Block):
             self._transaction.set_rollback_only(self._frame)
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if self._scope.ends_elsewhere(error):
             return
@@ -361,7 +383,7 @@ class TransactionBlock(_Block):
         """Check what must hold for the block to end well, and flush."""
         scope, transaction = self._scope, self._transaction
         if scope.is_aborted:
-            raise cut_off()
+            raise closed_while_open_error()
         if self._frame.scope is None:
             raise UnexpectedRollbackError(
                 "the outer block ended before this joined block; the transaction was rolled back"
@@ -369,19 +391,21 @@ class TransactionBlock(_Block):
         if self._action is _Action.JOIN or (self._action is _Action.AUTOCOMMIT and not self._opened_scope):
             return
         if scope.frames[-1] is not self._frame:
-            raise lost_after(ConcurrentSessionError("a block that joined this one is still open; end it first"))
+            raise unexpected_rollback(
+                ConcurrentSessionError("a block that joined this one is still open; end it first")
+            )
         if transaction is None:
             await scope.flush()
             return
         if transaction.rollback_only:
             return
         if transaction.rollback_cause is not None:
-            raise lost_after(transaction.rollback_cause)
+            raise unexpected_rollback(transaction.rollback_cause)
         if not scope.session.is_active and scope.last_operation_error is not None:
-            raise lost_after(scope.last_operation_error)  # a flush failed, and has rolled back
+            raise unexpected_rollback(scope.last_operation_error)  # a flush failed, and has rolled back
         await scope.flush()
         if failed := scope.failures[transaction.failure_mark :]:
-            raise lost_after(failed[0])
+            raise unexpected_rollback(failed[0])
 
     async def _apply_deadline(self, failure: BaseException | None) -> BaseException | None:
         if self._deadline is None:
@@ -399,7 +423,10 @@ class TransactionBlock(_Block):
         return failure
 
     async def _end_savepoint(
-        self, savepoint: AsyncSessionTransaction, transaction: Transaction, failure: BaseException | None
+        self,
+        savepoint: AsyncSessionTransaction,
+        transaction: Transaction,
+        failure: BaseException | None,
     ) -> BaseException | None:
         scope, parent = self._scope, transaction.parent
         assert parent is not None
@@ -426,7 +453,7 @@ class TransactionBlock(_Block):
     async def _end_transaction(self, failure: BaseException | None) -> BaseException | None:
         scope, transaction = self._scope, self._transaction
         assert transaction is not None
-        root_cause = failure and origin(failure, scope.first_failure)
+        first_cause = failure and root_cause(failure, scope.first_failure)
         scope.end_savepoints(inside=transaction)
         transaction.is_ending = True
         scope.pop_frame(self._frame, including_nested=True)
@@ -435,7 +462,7 @@ class TransactionBlock(_Block):
             try:
                 await scope.commit()
             except BaseException as error:
-                failure = root_cause = error
+                failure = first_cause = error
                 transaction_error = error.__cause__ if isinstance(error, asyncio.CancelledError) else error
         if transaction_error is not None or transaction.rollback_only:
             transaction.mark_rolled_back()
@@ -446,11 +473,11 @@ class TransactionBlock(_Block):
             elif transaction.rolled_back:
                 await scope.roll_back(failure)
         except asyncio.CancelledError as cancellation:
-            failure = root_cause = cancellation
+            failure = first_cause = cancellation
         hooks = transaction.take_due_hooks()
         if isinstance(transaction_error, CommitOutcomeUnknownError):
             return failure
-        self.will_retry = self._may_retry and root_cause is not None and is_retryable(root_cause)
+        self.will_retry = self._may_retry and first_cause is not None and is_retryable(first_cause)
         if self.will_retry:
             self.postponed_hooks = hooks
             return failure

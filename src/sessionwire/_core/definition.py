@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from enum import Enum, auto
 from typing import Any, TypedDict
 
-from sessionwire._database.options import Terms
+from sessionwire._database.options import ConnectionOptions
 
 
 class Propagation(Enum):
@@ -53,7 +53,7 @@ class TransactionDefinition:
     """The validated propagation mode and options of a block."""
 
     propagation: Propagation
-    options: Terms
+    options: ConnectionOptions
     timeout: float | None  # seconds
 
 
@@ -80,9 +80,9 @@ def define(
         if name in (execution_options or {}):
             raise ValueError(f"execution_options: {name!r} cannot be set here: {instead}")
     autocommit = propagation in NON_TRANSACTIONAL_MODES
-    connection_options = Terms(
+    connection_options = ConnectionOptions(
         autocommit=autocommit,
-        writes=not (read_only or autocommit),
+        write_intent=not (read_only or autocommit),
         read_only=read_only,
         isolation=_normalize_isolation(isolation, propagation),
         execution_options=tuple(sorted((execution_options or {}).items())),

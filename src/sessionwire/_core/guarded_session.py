@@ -17,8 +17,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from sessionwire._database.driver_errors import sqlstate
-from sessionwire._database.options import TERMS
-from sessionwire._error_reports import lost_after, name_cause
+from sessionwire._database.options import CONNECTION_OPTIONS
+from sessionwire._error_reports import explain_pending_rollback, unexpected_rollback
 from sessionwire.errors import UnexpectedRollbackError
 
 from .context import enclosing_scopes
@@ -62,12 +62,12 @@ def _as_operation(
             return call(self, *args, **options)
         except Exception as error:
             if isinstance(error, PendingRollbackError):  # it only reports an earlier failure
-                name_cause(error, [scope.first_failure] if scope.first_failure else [])
+                explain_pending_rollback(error, [scope.first_failure] if scope.first_failure else [])
             else:
                 scope.last_operation_error = error
             if isinstance(error, InvalidRequestError) and isinstance(scope.first_failure, UnexpectedRollbackError):
                 # SQLAlchemy would advise to call rollback().
-                raise lost_after(scope.first_failure) from scope.first_failure
+                raise unexpected_rollback(scope.first_failure) from scope.first_failure
             transaction_is_over = not self.is_active or getattr(error, "connection_invalidated", False)
             if scope.options.autocommit and transaction_is_over and not self.in_nested_transaction():
                 Session.rollback(self)  # the next statement is a transaction of its own
@@ -110,7 +110,7 @@ def _as_transaction_control(name: str) -> Callable[..., Any]:
         if name == "commit" and scope.frames and (failure := scope.first_failure):
             rollback(self)
             scope.has_uncommitted_writes = False
-            raise lost_after(failure)
+            raise unexpected_rollback(failure)
         result = call(self, *args, **options)
         if name != "begin":
             scope.has_uncommitted_writes = False
@@ -207,8 +207,8 @@ def _take_write_lock(session: GuardedSession) -> None:
         return
     if any(other.holds_write_lock and other.has_begun for other in enclosing_scopes(scope.database) - {scope}):
         raise second_writer_error()
-    if not (scope.has_begun or scope.options.writes or scope.options.autocommit):
-        session.connection(execution_options={TERMS: replace(scope.options, writes=True)})
+    if not (scope.has_begun or scope.options.write_intent or scope.options.autocommit):
+        session.connection(execution_options={CONNECTION_OPTIONS: replace(scope.options, write_intent=True)})
 
 
 def _add_hints(scope: Scope, error: Exception) -> None:
@@ -230,7 +230,7 @@ def _add_hints(scope: Scope, error: Exception) -> None:
         )
     if not sqlstate(error).startswith("SQLITE_BUSY"):
         return
-    if scope.has_begun and not scope.options.writes and not scope.options.autocommit:
+    if scope.has_begun and not scope.options.write_intent and not scope.options.autocommit:
         error.add_note(
             "on SQLite a session() that has read can't wait for its turn to write, because the data that it has read "
             "may be out of date: use transaction(), which waits before it reads, or roll back, and read and write again"
@@ -258,7 +258,7 @@ def _on_before_commit(session: GuardedSession) -> None:
         return
     if scope.transaction is None:
         if failure := scope.first_failure:
-            raise lost_after(failure)
+            raise unexpected_rollback(failure)
     elif not scope.transaction.is_ending:
         raise managed_transaction_error("commit")
 
@@ -278,4 +278,4 @@ def _on_begin(session: GuardedSession, transaction: SessionTransaction, connecti
     if scope.transaction is not None:
         scope.transaction.has_begun = True
     if scope.database.begin_hooks:
-        scope.database.begin_hooks.run_due(connection)
+        scope.database.begin_hooks.run_if_due(connection)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from sessionwire._error_reports import after
+from sessionwire._error_reports import chain_errors
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,5 +54,5 @@ async def run_hooks(hooks: list[Callable[[], object]], failure: BaseException | 
             if inspect.isawaitable(result):
                 await result
         except BaseException as error:
-            failure = after(failure, error, "a hook")
+            failure = chain_errors(failure, error, "a hook")
     return failure

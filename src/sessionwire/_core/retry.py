@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from sessionwire._database.runtime import Database
-from sessionwire._error_reports import in_short
+from sessionwire._error_reports import summarize
 
 from .blocks import TransactionBlock
 from .context import current_scope
@@ -20,11 +20,17 @@ from .transaction import Hook
 logger = logging.getLogger("sessionwire.retry")
 R = TypeVar("R")
 
-INITIAL_BACKOFF, MAX_BACKOFF = 0.01, 1.0  # seconds before a retry, doubled each time, with full jitter
+INITIAL_BACKOFF, MAX_BACKOFF = (
+    0.01,
+    1.0,
+)  # seconds before a retry, doubled each time, with full jitter
 
 
 async def run_with_retries(
-    database: Database, definition: TransactionDefinition, attempts: int, function: Callable[[], Awaitable[R]]
+    database: Database,
+    definition: TransactionDefinition,
+    attempts: int,
+    function: Callable[[], Awaitable[R]],
 ) -> R:
     """Run the function in a block, up to `attempts` times; once if a scope is open, whose outer block retries."""
     if current_scope(database) is not None:
@@ -44,7 +50,7 @@ async def run_with_retries(
         except BaseException as error:
             if block.will_retry:
                 postponed_hooks = block.postponed_hooks
-                logger.info("attempt %d of %d failed: %s", attempt, attempts, in_short(error))
+                logger.info("attempt %d of %d failed: %s", attempt, attempts, summarize(error))
                 continue
             failure = await run_hooks(postponed_hooks, error)
             if failure is not None and failure is not error:

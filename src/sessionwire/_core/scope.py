@@ -15,10 +15,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from sessionwire._database.completion import finish_commit, finish_rollback
-from sessionwire._database.failed_statements import failures
-from sessionwire._database.options import Terms
+from sessionwire._database.failed_statements import failed_statements
+from sessionwire._database.options import ConnectionOptions
 from sessionwire._database.runtime import Database, running_loop
-from sessionwire._error_reports import cut_off, lost_after
+from sessionwire._error_reports import closed_while_open_error, unexpected_rollback
 from sessionwire.errors import NoSessionError, UnexpectedRollbackError
 
 from .context import (
@@ -39,7 +39,7 @@ from .usage_errors import concurrent_use_error, other_loop_error
 class Scope:
     """An open session with the frames of the blocks that use it, the outermost first."""
 
-    def __init__(self, database: Database, session: AsyncSession, options: Terms) -> None:
+    def __init__(self, database: Database, session: AsyncSession, options: ConnectionOptions) -> None:
         self.database = database
         self.session = session
         self.options = options
@@ -62,7 +62,7 @@ class Scope:
     # Opening and closing
 
     @classmethod
-    def open(cls, database: Database, options: Terms) -> Scope:
+    def open(cls, database: Database, options: ConnectionOptions) -> Scope:
         """Open a scope with a session of its own.
 
         Raises:
@@ -70,7 +70,7 @@ class Scope:
             OwnershipError: It belongs to another event loop or process.
         """
         engines = database.admit(is_enclosed=current_scope(database) is not None)
-        session = AsyncSession(engines.on(options), sync_session_class=GuardedSession, expire_on_commit=False)
+        session = AsyncSession(engines.engine_for(options), sync_session_class=GuardedSession, expire_on_commit=False)
         scope = cls(database, session, options)
         cast(GuardedSession, session.sync_session).scope = scope
         database.add(scope)
@@ -267,7 +267,7 @@ class Scope:
     @property
     def failures(self) -> list[BaseException]:
         """The statements that failed in the transaction, except in savepoints that were rolled back."""
-        return failures(self.transaction_connection)
+        return failed_statements(self.transaction_connection)
 
     @property
     def first_failure(self) -> BaseException | None:
@@ -313,7 +313,7 @@ class Scope:
             CommitOutcomeUnknownError: The answer was lost.
         """
         if self.is_aborted:
-            raise cut_off()
+            raise closed_while_open_error()
         if self._operation is not None:
             raise concurrent_use_error("the block ended while another task still had an operation running on it")
         if not self.session.in_transaction():
@@ -328,7 +328,7 @@ class Scope:
         try:
             await finish_commit(work, self.database.settings.commit_timeout, read_only=read_only)
         except PendingRollbackError as error:
-            raise lost_after(self.last_operation_error or error) from None
+            raise unexpected_rollback(self.last_operation_error or error) from None
         self.has_uncommitted_writes = False
 
     async def roll_back(self, error: BaseException | None) -> None:

@@ -1,1 +1,1 @@
-"""The engine, its connections, and what each database needs to behave."""
+"""The engines, their connections, and the peculiarities of each database."""

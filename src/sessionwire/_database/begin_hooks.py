@@ -1,4 +1,4 @@
-"""The hooks of `on_begin`, without which no statement may be sent."""
+"""The hooks of `on_begin`, which run before the first statement of a transaction."""
 
 from __future__ import annotations
 
@@ -15,49 +15,58 @@ from sqlalchemy.util import await_only
 
 from sessionwire.errors import IncompatibleTransactionError
 
-from .options import TERMS
+from .options import CONNECTION_OPTIONS
 
 BeginHook = Callable[[AsyncConnection], Awaitable[object] | None]
-WITHOUT_HOOKS = "sessionwire_without_hooks"  # the execution option of a connection that may go without
+# The execution option of a connection whose statements may be sent without the hooks.
+WITHOUT_HOOKS = "sessionwire_without_hooks"
 
 
 class BeginHooks(list[BeginHook]):
-    """The hooks of `on_begin`, and the connections whose transaction has yet to have them.
+    """The hooks of `on_begin`, and the connections that have yet to run them.
 
-    A transaction has them before its first statement at the latest, whoever began it.
+    They run before the first statement of a transaction at the latest, whoever began
+    it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._due: weakref.WeakSet[Connection] = weakref.WeakSet()
 
-    def watch(self, engine: Engine, *, autocommit: bool = False) -> None:
-        """Let no statement of this engine, and of those derived from it, be sent without the hooks."""
-        is_watching = False
+    def install_listeners(self, engine: Engine, *, autocommit: bool = False) -> None:
+        """Run the hooks in all transactions of an engine and of those derived from it.
 
-        def begins(connection: Connection, *_: object) -> None:
-            nonlocal is_watching
+        Args:
+            engine: The engine to listen to.
+            autocommit: The engine has no transactions, so that statements which would
+                need the hooks raise `IncompatibleTransactionError`.
+        """
+        is_listening = False
+
+        def on_begin(connection: Connection, *_: object) -> None:
+            nonlocal is_listening
             if not self:
                 return
             options = connection.get_execution_options()
-            if options.get(WITHOUT_HOOKS) or getattr(options.get(TERMS), "hooked", False):
+            ours = options.get(CONNECTION_OPTIONS)
+            if options.get(WITHOUT_HOOKS) or getattr(ours, "transaction_per_statement", False):
                 return
             self._due.add(connection)
-            if not is_watching:  # statements cost nothing before
-                is_watching = True
-                event.listen(engine, "before_cursor_execute", executes)
+            if not is_listening:  # Without hooks, statements are spared the listener.
+                is_listening = True
+                event.listen(engine, "before_cursor_execute", on_statement)
 
-        def executes(connection: Connection, *_: object) -> None:
+        def on_statement(connection: Connection, *_: object) -> None:
             if self and connection in self._due:
                 if autocommit:
-                    raise _in_autocommit()
-                self.run_due(connection)
+                    raise _autocommit_error()
+                self.run_if_due(connection)
 
-        event.listen(engine, "begin", begins)
-        event.listen(engine, "begin_twophase", begins)
+        event.listen(engine, "begin", on_begin)
+        event.listen(engine, "begin_twophase", on_begin)
 
-    def run_due(self, connection: Connection) -> None:
-        """Run them now, if the transaction of this connection has yet to have them.
+    def run_if_due(self, connection: Connection) -> None:
+        """Run the hooks now, unless the transaction of this connection has run them.
 
         Raises:
             IncompatibleTransactionError: The connection is in AUTOCOMMIT.
@@ -65,39 +74,41 @@ class BeginHooks(list[BeginHook]):
         if not self or connection not in self._due:
             return
         if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
-            raise _in_autocommit()
+            raise _autocommit_error()
         self._due.discard(connection)
         try:
             self.run(connection)
         except BaseException:
-            connection.invalidate()  # nothing may go on in a transaction that lacks what must hold in it
+            # Nothing may be sent in a transaction that lacks what the hooks set up.
+            connection.invalidate()
             raise
 
     def run(self, connection: Connection) -> None:
-        """Run them in SQLAlchemy's greenlet, where a sync hook may send statements too."""
+        """Run the hooks, in SQLAlchemy's greenlet, so that sync hooks can send SQL."""
         for hook in self:
             result = hook(AsyncConnection(AsyncEngine(connection.engine), connection))
             if inspect.isawaitable(result):
                 await_only(result)
 
-    def one_by_one(self, dialect: Any) -> Any:
-        """Return a dialect that runs each statement in a transaction of its own, with the hooks."""
-        alone = copy(dialect)
+    def with_transaction_per_statement(self, dialect: Any) -> Any:
+        """Return a dialect that gives each statement a transaction and the hooks."""
+        own_dialect = copy(dialect)
         running: set[Connection] = set()
 
-        def execute_alone(execute: Callable[..., None], *arguments: Any) -> None:
+        def execute_in_transaction(execute: Callable[..., None], *arguments: Any) -> None:
             connection: Connection = arguments[-1].root_connection
-            if connection in running:  # a statement of a hook
+            if connection in running:  # The statement is a hook's own.
                 execute(*arguments)
                 return
             if getattr(arguments[0], "server_side", False):
                 raise IncompatibleTransactionError(
-                    "a cursor, as of stream(), needs a transaction that outlasts its statement, where on_begin hooks "
-                    "are set: for reading, take transaction(read_only=True)"
+                    "a cursor, such as that of stream(), must outlast its statement, but with "
+                    "on_begin hooks each statement in this block is a transaction of its own: "
+                    "to read with a cursor, use transaction(read_only=True)"
                 )
             running.add(connection)
             try:
-                if dialect.name == "sqlite":  # where no driver begins by itself
+                if dialect.name == "sqlite":  # Its driver does not begin by itself.
                     cursor = connection.connection.cursor()
                     cursor.execute("BEGIN")
                     cursor.close()
@@ -116,19 +127,20 @@ class BeginHooks(list[BeginHook]):
         def do_savepoint(connection: Connection, name: str) -> None:
             if connection not in running:
                 raise IncompatibleTransactionError(
-                    "a savepoint needs a transaction, and in this block each statement is one: take transaction(), "
-                    "and for a part of it Propagation.NESTED"
+                    "a savepoint needs a transaction, but in this block each statement is one "
+                    "of its own: use transaction(), and Propagation.NESTED for a part of it"
                 )
             dialect.do_savepoint(connection, name)
 
         for name in ("do_execute", "do_executemany", "do_execute_no_params"):
-            setattr(alone, name, partial(execute_alone, getattr(dialect, name)))
-        alone.do_savepoint = do_savepoint
-        return alone
+            setattr(own_dialect, name, partial(execute_in_transaction, getattr(dialect, name)))
+        own_dialect.do_savepoint = do_savepoint
+        return own_dialect
 
 
-def _in_autocommit() -> IncompatibleTransactionError:
+def _autocommit_error() -> IncompatibleTransactionError:
     return IncompatibleTransactionError(
-        "on_begin hooks hold in a transaction, and this connection is in AUTOCOMMIT: leave out isolation_level, or "
-        f"mark a connection that may go without the hooks: execution_options({WITHOUT_HOOKS}=True)"
+        "on_begin hooks run in transactions, but this connection is in AUTOCOMMIT: leave out "
+        "isolation_level, or let the connection do without the hooks, with "
+        f"execution_options({WITHOUT_HOOKS}=True)"
     )

@@ -11,33 +11,46 @@ from typing import Any
 from sqlalchemy.exc import DBAPIError, InterfaceError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from sessionwire._error_reports import in_short
-from sessionwire._shield import to_the_end
+from sessionwire._error_reports import summarize
+from sessionwire._shield import run_shielded
 from sessionwire.errors import CommitOutcomeUnknownError
 
 from .driver_errors import sqlstate
 
-OUTCOME_UNKNOWN = ("40003", "08007")  # SQLSTATEs statement_completion_unknown and transaction_resolution_unknown
-ENDED_WHILE_IDLE = "25P03"  # idle_in_transaction_session_timeout: the server had read nothing of the commit
+# SQLSTATEs statement_completion_unknown and transaction_resolution_unknown.
+OUTCOME_UNKNOWN_SQLSTATES = ("40003", "08007")
+# SQLSTATE idle_in_transaction_session_timeout: the server had not read the COMMIT.
+ENDED_WHILE_IDLE = "25P03"
+NO_ANSWER = "no answer came in time"
 logger = logging.getLogger("sessionwire")
 
 
-async def finish_commit(work: Coroutine[Any, Any, None], timeout: float, *, read_only: bool = False) -> None:
-    """For a commit. Raises `CommitOutcomeUnknownError` where its answer was lost or does not come in time.
+async def finish_commit(
+    work: Coroutine[Any, Any, None], timeout: float, *, read_only: bool = False
+) -> None:
+    """Finish a commit even if the current task is cancelled, then re-raise that.
 
-    The outcome of a `read_only` transaction makes no difference to anybody: there a lost answer is no error.
+    Args:
+        work: The coroutine that commits.
+        timeout: Seconds to wait for the server's answer.
+        read_only: Nothing was written, so a lost answer makes no difference and is no
+            error.
+
+    Raises:
+        CommitOutcomeUnknownError: The answer was lost or did not come in time. After a
+            cancellation it is the cause of the `CancelledError`.
     """
     try:
-        await to_the_end(_committing(work), timeout)
+        await run_shielded(_commit_translating_errors(work), timeout)
     except TimeoutError as error:
         if not read_only:
-            raise _unknown("no answer came in time") from error
+            raise _outcome_unknown_error(NO_ANSWER) from error
     except CommitOutcomeUnknownError:
         if not read_only:
             raise
     except asyncio.CancelledError as cancellation:
         if isinstance(cancellation.__cause__, TimeoutError):
-            cancellation.__cause__ = _unknown("no answer came in time")
+            cancellation.__cause__ = _outcome_unknown_error(NO_ANSWER)
         if read_only and isinstance(cancellation.__cause__, CommitOutcomeUnknownError):
             cancellation.__cause__ = None
         raise
@@ -46,17 +59,27 @@ async def finish_commit(work: Coroutine[Any, Any, None], timeout: float, *, read
 async def finish_rollback(
     work: Coroutine[Any, Any, None], timeout: float, error: BaseException | None
 ) -> Exception | None:
-    """The same for a rollback after `error`. What fails is returned, and a note on that: the server undoes anyway."""
+    """Finish a rollback even if the current task is cancelled, then re-raise that.
+
+    Args:
+        work: The coroutine that rolls back.
+        timeout: Seconds that it may take.
+        error: The error that led to the rollback, if there was one.
+
+    Returns:
+        The error of a rollback that failed. It is logged and noted on `error`, not
+        raised, because the server rolls back when the connection is closed.
+    """
     try:
-        await to_the_end(work, timeout)
+        await run_shielded(work, timeout)
     except asyncio.CancelledError as cancellation:
         raise cancellation from error
-    except Exception as trouble:
-        note = f"the rollback failed, and its connection was given up: {in_short(trouble)}"
+    except Exception as rollback_error:
+        note = f"the rollback failed, and its connection was closed: {summarize(rollback_error)}"
         logger.warning(note)
         if error is not None:
             error.add_note(note)
-        return trouble
+        return rollback_error
     return None
 
 
@@ -69,34 +92,39 @@ async def close_or_invalidate(connection: AsyncConnection) -> None:
         raise
 
 
-async def _committing(work: Coroutine[Any, Any, None]) -> None:
+async def _commit_translating_errors(work: Coroutine[Any, Any, None]) -> None:
     try:
         await work
     except DBAPIError as error:
-        if reason := _doubt(error):
-            raise _unknown(reason) from error
+        if reason := _reason_for_doubt(error):
+            raise _outcome_unknown_error(reason) from error
         raise
 
 
-def _doubt(error: DBAPIError) -> str | None:
-    """Why it is not certain, after this error, that the commit was not carried out; nothing where it is.
+def _reason_for_doubt(error: DBAPIError) -> str | None:
+    """Return why a commit may have been carried out despite an error, or None.
 
-    An `InterfaceError` was not sent. An answer of severity ERROR is a refusal, but for two which say that the server
-    doesn't know; one of severity FATAL may follow a commit that was carried out (PostgreSQL, "Message Formats", V).
+    On an `InterfaceError` the COMMIT was never sent. An answer of severity ERROR is a
+    refusal, except for two SQLSTATEs which say that the server does not know. An answer
+    of severity FATAL may follow a commit that was carried out (see "Message Formats" in
+    PostgreSQL's documentation, field V).
     """
-    cause = error.orig.__cause__ if error.orig is not None and error.orig.__cause__ is not None else error.orig
+    cause = (error.orig and error.orig.__cause__) or error.orig
     if isinstance(error, InterfaceError) or isinstance(cause, sqlite3.Error):
         return None
-    # the second is what the server said before a connection was lost
+    # The second one is the server's last message before the connection was lost.
     states = {sqlstate(cause), sqlstate(cause.__cause__ if cause is not None else None)}
-    if not states.isdisjoint(OUTCOME_UNKNOWN):
+    if not states.isdisjoint(OUTCOME_UNKNOWN_SQLSTATES):
         return "the server doesn't know its outcome"
     severity = getattr(cause, "severity_en", None) or getattr(cause, "severity", None)
     is_lost = severity != "ERROR" if hasattr(cause, "sqlstate") else error.connection_invalidated
-    return "the connection was lost before its answer came" if is_lost and ENDED_WHILE_IDLE not in states else None
+    if is_lost and ENDED_WHILE_IDLE not in states:
+        return "the connection was lost before its answer came"
+    return None
 
 
-def _unknown(reason: str) -> CommitOutcomeUnknownError:
+def _outcome_unknown_error(reason: str) -> CommitOutcomeUnknownError:
     return CommitOutcomeUnknownError(
-        f"the commit was sent, and {reason}: look in the database whether it was carried out, before trying again"
+        f"the COMMIT was sent, but {reason}: look in the database whether it was carried out "
+        "before you run the transaction again"
     )

@@ -1,4 +1,4 @@
-"""What an error of a driver means: its SQLSTATE, whether its connection is lost, and whether to try again."""
+"""Interpret errors of drivers: SQLSTATE, lost connections, whether to try again."""
 
 from __future__ import annotations
 
@@ -12,43 +12,50 @@ from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
 from sessionwire.errors import CommitOutcomeUnknownError, TransactionTimeoutError
 
-from .options import TERMS, Terms
+from .options import CONNECTION_OPTIONS, ConnectionOptions
 
-CONNECTION_LOST = ("08", "57P01", "57P02", "57P03")  # SQLSTATEs, or their classes
+CONNECTION_LOST_SQLSTATES = ("08", "57P01", "57P02", "57P03")  # "08" is a class of them
 IN_FAILED_TRANSACTION = "25P02"
+INTERNAL_ERROR = "XX000"
 READ_ONLY_TRANSACTION = "25006"
 TOO_MANY_CONNECTIONS = "53300"
-# serialization failure, deadlock, no lock in time; the server starts, stops or is full
-RETRYABLE = ("40001", "40P01", "SQLITE_BUSY", "57P03", TOO_MANY_CONNECTIONS)
-# asyncpg's names for what a migration has changed: SQLAlchemy forgets the plans of the first, not those of the second
+# Serialization failure, deadlock, no lock in time; the server starts, stops or is full.
+RETRYABLE_CODES = ("40001", "40P01", "SQLITE_BUSY", "57P03", TOO_MANY_CONNECTIONS)
+# The errors of asyncpg after a migration. After the first SQLAlchemy prepares its plans
+# anew; after the second it would keep them, so the connection has to go.
 OUTDATED_PLAN, OUTDATED_TYPE = "InvalidCachedStatementError", "OutdatedSchemaCacheError"
 
 
 def sqlstate(error: BaseException | None) -> str:
-    """The driver's SQLSTATE, or SQLite's name for the error, or nothing; of SQLAlchemy's error, that of its cause."""
+    """Return the SQLSTATE (PostgreSQL) or error name (SQLite) of an error, or "".
+
+    For an error of SQLAlchemy it is that of the driver's error inside.
+    """
     raised = getattr(error, "orig", None) or error
     return getattr(raised, "sqlstate", None) or getattr(raised, "sqlite_errorname", None) or ""
 
 
 def is_retryable(error: BaseException | None) -> bool:
-    """Tell whether it is certain that nothing was committed, and another attempt may succeed.
+    """Tell whether it is certain that nothing was committed, and a retry may succeed.
 
-    True for a serialization failure, a deadlock, SQLite's busy, a connection that was lost before the COMMIT, a server
-    that could not be connected to, a plan or type that a migration has changed, and a write that met a standby. The
-    error may be wrapped by `raise … from`, or be in an `ExceptionGroup`. False if the outcome of a commit is unknown,
-    and after a deadline.
+    True for a serialization failure, a deadlock, SQLite's busy, a connection that was
+    lost before the COMMIT, a server that could not be reached, a plan or type that a
+    migration has changed, and a write that met a standby. The error may be wrapped by
+    `raise … from` or be in an `ExceptionGroup`. False if the outcome of a commit is
+    unknown, and after a deadline.
 
     Args:
-        error: an error that left a block of this library, or an error of the database.
+        error: An error that left a block of this library, or an error of the database.
     """
     errors = list(_with_causes(error, set()))
-    if any(isinstance(each, (CommitOutcomeUnknownError, TransactionTimeoutError)) for each in errors):
+    final = CommitOutcomeUnknownError, TransactionTimeoutError
+    if any(isinstance(each, final) for each in errors):
         return False
-    return any(_passes(each) for each in errors)
+    return any(_is_temporary(each) for each in errors)
 
 
 def _with_causes(error: BaseException | None, seen: set[int]) -> Iterator[Exception]:
-    """The error, what it was raised from, and the members of groups; nothing beyond a cancellation."""
+    """Yield the error, its causes and members of groups, up to a cancellation."""
     while isinstance(error, Exception) and id(error) not in seen:
         seen.add(id(error))
         yield error
@@ -58,39 +65,50 @@ def _with_causes(error: BaseException | None, seen: set[int]) -> Iterator[Except
         error = error.__cause__
 
 
-def _passes(error: Exception) -> bool:
-    if sqlstate(error).startswith(RETRYABLE):
+def _is_temporary(error: Exception) -> bool:
+    if sqlstate(error).startswith(RETRYABLE_CODES):
         return True
     if not isinstance(error, DBAPIError):
         return False
     is_outdated = type(error.orig and error.orig.__cause__).__name__ == OUTDATED_PLAN or (
-        # the server has no SQLSTATE of its own for a type that is gone, and does not translate internal errors
-        sqlstate(error) == "XX000" and "cache lookup failed for type" in str(error.orig)
+        # The server has no SQLSTATE for a type that is gone. It does not translate
+        # internal errors, so their text can be compared.
+        sqlstate(error) == INTERNAL_ERROR and "cache lookup failed for type" in str(error.orig)
     )
     return error.connection_invalidated or is_outdated
 
 
-def origin(error: BaseException | None, first: BaseException | None) -> BaseException | None:
-    """Of an error that says no more than that an earlier one has ended the transaction: that one."""
+def root_cause(error: BaseException | None, first: BaseException | None) -> BaseException | None:
+    """Return `first` if `error` only says that the transaction has failed already."""
     is_refusal = isinstance(error, DBAPIError) and sqlstate(error) == IN_FAILED_TRANSACTION
-    return first if (is_refusal or isinstance(error, PendingRollbackError)) and first is not None else error
+    only_refers = is_refusal or isinstance(error, PendingRollbackError)
+    return first if only_refers and first is not None else error
 
 
-def watch_disconnects(engine: Engine, *, read_only: bool = False) -> None:
-    """Let SQLAlchemy know at once of a connection that was lost or can't be had, which it would learn only later.
+def install_disconnect_listener(engine: Engine, *, read_only: bool = False) -> None:
+    """Tell SQLAlchemy about connections that are lost or useless.
 
-    A primary that has become a standby is lost for a transaction that was meant to write. All connections of a
-    `read_only` engine refuse to write. One that knows an outdated type would keep the closed statements of that type.
+    By itself it would notice at the next statement, or never.
+
+    A primary that has become a standby is lost for a transaction that may write. A
+    connection that knows an outdated type would keep its statements of that type.
+
+    Args:
+        engine: The engine to listen to.
+        read_only: Its connections always refuse writes, so a refusal does not mean a
+            standby.
     """
 
     @event.listens_for(engine, "handle_error")
-    def failed(context: ExceptionContext) -> None:
+    def check_connection(context: ExceptionContext) -> None:
         state = sqlstate(context.original_exception)
-        is_standby = state == READ_ONLY_TRANSACTION and not read_only and _may_write(context.connection)
+        may_write = not read_only and _may_write(context.connection)
+        is_standby = state == READ_ONLY_TRANSACTION and may_write
         cause = context.original_exception.__cause__
         is_outdated = type(cause).__name__ == OUTDATED_TYPE
         is_unreachable = isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError)
-        if is_standby or is_outdated or is_unreachable or state.startswith((*CONNECTION_LOST, TOO_MANY_CONNECTIONS)):
+        is_lost = state.startswith((*CONNECTION_LOST_SQLSTATES, TOO_MANY_CONNECTIONS))
+        if is_standby or is_outdated or is_unreachable or is_lost:
             context.is_disconnect = True
 
 
@@ -98,4 +116,5 @@ def _may_write(connection: Connection | None) -> bool:
     if connection is None:
         return False
     options = connection.get_execution_options()
-    return not (options.get("postgresql_readonly") or options.get(TERMS, Terms()).read_only)
+    ours: ConnectionOptions = options.get(CONNECTION_OPTIONS, ConnectionOptions())
+    return not (options.get("postgresql_readonly") or ours.read_only)

@@ -1,7 +1,9 @@
-"""Statements that failed in a transaction: no block may end as if nothing had happened, whoever caught the error.
+"""Track failed statements, so that no block commits silently after an error was caught.
 
-PostgreSQL aborts such a transaction, and answers its COMMIT with ROLLBACK, which SQLAlchemy and asyncpg take for
-success; SQLite goes on without the one statement. Here they mean the same: only a savepoint undoes a failure.
+PostgreSQL aborts the transaction of a failed statement and answers its COMMIT with
+ROLLBACK, which SQLAlchemy and asyncpg report as success; SQLite goes on without the one
+statement. This library treats both alike: only rolling back to a savepoint clears a
+failure.
 """
 
 from __future__ import annotations
@@ -13,57 +15,58 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 
 
-class _Failures:
-    """Of one connection's transaction."""
+class _FailureLog:
+    """The failures in the current transaction of one connection."""
 
     def __init__(self) -> None:
         self.errors: list[BaseException] = []
-        self.savepoints: list[int] = []  # how many errors there were before each
+        self.savepoints: list[int] = []  # the number of errors before each open savepoint
 
 
-def _failures_of(connection: Connection) -> _Failures:
-    # An attribute, not a mapping: a mapping would keep the connection alive through the tracebacks of its errors.
-    found: _Failures = vars(connection).setdefault("_sessionwire_failures", _Failures())
-    return found
+def _log_of(connection: Connection) -> _FailureLog:
+    # A mapping, even with weak keys, would keep the connection alive through the
+    # tracebacks of its errors. An attribute does not.
+    log: _FailureLog = vars(connection).setdefault("_sessionwire_failures", _FailureLog())
+    return log
 
 
-def failures(connection: Connection | None) -> list[BaseException]:
-    """What failed in the transaction of this connection, and was not undone."""
-    return [] if connection is None else _failures_of(connection).errors
+def failed_statements(connection: Connection | None) -> list[BaseException]:
+    """Return the failures in a connection's transaction, except those rolled back."""
+    return [] if connection is None else _log_of(connection).errors
 
 
-def note_failure(connection: Connection, error: BaseException, *, whole: bool = False) -> None:
-    """Count it as a failure of the innermost savepoint, or of the `whole` transaction."""
-    found = _failures_of(connection)
+def record_failure(connection: Connection, error: BaseException, *, whole: bool = False) -> None:
+    """Record a failure of the innermost savepoint, or of the `whole` transaction."""
+    log = _log_of(connection)
     if whole:
-        found.errors.insert(0, error)
-        found.savepoints = [before + 1 for before in found.savepoints]
+        log.errors.insert(0, error)
+        log.savepoints = [before + 1 for before in log.savepoints]
     else:
-        found.errors.append(error)
+        log.errors.append(error)
 
 
-def watch_failures(engine: Engine) -> None:
-    """Take note of them in all transactions of this engine."""
+def install_failure_listeners(engine: Engine) -> None:
+    """Record the failed statements in all transactions of an engine."""
 
     @event.listens_for(engine, "handle_error")
-    def failed(context: ExceptionContext) -> None:
+    def on_error(context: ExceptionContext) -> None:
         if context.connection is not None and isinstance(context.sqlalchemy_exception, DBAPIError):
-            _failures_of(context.connection).errors.append(context.sqlalchemy_exception)
+            record_failure(context.connection, context.sqlalchemy_exception)
 
     @event.listens_for(engine, "savepoint")
-    def begun(connection: Connection, _name: Any) -> None:
-        found = _failures_of(connection)
-        found.savepoints.append(len(found.errors))
+    def on_savepoint(connection: Connection, _name: Any) -> None:
+        log = _log_of(connection)
+        log.savepoints.append(len(log.errors))
 
     @event.listens_for(engine, "release_savepoint")
-    def released(connection: Connection, _name: Any, _context: Any) -> None:
-        _failures_of(connection).savepoints.pop()
+    def on_release(connection: Connection, _name: Any, _context: Any) -> None:
+        _log_of(connection).savepoints.pop()
 
     @event.listens_for(engine, "rollback_savepoint")
-    def undone(connection: Connection, _name: Any, _context: Any) -> None:
-        found = _failures_of(connection)
-        del found.errors[found.savepoints.pop() :]
+    def on_rollback_to(connection: Connection, _name: Any, _context: Any) -> None:
+        log = _log_of(connection)
+        del log.errors[log.savepoints.pop() :]
 
     @event.listens_for(engine, "rollback")
-    def ended(connection: Connection) -> None:
+    def on_rollback(connection: Connection) -> None:
         vars(connection).pop("_sessionwire_failures", None)

@@ -1,26 +1,32 @@
-"""Terms: what a session asks of the connection that it gets."""
+"""`ConnectionOptions`: what the connection of a session must have."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-TERMS = "sessionwire_terms"  # the execution option that tells a connection its terms
+# The execution option that holds them.
+CONNECTION_OPTIONS = "sessionwire_connection_options"
 
 
 @dataclass(frozen=True)
-class Terms:
-    """On what terms a session has its connection. Equal terms share a variant of the engine."""
+class ConnectionOptions:
+    """The options that a session's connection must have. Equal ones share an engine."""
 
     autocommit: bool = False
-    hooked: bool = False  # in autocommit: each statement in a transaction of its own, with the hooks of on_begin
-    writes: bool = False  # known from the start, as in `transaction()`
+    # In autocommit with `on_begin` hooks: each statement has its own transaction.
+    transaction_per_statement: bool = False
+    # It is known from the start that the block may write, as in `transaction()`.
+    write_intent: bool = False
     read_only: bool = False
     isolation: str | None = None
     execution_options: tuple[tuple[str, Any], ...] = ()
 
-    def copy_options(self) -> dict[str, Any]:
-        """Copy the execution options for a connection: SQLAlchemy adds to a `schema_translate_map`."""
+    def copy_execution_options(self) -> dict[str, Any]:
+        """Copy the execution options for a connection.
+
+        The copy has a `schema_translate_map` of its own, because SQLAlchemy adds to it.
+        """
         options = dict(self.execution_options)
         if schemas := options.get("schema_translate_map"):
             options["schema_translate_map"] = dict(schemas)

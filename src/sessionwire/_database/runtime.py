@@ -14,7 +14,8 @@ from sqlalchemy import Connection, Engine, make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sessionwire._config.url import whereabouts
-from sessionwire._shield import to_the_end
+from sessionwire._shield import run_shielded
+from sessionwire.embedded import run_in_thread
 from sessionwire.errors import (
     AlreadyInitializedError,
     ConnectionFailedError,
@@ -24,11 +25,10 @@ from sessionwire.errors import (
 from sessionwire.settings import DatabaseSettings
 
 from .begin_hooks import WITHOUT_HOOKS, BeginHooks
-from .engines import Engines
+from .engines import DatabaseEngines
 
-EMBEDDED_SERVER_TIMEOUT = 120.0  # seconds for an embedded server to start or stop
 NOT_INITIALIZED_HINT = (
-    "call init(url) or await open() first, or start the container with Lifespan; after close() open it anew"
+    "call init(url) or await open() first, or start the container with Lifespan; after close() open it again"
 )
 
 
@@ -56,8 +56,10 @@ class Database:
         self.begin_hooks = BeginHooks()
         self.is_open = False  # the database has answered
         self._constructor_settings = self._settings = settings
-        self._engines: Engines | None = None
-        self._make_engines: Callable[[DatabaseSettings], Engines] = partial(Engines, begin_hooks=self.begin_hooks)
+        self._engines: DatabaseEngines | None = None
+        self._make_engines: Callable[[DatabaseSettings], DatabaseEngines] = partial(
+            DatabaseEngines, begin_hooks=self.begin_hooks
+        )
         self._is_closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open_units: set[Unit] = set()
@@ -81,7 +83,7 @@ class Database:
         return self._engines is not None
 
     @property
-    def engines(self) -> Engines:
+    def engines(self) -> DatabaseEngines:
         """Raises `NotInitializedError`."""
         if self._engines is None:
             raise NotInitializedError(NOT_INITIALIZED_HINT)
@@ -97,7 +99,7 @@ class Database:
     @property
     def engine_for_reference(self) -> AsyncEngine:
         """The engine, even before the database is initialized: for code that asks for the dialect."""
-        return (self._engines or Engines(self.settings)).primary
+        return (self._engines or DatabaseEngines(self.settings)).primary
 
     @property
     def is_sqlite(self) -> bool:
@@ -115,7 +117,7 @@ class Database:
     @property
     def cleanup_tasks(self) -> frozenset[asyncio.Future[Any]]:
         """The background tasks that close aborted connections."""
-        return frozenset() if self._engines is None else frozenset(self._engines.endings)
+        return frozenset() if self._engines is None else frozenset(self._engines.cleanup_tasks)
 
     # Opening and closing
 
@@ -168,15 +170,15 @@ class Database:
             try:
                 await self._drain(self._open_units.difference(enclosing))
             finally:
-                engines.is_retired = True
+                engines.is_closed = True
                 for unit in self._open_units:
                     unit.abort()
                 await self._dispose(engines, reset=True)
 
-    async def _check_connection(self, engines: Engines) -> None:
+    async def _check_connection(self, engines: DatabaseEngines) -> None:
         timeout = self.settings.connect_timeout
         if engines.server:
-            await to_the_end(asyncio.to_thread(engines.server.start), EMBEDDED_SERVER_TIMEOUT)
+            await run_in_thread(engines.server.start)
         engine = engines.primary.execution_options(**{WITHOUT_HOOKS: True})
         try:
             async with asyncio.timeout(timeout), engine.connect() as connection:
@@ -198,15 +200,15 @@ class Database:
                     self._unit_released = asyncio.Event()
                     await self._unit_released.wait()
 
-    async def _dispose(self, engines: Engines, *, reset: bool) -> None:
+    async def _dispose(self, engines: DatabaseEngines, *, reset: bool) -> None:
         """Close all connections, even those in use. Connections that do not close in time are abandoned."""
         timeout = self.settings.rollback_timeout
         try:
             if self._open_units:
                 with suppress(TimeoutError):
-                    await to_the_end(engines.terminate(), timeout)
+                    await run_shielded(engines.abort_all(), timeout)
             with suppress(TimeoutError):
-                await to_the_end(engines.dispose(), timeout)
+                await run_shielded(engines.dispose(), timeout)
         finally:
             if reset:
                 self._engines = None
@@ -215,11 +217,11 @@ class Database:
             if not self._open_units:
                 self._loop = None  # nothing is left that is bound to it
             if engines.server:
-                await to_the_end(asyncio.to_thread(engines.server.stop), EMBEDDED_SERVER_TIMEOUT)
+                await run_in_thread(engines.server.stop)
 
     # Units
 
-    def admit(self, *, is_enclosed: bool) -> Engines:
+    def admit(self, *, is_enclosed: bool) -> DatabaseEngines:
         """Return the engines for one more unit in this event loop.
 
         Args:
@@ -249,7 +251,7 @@ class Database:
 
     def abort_connection(self, connection: Connection) -> None:
         """Close it in the background, and cancel the statement that a task left running on it."""
-        self.engines.end(connection.connection.dbapi_connection)
+        self.engines.abort(connection.connection.dbapi_connection)
 
     # Ownership
 
@@ -304,7 +306,7 @@ class Database:
 
     def uses_engine(self, engine: Engine) -> bool:
         """Tell whether `engine` belongs to this database; for listeners to SQLAlchemy's events."""
-        return self._engines is not None and self._engines.owns(engine)
+        return self._engines is not None and self._engines.includes(engine)
 
     @contextmanager
     def override_settings(self, settings: DatabaseSettings) -> Generator[None]:
@@ -317,13 +319,13 @@ class Database:
             self._constructor_settings, self._settings = own
 
     @contextmanager
-    def substitute_engines(self, factory: Callable[[Engines], Engines]) -> Generator[None]:
+    def substitute_engines(self, factory: Callable[[DatabaseEngines], DatabaseEngines]) -> Generator[None]:
         """Use `factory(engines)` instead of its engines, also after a `close()` and an `init()`."""
         real, make_real, settings = self.engines, self._make_engines, self._settings
 
-        def recreate(settings: DatabaseSettings) -> Engines:
+        def recreate(settings: DatabaseSettings) -> DatabaseEngines:
             nonlocal real
-            if real.is_retired:
+            if real.is_closed:
                 real = make_real(settings)
             return factory(real)
 
@@ -332,7 +334,7 @@ class Database:
             yield
         finally:
             self._make_engines = make_real
-            if not real.is_retired:
+            if not real.is_closed:
                 self._engines, self._settings, self.is_open = real, settings, True
 
 

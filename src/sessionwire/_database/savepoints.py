@@ -1,6 +1,8 @@
-"""A statement that is cancelled inside a savepoint: it is stopped in the server, and its connection is kept.
+"""Cancel a statement inside a savepoint without losing the connection.
 
-SQLAlchemy gives up the connection of each statement that is cancelled, and so the whole transaction.
+SQLAlchemy closes the connection of every cancelled statement, and with it the whole
+transaction. Here the statement is stopped in the server, and only the savepoint is
+lost.
 """
 
 from __future__ import annotations
@@ -14,58 +16,64 @@ from sqlalchemy.util import await_only
 
 from sessionwire.errors import UnexpectedRollbackError
 
-from . import sqlite
 from .driver_errors import IN_FAILED_TRANSACTION, sqlstate
-from .failed_statements import note_failure
+from .failed_statements import record_failure
+from .sqlite_connections import interrupt_for
 
-PATIENCE = 0.3  # seconds for the statement to be stopped
-OF_SAVEPOINTS = ("SAVEPOINT ", "ROLLBACK TO ", "RELEASE ")
-WRITING_VERBS = ("INSERT", "UPDATE", "DELETE", "REPLACE")  # of SQLite
+STOP_TIMEOUT = 0.3  # seconds for a cancelled statement to be stopped
+SAVEPOINT_STATEMENTS = ("SAVEPOINT ", "ROLLBACK TO ", "RELEASE ")
+SQLITE_DML_VERBS = ("INSERT", "UPDATE", "DELETE", "REPLACE")
 
 
-def keep_connections(engine: Engine) -> None:
-    """Let a cancellation or a deadline cost no more than the savepoint in which it strikes a statement."""
+def install_cancellation_listener(engine: Engine) -> None:
+    """Let a cancellation or a deadline cost only the savepoint in which it strikes."""
     stop = {"asyncpg": _stop_on_postgresql, "aiosqlite": _stop_on_sqlite}.get(engine.dialect.driver)
     if stop is None:
         return
 
     @event.listens_for(engine, "handle_error")
-    def failed(context: ExceptionContext) -> None:
+    def on_error(context: ExceptionContext) -> None:
         connection = context.connection
         if not isinstance(context.original_exception, asyncio.CancelledError) or connection is None:
             return
-        if (context.statement or "").startswith(OF_SAVEPOINTS):
-            note_failure(connection, _lost("while a savepoint was set, released or rolled back"), whole=True)
+        if (context.statement or "").startswith(SAVEPOINT_STATEMENTS):
+            how = "while a savepoint was set, released or rolled back"
+            record_failure(connection, _lost_transaction_error(how), whole=True)
         elif connection.in_nested_transaction():
             is_stopped = False
             try:
                 is_stopped = await_only(stop(connection.connection.driver_connection, context))
-            finally:  # another cancellation gives the connection up
+            finally:  # After a second cancellation the connection is closed.
                 if is_stopped:
                     context.is_disconnect = False
-                    note_failure(connection, _caught())
+                    record_failure(connection, _lost_savepoint_error())
                 else:
-                    note_failure(connection, _lost(f"and could not be stopped within {PATIENCE:g} s"), whole=True)
+                    how = f"and could not be stopped within {STOP_TIMEOUT:g} s"
+                    record_failure(connection, _lost_transaction_error(how), whole=True)
 
 
-def _caught() -> UnexpectedRollbackError:
+def _lost_savepoint_error() -> UnexpectedRollbackError:
     return UnexpectedRollbackError(
-        "all that was done in this savepoint was rolled back, because a statement in it was cancelled while it ran: "
+        "this savepoint was rolled back, because a statement in it was cancelled while it ran: "
         "let the cancellation leave the block of the savepoint, and catch it outside"
     )
 
 
-def _lost(how: str) -> UnexpectedRollbackError:
+def _lost_transaction_error(how: str) -> UnexpectedRollbackError:
     return UnexpectedRollbackError(
-        f"the whole transaction was rolled back, because a statement was cancelled {how}, and its connection was "
-        "closed: run the whole transaction again"
+        "the whole transaction was rolled back, because a statement was cancelled "
+        f"{how}, and its connection was closed: run the whole transaction again"
     )
 
 
 async def _stop_on_postgresql(driver: Any, _context: ExceptionContext) -> bool:
-    """Wait until the server has stopped it, which asyncpg has asked for. Tell whether its transaction is there yet."""
+    """Wait until the server has cancelled the statement, as asyncpg has asked it to.
+
+    Return whether the transaction still exists.
+    """
     try:
-        await driver.execute("SELECT 1", timeout=PATIENCE)  # is sent after that
+        # asyncpg sends this only after the cancellation is over.
+        await driver.execute("SELECT 1", timeout=STOP_TIMEOUT)
     except Exception as error:
         if sqlstate(error) != IN_FAILED_TRANSACTION:
             return False
@@ -73,25 +81,30 @@ async def _stop_on_postgresql(driver: Any, _context: ExceptionContext) -> bool:
 
 
 async def _stop_on_sqlite(driver: Any, context: ExceptionContext) -> bool:
-    """Wait for it, and interrupt it if it reads: an interrupted write undoes the whole transaction.
+    """Wait for the statement, and interrupt it if it reads.
 
-    Its cursor is closed: an unfinished statement that writes would keep the transaction from its end.
+    Interrupting a write would roll back the whole transaction. The cursor is closed,
+    because an unfinished statement that writes keeps the transaction from ending.
+
+    Return whether the transaction still exists.
     """
-    is_write = (context.statement or "").lstrip().upper().startswith(WRITING_VERBS)
-    cursor: Any = getattr(getattr(context.execution_context, "cursor", None), "_cursor", None) or _cursor_of(
-        context.original_exception
+    is_write = (context.statement or "").lstrip().upper().startswith(SQLITE_DML_VERBS)
+    cursor: Any = getattr(getattr(context.execution_context, "cursor", None), "_cursor", None) or (
+        _cursor_of(context.original_exception)
     )
+    # For a write, the interrupt would come only after the timeout.
+    interrupt_after = STOP_TIMEOUT * (2 if is_write else 0.5)
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(STOP_TIMEOUT):
             finish = cursor.close() if cursor else driver.execute("SELECT 1")
-            await sqlite.stop(driver, finish, patience=PATIENCE * (2 if is_write else 0.5))
+            await interrupt_for(driver, finish, interrupt_after=interrupt_after)
         return bool(driver.in_transaction)
     except Exception:
         return False
 
 
 def _cursor_of(error: BaseException) -> Any:
-    """Find the driver's cursor where only a local variable of SQLAlchemy 2.0 has it."""
+    """Find the driver's cursor; SQLAlchemy 2.0 has it in a local variable only."""
     traceback = error.__traceback__
     while traceback is not None:
         if "_cursor" in traceback.tb_frame.f_locals:

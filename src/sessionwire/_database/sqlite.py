@@ -1,123 +1,67 @@
-"""What SQLite needs to behave as the others do, and its driver, which runs it in a thread, to be stopped."""
+"""SQLite: connection setup, BEGIN, and the switch for foreign keys."""
 
 from __future__ import annotations
 
-import asyncio
 import re
-import sqlite3
-import threading
-import weakref
-from collections.abc import Awaitable
-from contextlib import suppress
 from pathlib import Path
-from threading import Thread
 from time import monotonic
 from typing import Any, cast
 
-from sqlalchemy import AsyncAdaptedQueuePool, Connection, Engine, event
+from sqlalchemy import URL, Connection, Engine, event
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
-from sqlalchemy.pool.base import _ConnectionRecord  # pyright: ignore[reportPrivateUsage]
 
 from sessionwire.errors import IncompatibleTransactionError
 
 from .driver_errors import sqlstate
-from .options import TERMS, Terms
+from .options import CONNECTION_OPTIONS, ConnectionOptions
+from .sqlite_connections import BUSY_TIMEOUT, ConnectionOpening
 
-BUSY_TIMEOUT = 5.0  # seconds that a statement waits for a lock, in the driver's thread, where it can't be cancelled
-STOP_TIMEOUT = 1.0  # seconds for the driver's thread to end
-PATIENT = f"PRAGMA busy_timeout={BUSY_TIMEOUT * 1000:.0f};"
-
-
-FOREIGN_KEYS = re.compile(r"\s*PRAGMA\s+(?:\w+\s*\.\s*)?foreign_keys\s*[=(]\s*['\"]?(\w+)", re.IGNORECASE)
-OFF = ("off", "0", "false", "no")
+SET_BUSY_TIMEOUT = f"PRAGMA busy_timeout={BUSY_TIMEOUT * 1000:.0f};"
+FOREIGN_KEYS = re.compile(
+    r"\s*PRAGMA\s+(?:\w+\s*\.\s*)?foreign_keys\s*[=(]\s*['\"]?(\w+)", re.IGNORECASE
+)
 READS = re.compile(r"\s*(SELECT|PRAGMA|EXPLAIN|VALUES)\b", re.IGNORECASE)
-SENT, LEFT_OFF = "sessionwire_sent", "sessionwire_foreign_keys_off"  # in the info of a connection
+# In the info of a connection: "reads" or "writes", by what the transaction has sent.
+STATEMENTS_SENT = "sessionwire_statements_sent"
+# In the info of a connection: foreign keys must be switched on again for the next user.
+FOREIGN_KEYS_OFF = "sessionwire_foreign_keys_off"
 
 
-class FileConnection(sqlite3.Connection):
-    """A connection whose `close()` closes its files, whoever still has its cursors.
+def is_in_memory(url: URL) -> bool:
+    """Tell whether a URL of SQLite names a database in memory."""
+    return url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
 
-    SQLite closes no file that an unfinished cursor may read, and the traceback of a cancelled task keeps such cursors.
+
+def foreign_keys_switch(sql: str) -> bool | None:
+    """Return the value to which `sql` sets foreign keys, or None if it does not."""
+    match = FOREIGN_KEYS.match(sql)
+    return None if match is None else match[1].lower() not in ("off", "0", "false", "no")
+
+
+def configure_engine(engine: Engine, *, read_only: bool, lock_timeout: float) -> None:
+    """Set up an engine's connections.
+
+    Args:
+        engine: The engine to set up.
+        read_only: Its connections refuse writes.
+        lock_timeout: Seconds that a transaction which writes waits for the write lock.
     """
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
-
-    def cursor(self, *arguments: Any, **options: Any) -> Any:
-        cursor = super().cursor(*arguments, **options)
-        self._cursors.add(cursor)
-        return cursor
-
-    def close(self) -> None:
-        for cursor in list(self._cursors):
-            with suppress(sqlite3.Error):
-                cursor.close()
-        super().close()
-
-
-class Opening:
-    """Makes a connection in the driver's thread, and closes it where its caller has gone meanwhile."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._connection: FileConnection | None = None
-        self._is_abandoned = False
-
-    def __call__(self, *arguments: Any, factory: object, **options: Any) -> FileConnection:
-        connection = FileConnection(*arguments, **options)
-        with self._lock:
-            self._connection = connection
-            if self._is_abandoned:
-                connection.close()
-        return connection
-
-    def abandon(self) -> None:
-        with self._lock:
-            self._is_abandoned = True
-            if self._connection is not None:
-                self._connection.close()
-
-
-class FilePool(AsyncAdaptedQueuePool):
-    """A pool that closes the connections which it cannot finish making, as when it is cancelled meanwhile."""
-
-    def _create_connection(self) -> _ConnectionRecord:
-        record = _ConnectionRecord(self, connect=False)
-        try:
-            record.get_connection()
-        except BaseException as error:
-            record.invalidate(error)
-            raise
-        return record
-
-
-ARGUMENTS = {
-    "isolation_level": None,  # the driver would begin late, and not know savepoints
-    "timeout": BUSY_TIMEOUT,
-    "check_same_thread": False,
-}
-
-
-def prepare(engine: Engine, *, read_only: bool, patience: float) -> None:
-    """What is asked of each connection. One that writes waits so many seconds for the lock."""
-
     query_only = f"PRAGMA query_only={'ON' if read_only else 'OFF'};"
 
     @event.listens_for(engine, "connect")
-    def connected(connection: Any, _record: Any) -> None:
+    def on_connect(connection: Any, _record: Any) -> None:
         try:
             _run(connection, f"PRAGMA foreign_keys=ON; PRAGMA journal_mode=WAL; {query_only}")
         except Exception as error:
             if not sqlstate(error).startswith("SQLITE_READONLY"):
                 raise
-            _run(connection, query_only)  # a file that can't be written stays as it is
+            _run(connection, query_only)  # A file that can't be written stays as it is.
 
     @event.listens_for(engine, "checkout")
-    def check_foreign_keys(connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
-        if record.info.pop(LEFT_OFF, False):
+    def restore_foreign_keys(connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
+        if record.info.pop(FOREIGN_KEYS_OFF, False):
             cursor = connection.cursor()
             cursor.execute("PRAGMA foreign_keys=ON")
             cursor.close()
@@ -125,116 +69,80 @@ def prepare(engine: Engine, *, read_only: bool, patience: float) -> None:
     if not read_only:
 
         @event.listens_for(engine, "begin")
-        def begin(connection: Connection) -> None:
-            _begin(connection, patience)
+        def on_begin(connection: Connection) -> None:
+            _begin(connection, lock_timeout)
 
     @event.listens_for(engine, "before_cursor_execute")
-    def executes(connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
-        if switch := FOREIGN_KEYS.match(statement):
-            off = switch[1].lower() in OFF
+    def on_statement(connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
+        switch = foreign_keys_switch(statement)
+        if switch is not None:
             if _driver(connection).in_transaction:
-                _switch_foreign_keys(connection, patience, off=off)
-            if off:
-                connection.info[LEFT_OFF] = True
+                _switch_foreign_keys(connection, lock_timeout, on=switch)
+            if not switch:
+                connection.info[FOREIGN_KEYS_OFF] = True
         elif not READS.match(statement):
-            connection.info[SENT] = "writes"
+            connection.info[STATEMENTS_SENT] = "writes"
         else:
-            connection.info.setdefault(SENT, "reads")
+            connection.info.setdefault(STATEMENTS_SENT, "reads")
 
-    dialect: Any = engine.dialect
+    _adapt_dialect(engine.dialect)
 
-    def set_isolation_level(connection: Any, level: Any) -> None:
-        if level != "AUTOCOMMIT":  # of which _begin() knows; the driver's own setting stays as it is
-            SQLiteDialect.set_isolation_level(dialect, connection, level)
 
-    dialect.set_isolation_level = set_isolation_level
+def _adapt_dialect(dialect: Any) -> None:
     connect, commit = dialect.connect, dialect.do_commit
 
-    def connect_or_abandon(*arguments: Any, **options: Any) -> Any:
-        opening = Opening()
+    def set_isolation_level(connection: Any, level: Any) -> None:
+        # _begin() takes care of AUTOCOMMIT; the driver's own setting stays as it is.
+        if level != "AUTOCOMMIT":
+            SQLiteDialect.set_isolation_level(dialect, connection, level)
+
+    def connect_or_abort(*arguments: Any, **options: Any) -> Any:
+        opening = ConnectionOpening()
         try:
             return connect(*arguments, **options, factory=opening)
         except BaseException:
-            opening.abandon()
+            opening.abort()
             raise
 
-    def commit_or_undo(connection: Any) -> None:
+    def commit_or_rollback(connection: Any) -> None:
         try:
             commit(connection)
         except Exception:
-            connection.rollback()  # as PostgreSQL does: what is left open, the next one would commit
+            # PostgreSQL rolls back too. A transaction left open here would be committed
+            # by the next user of the connection.
+            connection.rollback()
             raise
 
-    dialect.connect = connect_or_abandon
-    dialect.do_commit = commit_or_undo
+    dialect.set_isolation_level = set_isolation_level
+    dialect.connect = connect_or_abort
+    dialect.do_commit = commit_or_rollback
 
 
-async def stop(driver: Any, *steps: Awaitable[object], patience: float = 0.02) -> None:
-    """Stop what runs in the driver's thread for these steps, which have waited there behind it for so many seconds."""
-    done = asyncio.gather(*steps, return_exceptions=True)
-    while not (await asyncio.wait((done,), timeout=patience))[0]:
-        with suppress(ValueError, sqlite3.ProgrammingError):  # closed
-            driver._conn.interrupt()  # only now: where a cursor is unfinished, it would strike the first step instead
+def _begin(connection: Connection, lock_timeout: float) -> None:
+    """Begin now; the driver would wait for the first write.
 
-
-_inherited: list[Any] = []  # of the parent process
-
-
-def drop(driver: Any, *, is_forked: bool, is_idle: bool) -> None:
-    """Close it without awaiting, once its loop is closed, or in a forked process, which has none of its threads.
-
-    There an idle one is closed by hand: while SQLite knows of it, it would take the parent's locks for its own.
-    """
-    if not is_forked:
-        _stop_thread(driver)
-        if driver._thread.is_alive():
-            return  # it closes it when it comes to that
-    if is_idle or not is_forked:
-        with suppress(ValueError, sqlite3.Error):
-            if not is_forked:
-                driver._conn.rollback()  # an unfinished cursor would keep its lock
-            driver._conn.close()
-        driver._connection = None  # it would warn that it is not closed
-    else:
-        _inherited.append(driver)  # in the middle of something, which finalizers would end
-
-
-def _stop_thread(driver: Any) -> None:
-    """Stop what runs in it. It fails to tell the closed loop, and would say so on the standard error output."""
-    driver._thread._invoke_excepthook = _ignore
-    stopping = Thread(target=driver.stop)  # in a thread without a loop, to which its answer would come too late
-    stopping.start()
-    stopping.join()
-    deadline = monotonic() + STOP_TIMEOUT
-    while driver._thread.is_alive() and monotonic() < deadline:
-        with suppress(ValueError, sqlite3.ProgrammingError):  # closed
-            driver._conn.interrupt()
-        driver._thread.join(0.01)
-
-
-def _ignore(_: object) -> None: ...
-
-
-def _begin(connection: Connection, timeout: float) -> None:
-    """Begin for real, which the driver leaves until the first write. One that writes takes the write lock now, since a
-    transaction that has read cannot wait for it (SQLITE_BUSY_SNAPSHOT); it waits in short turns, to be cancellable.
+    A writing transaction takes the write lock at once, because one that has already
+    read cannot wait for it (SQLITE_BUSY_SNAPSHOT). It waits in short intervals, so that
+    it can be cancelled.
     """
     options = connection.get_execution_options()
-    terms: Terms = options.get(TERMS) or Terms(autocommit=options.get("isolation_level") == "AUTOCOMMIT")
-    connection.info.pop(SENT, None)
-    script = f"{PATIENT} PRAGMA query_only={'ON' if terms.read_only else 'OFF'};"
-    if terms.writes:
-        script += f"PRAGMA busy_timeout=20; BEGIN IMMEDIATE; {PATIENT}"
-    elif not terms.autocommit:
+    ours: ConnectionOptions = options.get(CONNECTION_OPTIONS) or ConnectionOptions(
+        autocommit=options.get("isolation_level") == "AUTOCOMMIT"
+    )
+    connection.info.pop(STATEMENTS_SENT, None)
+    script = f"{SET_BUSY_TIMEOUT} PRAGMA query_only={'ON' if ours.read_only else 'OFF'};"
+    if ours.write_intent:
+        script += f"PRAGMA busy_timeout=20; BEGIN IMMEDIATE; {SET_BUSY_TIMEOUT}"
+    elif not ours.autocommit:
         script += "BEGIN;"
-    deadline = monotonic() + timeout
+    deadline = monotonic() + lock_timeout
     while True:
         try:
             _run(connection.connection.dbapi_connection, script)
             return
         except Exception as error:
-            busy = sqlstate(error).startswith("SQLITE_BUSY")
-            if not busy or not terms.writes or monotonic() > deadline:
+            is_busy = sqlstate(error).startswith("SQLITE_BUSY")
+            if not is_busy or not ours.write_intent or monotonic() > deadline:
                 raise OperationalError("BEGIN", None, error) from error
 
 
@@ -242,46 +150,48 @@ def _driver(connection: Connection) -> Any:
     return cast(Any, connection.connection.dbapi_connection).driver_connection
 
 
-def _switch_foreign_keys(connection: Connection, timeout: float, *, off: bool) -> None:
-    """Begin the transaction anew with foreign keys on or off: inside of one SQLite ignores the PRAGMA.
+def _switch_foreign_keys(connection: Connection, lock_timeout: float, *, on: bool) -> None:
+    """Begin anew with foreign keys on or off; inside a transaction SQLite ignores that.
 
-    Where the transaction has written, `off` is refused, and "on" holds from its end on.
+    If the transaction has written, "off" is refused, and "on" takes effect at its end.
     """
-    sent = connection.info.get(SENT)
+    sent = connection.info.get(STATEMENTS_SENT)
     if sent == "writes":
-        if off:
+        if not on:
             raise IncompatibleTransactionError(
-                "SQLite switches foreign keys off only outside of a transaction, and this one has written already: "
-                "execute PRAGMA foreign_keys=OFF before the first write, on this connection"
+                "SQLite can switch foreign keys off only outside a transaction, and this one "
+                "has written already: execute PRAGMA foreign_keys=OFF before the first write, "
+                "on this connection"
             )
         return
     adapted: Any = connection.connection.dbapi_connection
 
-    async def version(driver: Any) -> list[Any]:
-        return list(await driver.execute_fetchall("PRAGMA data_version"))  # changes with the commits of others
+    async def data_version(driver: Any) -> list[Any]:
+        # It changes when another connection commits.
+        return list(await driver.execute_fetchall("PRAGMA data_version"))
 
     async def switch(driver: Any) -> None:
         await driver.rollback()
-        await driver.execute_fetchall(f"PRAGMA foreign_keys={'OFF' if off else 'ON'}")
+        await driver.execute_fetchall(f"PRAGMA foreign_keys={'ON' if on else 'OFF'}")
 
     try:
-        before = adapted.run_async(version)
+        before = adapted.run_async(data_version)
         adapted.run_async(switch)
-        _begin(connection, timeout)
-        if sent == "reads" and adapted.run_async(version) != before:
+        _begin(connection, lock_timeout)
+        if sent == "reads" and adapted.run_async(data_version) != before:
             raise IncompatibleTransactionError(
-                "another transaction committed while foreign keys were switched, so what this one has read is out of "
-                "date: execute the PRAGMA before the first query"
+                "another transaction committed while foreign keys were switched, so what this "
+                "one has read is out of date: execute the PRAGMA before the first query"
             )
     except BaseException:
-        connection.invalidate()  # nothing may go on outside of a transaction
+        connection.invalidate()  # Nothing may go on outside a transaction.
         raise
 
 
 def _run(connection: Any, script: str) -> None:
-    """Run a script. Cancelled or not, it leaves no cursor unfinished, as statements do.
+    """Run a script; unlike a statement, it leaves no unfinished cursor if cancelled.
 
-    That of `PRAGMA journal_mode` can't be ended any more once the file is gone.
+    An unfinished cursor of `PRAGMA journal_mode` cannot be ended once the file is gone.
     """
 
     def execute(driver: Any) -> Any:
@@ -290,6 +200,7 @@ def _run(connection: Any, script: str) -> None:
     connection.run_async(execute)
 
 
-def remove(file: Path) -> None:
+def delete_database_files(file: Path) -> None:
+    """Delete a database file and the files that SQLite keeps beside it."""
     for suffix in ("", "-wal", "-shm"):
         Path(f"{file}{suffix}").unlink(missing_ok=True)

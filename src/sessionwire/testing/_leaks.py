@@ -9,8 +9,8 @@ from sqlalchemy import Pool, PoolProxiedConnection, event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from sessionwire._database.engines import Engines
-from sessionwire._database.options import Terms
+from sessionwire._database.engines import DatabaseEngines
+from sessionwire._database.options import ConnectionOptions
 from sessionwire._database.runtime import database_of
 from sessionwire._shield import shielding_tasks
 from sessionwire.manager import DatabaseSessionManager
@@ -83,16 +83,16 @@ class Watch:
         self._held.pop(record, None)
 
 
-class WatchedEngines(Engines):
+class WatchedEngines(DatabaseEngines):
     """A manager's own engines, whose scopes and connections tell where they were opened."""
 
-    def __init__(self, watch: Watch, real: Engines) -> None:
+    def __init__(self, watch: Watch, real: DatabaseEngines) -> None:
         self.__dict__ = real.__dict__
         for pool in real.pools:
             watch.over(pool)
 
-    def on(self, terms: Terms) -> AsyncEngine:
-        return super().on(terms).execution_options(**{PARTY: Party()})
+    def engine_for(self, options: ConnectionOptions) -> AsyncEngine:
+        return super().engine_for(options).execution_options(**{PARTY: Party()})
 
 
 def _is_anothers(task: Task) -> bool:

@@ -16,11 +16,12 @@ from sqlalchemy import Connection, Pool, PoolProxiedConnection, event
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from sessionwire._core.guarded_session import DML_VERBS
-from sessionwire._database import sqlite
 from sessionwire._database.begin_hooks import WITHOUT_HOOKS, BeginHooks
 from sessionwire._database.driver_errors import IN_FAILED_TRANSACTION, sqlstate
-from sessionwire._database.options import Terms
-from sessionwire._shield import to_the_end
+from sessionwire._database.options import ConnectionOptions
+from sessionwire._database.sqlite import foreign_keys_switch
+from sessionwire._database.sqlite_connections import interrupt_for
+from sessionwire._shield import run_shielded
 from sessionwire.errors import SandboxError
 
 from ._borrowers import Party
@@ -43,7 +44,7 @@ class VirtualConnection:
 
     def __init__(self, real: Any) -> None:
         self._real = real
-        self.terms = Terms()
+        self.terms = ConnectionOptions()
         self.party: Party  # both as of its last begin
         self.working: asyncio.Task[Any] | None = None  # the task whose operation is in the database
         self.is_ended = False  # given up: what it began is being undone
@@ -121,7 +122,7 @@ class SharedConnection:
                     if each is task or _awaits(each, task):  # to whom the error goes
                         each.add_done_callback(partial(_listen, block, error))
             raise error
-        # not with asyncio.timeout(): it may end in another task than it began in, by to_the_end()
+        # not with asyncio.timeout(): it may end in another task than it began in, by run_shielded()
         await asyncio.wait((self._changed,), timeout=min(POLL, self._patience) if holder.is_idle else None)
 
     def _notify(self) -> None:
@@ -160,7 +161,7 @@ class SharedConnection:
         virtual = _of(connection.connection)
         if ENDS_ALL.match(arguments[1]):
             raise SandboxError(f"{arguments[1]!r} would end the sandbox itself: use the methods that begin and end")
-        if self._is_sqlite and (switch := sqlite.FOREIGN_KEYS.match(arguments[1])) and switch[1].lower() in sqlite.OFF:
+        if self._is_sqlite and foreign_keys_switch(arguments[1]) is False:
             raise SandboxError(
                 "foreign keys can't be switched off in a sandbox, which is one transaction: test this on a database, "
                 "a copy of a DatabaseTemplate"
@@ -242,7 +243,8 @@ class SharedConnection:
 
     async def _stop_sqlite(self) -> None:
         driver = self._real.driver_connection
-        await sqlite.stop(driver, driver.execute("SELECT 1"), patience=1)  # it undoes all where it strikes a write
+        # it undoes all where it strikes a write
+        await interrupt_for(driver, driver.execute("SELECT 1"), interrupt_after=1)
         for cursor in gc.get_referrers(driver._conn):
             # isinstance() would ask a proxy what it stands for
             if issubclass(type(cursor), sqlite3.Cursor) and _has_begun(cursor):
@@ -373,7 +375,7 @@ class SharedConnection:
 
         virtual.working = asyncio.current_task()
         try:
-            return await_only(to_the_end(greenlet_spawn(send), TIMEOUT))
+            return await_only(run_shielded(greenlet_spawn(send), TIMEOUT))
         finally:
             self._rest(virtual)
 

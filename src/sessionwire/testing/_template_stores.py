@@ -21,9 +21,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from sessionwire._config.url import DatabaseURL
 from sessionwire._database.driver_errors import sqlstate
-from sessionwire._database.runtime import EMBEDDED_SERVER_TIMEOUT
-from sessionwire._shield import to_the_end
-from sessionwire.embedded import EmbeddedServer
+from sessionwire._shield import run_shielded
+from sessionwire.embedded import EmbeddedServer, run_in_thread
 from sessionwire.errors import ConfigurationError, ConnectionFailedError
 from sessionwire.manager import DatabaseSessionManager
 from sessionwire.settings import DatabaseSettings
@@ -102,8 +101,8 @@ class Server(Place):
             url = make_url(settings.url)
             if url.drivername == "embedded":
                 server = EmbeddedServer(url.database or "")
-                stack.push_async_callback(lambda: to_the_end(asyncio.to_thread(server.stop), EMBEDDED_SERVER_TIMEOUT))
-                await to_the_end(asyncio.to_thread(server.start), EMBEDDED_SERVER_TIMEOUT)
+                stack.push_async_callback(run_in_thread, server.stop)
+                await run_in_thread(server.start)
                 settings = settings.model_copy(update={"url": server.url})
             try:
                 manager = await stack.enter_async_context(DatabaseSessionManager(settings))
@@ -162,7 +161,7 @@ class Server(Place):
             return list(result.scalars()) if result.returns_rows else []
 
         async with self._turn:
-            return await to_the_end(execute(), TIMEOUT)
+            return await run_shielded(execute(), TIMEOUT)
 
     def _quoted(self, name: str) -> str:
         return self._connection.dialect.identifier_preparer.quote_identifier(name)
@@ -197,7 +196,7 @@ class Directory(Place):
 
     async def create(self, name: str, template: str | None = None) -> None:
         if template:  # else SQLite makes it
-            await to_the_end(asyncio.to_thread(shutil.copy, template, name), TIMEOUT)
+            await run_shielded(asyncio.to_thread(shutil.copy, template, name), TIMEOUT)
 
     async def rename(self, name: str, to: str) -> None:
         os.rename(name, to)

@@ -20,13 +20,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sessionwire._core.context import current_scope, enclosing_scopes
 from sessionwire._database.begin_hooks import WITHOUT_HOOKS
 from sessionwire._database.completion import close_or_invalidate, finish_rollback
-from sessionwire._database.driver_errors import watch_disconnects
-from sessionwire._database.engines import Engines
-from sessionwire._database.failed_statements import watch_failures
-from sessionwire._database.options import TERMS, Terms
+from sessionwire._database.driver_errors import install_disconnect_listener
+from sessionwire._database.engines import DatabaseEngines
+from sessionwire._database.failed_statements import install_failure_listeners
+from sessionwire._database.options import CONNECTION_OPTIONS, ConnectionOptions
 from sessionwire._database.runtime import Database, database_of
-from sessionwire._database.savepoints import keep_connections
-from sessionwire._shield import to_the_end
+from sessionwire._database.savepoints import install_cancellation_listener
+from sessionwire._shield import run_shielded
 from sessionwire.errors import SandboxError
 from sessionwire.manager import DatabaseSessionManager
 
@@ -64,9 +64,8 @@ async def _sandbox(manager: DatabaseSessionManager, check_deferred: bool, patien
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(_opened(manager))
         timeout = manager.settings.rollback_timeout
-        connection = await stack.enter_async_context(
-            manager.engine.execution_options(**{TERMS: Terms(writes=True), WITHOUT_HOOKS: True}).connect()
-        )
+        options = {CONNECTION_OPTIONS: ConnectionOptions(write_intent=True), WITHOUT_HOOKS: True}
+        connection = await stack.enter_async_context(manager.engine.execution_options(**options).connect())
         await connection.execute(text("SELECT 1"))  # which begins, where a begin() waits for the first statement
         raw: Any = await connection.get_raw_connection()
         shared = SharedConnection(
@@ -89,7 +88,7 @@ async def _sandbox(manager: DatabaseSessionManager, check_deferred: bool, patien
             try:
                 try:
                     tidied = _tidy(watch, shared, asyncio.current_task(), timeout, left)
-                    await to_the_end(tidied, GRACE + 3 * timeout)
+                    await run_shielded(tidied, GRACE + 3 * timeout)
                 except TimeoutError:
                     left.append("what was left open did not end in time")
                 finally:
@@ -131,10 +130,10 @@ async def _tidy(
     await shared.ended()
 
 
-class SandboxEngines(Engines):
+class SandboxEngines(DatabaseEngines):
     """What the manager has for its engines: one that makes connections of nothing but turns."""
 
-    def __init__(self, database: Database, real: Engines, shared: SharedConnection, watch: Watch) -> None:
+    def __init__(self, database: Database, real: DatabaseEngines, shared: SharedConnection, watch: Watch) -> None:
         self.server = None  # it is not ours to stop
         self.is_retired = False
         self._database = database
@@ -145,9 +144,9 @@ class SandboxEngines(Engines):
         for pool in real.pools:
             shared.guard(pool)
 
-    def on(self, terms: Terms) -> AsyncEngine:
-        options = {**terms.copy_options(), TERMS: terms, PARTY: self._party()}
-        return self.primary.execution_options(**options)
+    def engine_for(self, options: ConnectionOptions) -> AsyncEngine:
+        ours = {CONNECTION_OPTIONS: options, PARTY: self._party()}
+        return self.primary.execution_options(**{**options.copy_execution_options(), **ours})
 
     def _engine(self, real: Engine) -> Engine:
         shared = self._shared
@@ -174,16 +173,16 @@ class SandboxEngines(Engines):
         )
         event.listen(engine, "begin", self._begins)
         event.listen(engine, "checkout", shared.taken)
-        watch_disconnects(engine)
-        self._database.begin_hooks.watch(engine)
-        watch_failures(engine)
-        keep_connections(engine)
+        install_disconnect_listener(engine)
+        self._database.begin_hooks.install_listeners(engine)
+        install_failure_listeners(engine)
+        install_cancellation_listener(engine)
         return engine
 
     def _begins(self, connection: Connection) -> None:
         virtual: Any = connection.connection.dbapi_connection
         options = connection.get_execution_options()
-        virtual.terms = options.get(TERMS) or Terms(
+        virtual.terms = options.get(CONNECTION_OPTIONS) or ConnectionOptions(
             autocommit=options.get("isolation_level") == "AUTOCOMMIT",
             read_only=options.get("postgresql_readonly", False),
         )
@@ -196,17 +195,13 @@ class SandboxEngines(Engines):
     def pools(self) -> list[Pool]:
         return [self.primary.pool]
 
-    @property
-    def endings(self) -> set[asyncio.Future[Any]]:
-        return self._shared.endings
-
-    def end(self, dbapi_connection: Any) -> None:
+    def abort(self, dbapi_connection: Any) -> None:
         self._shared.end(dbapi_connection)
 
     def abandon(self, *, is_forked: bool) -> None:
         raise SandboxError("a sandbox lives and ends in the event loop and process in which it began")
 
-    async def terminate(self) -> None:
+    async def abort_all(self) -> None:
         self._shared.end_all()
         await self._shared.ended()
 

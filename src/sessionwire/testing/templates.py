@@ -18,8 +18,8 @@ from typing import Any, Self, TypeAlias
 
 from sqlalchemy import URL, make_url
 
-from sessionwire._error_reports import in_short
-from sessionwire._shield import to_the_end
+from sessionwire._error_reports import summarize
+from sessionwire._shield import run_shielded
 from sessionwire.errors import ConfigurationError, SessionwireError
 from sessionwire.manager import DatabaseSessionManager
 from sessionwire.settings import DatabaseSettings, settings_of
@@ -155,8 +155,8 @@ async def _at_the_end(clean_up: Callable[[], Coroutine[Any, Any, None]]) -> Asyn
         raise
     finally:
         try:
-            await to_the_end(clean_up(), TIMEOUT)
+            await run_shielded(clean_up(), TIMEOUT)
         except Exception as trouble:
             if error is None:
                 raise
-            error.add_note(f"then the clean-up failed, and is left to the next run: {in_short(trouble)}")
+            error.add_note(f"then the clean-up failed, and is left to the next run: {summarize(trouble)}")

@@ -6,7 +6,14 @@ from typing import Annotated
 from dependency_injector import containers, providers
 from fastapi import FastAPI
 
-from sessionwire import DatabaseContainer, DatabaseSettings, Lifespan, PoolSettings, TransactionManager, read_only
+from sessionwire import (
+    DatabaseContainer,
+    DatabaseSettings,
+    Lifespan,
+    PoolSettings,
+    TransactionManager,
+    read_only,
+)
 from sessionwire.fastapi import Provide, inject
 
 from . import parts

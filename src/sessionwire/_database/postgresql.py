@@ -1,0 +1,270 @@
+"""PostgreSQL through asyncpg: connect arguments, pool, liveness, corrected commits."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import socket as socket_options
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import Any, cast
+from urllib.parse import urlencode
+
+from sqlalchemy import URL, AdaptedConnection, Engine, event
+from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
+from sqlalchemy.util import await_only
+
+from sessionwire._config.url import LIBPQ_KEYS, typed_arguments
+from sessionwire.embedded import EmbeddedServer
+from sessionwire.errors import (
+    CommitOutcomeUnknownError,
+    ConfigurationError,
+    UnexpectedRollbackError,
+)
+from sessionwire.settings import DatabaseSettings
+
+# In the info of a connection: when it was last used, by the monotonic clock.
+LAST_USED = "sessionwire_last_used"
+# In the info of a place in the pool: a function that returns the task which closes the
+# connection, or None.
+GET_CLEANUP = "sessionwire_get_cleanup"
+
+Cleanup = asyncio.Future[Any]
+
+
+def split_url(
+    url: URL, settings: DatabaseSettings, *, read_only: bool
+) -> tuple[URL, dict[str, Any]]:
+    """Return the URL for SQLAlchemy and the arguments for `asyncpg.connect()`.
+
+    Raises:
+        ConfigurationError: A file that the URL names does not exist.
+    """
+    libpq = {key: value for key, value in url.query.items() if key in LIBPQ_KEYS}
+    for key in ("sslrootcert", "sslcert", "sslkey"):
+        if key in libpq and not Path(str(libpq[key])).expanduser().is_file():
+            raise ConfigurationError(f"url: {key}: there is no file {libpq[key]!r} on this machine")
+    server_settings: dict[str, str] = {}
+    if settings.application_name:
+        server_settings["application_name"] = settings.application_name
+    if read_only:
+        server_settings["default_transaction_read_only"] = "on"
+    typed = typed_arguments(url)  # In the URL they would be text.
+    connect_args: dict[str, Any] = {
+        "timeout": settings.connect_timeout,
+        "server_settings": server_settings,
+        "connection_class": _connection_class(settings.tcp_timeout),
+        **typed,
+    }
+    if libpq:  # In its DSN asyncpg gives them the meaning that they have in libpq.
+        connect_args["dsn"] = "postgresql://?" + urlencode(libpq, doseq=True)
+    return url.difference_update_query([*typed, *libpq]), connect_args
+
+
+def configure_engine(
+    engine: Engine,
+    settings: DatabaseSettings,
+    server: EmbeddedServer | None,
+    cleanup_of: Callable[[Any], Cleanup | None],
+) -> None:
+    """Set up an engine's connections.
+
+    Args:
+        engine: The engine to set up.
+        settings: The settings of its database.
+        server: The embedded server to connect to, if the URL names one.
+        cleanup_of: Returns the task that closes a driver's connection, or None.
+    """
+
+    @event.listens_for(engine, "do_connect")
+    def connect(dialect: Any, _record: Any, arguments: Any, parameters: dict[str, Any]) -> Any:
+        if server:
+            parameters["host"] = server.socket_directory
+        asyncpg = dialect.loaded_dbapi.asyncpg
+        try:
+            return dialect.connect(*arguments, **parameters)
+        except (OSError, dialect.loaded_dbapi.Error, asyncpg.PostgresError) as error:
+            raise _connect_error(dialect.loaded_dbapi, error) from (error.__cause__ or error)
+
+    # `insert` puts this ahead of listeners that may fail.
+    @event.listens_for(engine, "connect", insert=True)
+    def on_connect(connection: AdaptedConnection, record: ConnectionPoolEntry) -> None:
+        record.info[LAST_USED] = monotonic()
+        place: Any = record.record_info
+        place[GET_CLEANUP] = partial(cleanup_of, connection.driver_connection)
+
+    @event.listens_for(engine, "checkout")
+    def check_liveness(
+        connection: AdaptedConnection, record: ConnectionPoolEntry, _proxy: Any
+    ) -> None:
+        driver: Any = connection.driver_connection
+        if driver.is_closed():
+            raise DisconnectionError("the server closed this connection")
+        if monotonic() - record.info[LAST_USED] > settings.pool.ping_after:
+            _ping(driver, settings.connect_timeout)
+
+    @event.listens_for(engine, "checkin")
+    def on_checkin(connection: AdaptedConnection | None, record: ConnectionPoolEntry) -> None:
+        record.info[LAST_USED] = monotonic()
+        # The next user must not find a transaction, not even one that a statement
+        # began.
+        driver: Any = connection and connection.driver_connection
+        if driver is not None and not driver.is_closed() and driver.is_in_transaction():
+            record.invalidate()
+
+
+def _connect_error(dbapi: Any, error: Exception) -> Exception:
+    """Turn what `connect()` raised into an error that SQLAlchemy wraps."""
+    reason = error.__cause__ or error
+    wrapped: Any = dbapi.OperationalError(f"could not connect: {type(reason).__name__}: {reason}")
+    wrapped.pgcode = wrapped.sqlstate = getattr(reason, "sqlstate", None)
+    return cast(Exception, wrapped)
+
+
+def _ping(driver: Any, timeout: float) -> None:
+    """Ping the server with one message; SQLAlchemy's own ping takes three.
+
+    Raises:
+        DisconnectionError: No answer came. The pool then takes another connection.
+    """
+    try:
+        await_only(driver.execute("SELECT 1", timeout=timeout))
+    except Exception as error:
+        driver.terminate()
+        raise DisconnectionError("the server does not answer on this connection") from error
+
+
+class PostgreSQLPool(AsyncAdaptedQueuePool):
+    """A pool whose places become free only when their connection is closed."""
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        task = asyncio.current_task()
+        cancellations = task.cancelling() if task else 0
+        record = super()._do_get()
+        if task and task.cancelling() > cancellations:
+            # Before Python 3.12, asyncio.wait_for() swallows a cancellation that
+            # arrives together with the connection.
+            self._do_return_conn(record)
+            raise asyncio.CancelledError
+        return record
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        if self._pool.full():
+            record.close()
+        cleanup = _take_cleanup(record) if record.dbapi_connection is None else None
+        if cleanup is None or cleanup.done():
+            super()._do_return_conn(record)
+        else:
+            cleanup.add_done_callback(partial(self._return_late, record))
+
+    def _return_late(self, record: ConnectionPoolEntry, _cleanup: Cleanup) -> None:
+        super()._do_return_conn(record)
+
+
+def _take_cleanup(record: ConnectionPoolEntry) -> Cleanup | None:
+    place: Any = record.record_info
+    get_cleanup = place.pop(GET_CLEANUP, None)
+    cleanup: Cleanup | None = get_cleanup and get_cleanup()
+    return cleanup
+
+
+@functools.cache
+def _connection_class(tcp_timeout: float) -> Any:
+    """Return a class of asyncpg connections without three defects.
+
+    A COMMIT that the server answers with ROLLBACK raises; asyncpg reports success. So
+    does a COMMIT whose wait for a synchronous standby was cancelled; the server only
+    warns of that. A failed BEGIN is forgotten; asyncpg notes the transaction before
+    BEGIN is answered, and would take every later one for a savepoint in it.
+    """
+    import asyncpg
+
+    class Connection(asyncpg.Connection):
+        def __init__(self, protocol: Any, transport: Any, *others: Any) -> None:
+            super().__init__(protocol, transport, *others)
+            if tcp_timeout:
+                _enable_keepalive(transport.get_extra_info("socket"), tcp_timeout)
+
+        async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+            try:
+                status: str = await super().execute(query, *args, timeout=timeout)
+            except BaseException as error:
+                if query.startswith("BEGIN") and not self.is_closed():
+                    self._forget_transaction(error)
+                raise
+            if status == "ROLLBACK" and query == "COMMIT;":
+                raise UnexpectedRollbackError(
+                    "the server answered the COMMIT with ROLLBACK, because a statement had "
+                    "failed: let errors leave the block, or use Propagation.NESTED"
+                )
+            return status
+
+        def _forget_transaction(self, error: BaseException) -> None:
+            if not isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError):
+                # The answer is still to come, and the transaction may have begun.
+                self.terminate()
+            elif not self.is_in_transaction():
+                self._top_xact = None
+
+        def _process_log_message(self, fields: dict[str, str], last_query: str | None) -> None:
+            parent: Any = super()
+            parent._process_log_message(fields, last_query)
+            # The name of the server's routine is compared, because the text may be in
+            # any language. The error becomes that of the command being answered.
+            if fields.get("R") == "SyncRepWaitForLSN":
+                raise CommitOutcomeUnknownError(
+                    "committed here, perhaps not replicated: the wait for a synchronous standby "
+                    "was cancelled. Look in the database whether it was kept before you try "
+                    "again, above all after a failover"
+                )
+
+    return Connection
+
+
+def _enable_keepalive(socket: Any, timeout: float) -> None:
+    """Let a TCP connection fail if its peer acknowledges nothing for `timeout` seconds.
+
+    Each platform has some of the options for it.
+    """
+    if socket is None or socket.family not in (socket_options.AF_INET, socket_options.AF_INET6):
+        return
+    socket.setsockopt(socket_options.SOL_SOCKET, socket_options.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", timeout / 2),
+        ("TCP_KEEPALIVE", timeout / 2),  # the name on macOS
+        ("TCP_KEEPINTVL", timeout / 6),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", timeout * 1000),
+    ):
+        if hasattr(socket_options, name):
+            option = getattr(socket_options, name)
+            socket.setsockopt(socket_options.IPPROTO_TCP, option, max(1, round(value)))
+
+
+# Connections of the parent process. Their finalizers would disturb it.
+_inherited: list[Any] = []
+
+
+def abandon(driver: Any, *, is_forked: bool) -> None:
+    """Close a connection whose event loop is closed, or that a fork has inherited.
+
+    No transport closes its socket once its loop is closed. A forked process sends
+    nothing.
+    """
+    transport = driver._transport
+    if not is_forked:
+        with suppress(Exception):  # It fails on the closed loop, after the goodbye was sent.
+            driver.terminate()
+    tls = getattr(transport, "_ssl_protocol", None)
+    close = getattr(tls._transport if tls else transport, "_call_connection_lost", None)
+    if close is not None:
+        with suppress(Exception):  # Those who waited for the connection are gone.
+            close(None)
+        with suppress(Exception):
+            driver._protocol.connection_lost(None)  # TLS leaves this call to the loop.
+    elif is_forked:  # It is uvloop's transport. A closed loop of uvloop has closed its own.
+        _inherited.append(driver)
