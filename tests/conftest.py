@@ -16,7 +16,7 @@ from sqlalchemy.pool import QueuePool
 
 from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
 from sessionwire.embedded import EmbeddedServer
-from sessionwire.testing._servers import hurry, temporary_directory
+from sessionwire.testing._servers import disable_durability, temporary_directory
 
 from .tables import Note
 
@@ -55,7 +55,7 @@ def postgres() -> Iterator[Postgres]:
     directory = tempfile.mkdtemp(prefix="sessionwire-", dir=temporary_directory())
     with EmbeddedServer(Path(directory) / "data") as server:
         administrator = Postgres(server.socket_directory)
-        asyncio.run(hurry(DatabaseSettings(url=server.url)))
+        asyncio.run(disable_durability(DatabaseSettings(url=server.url)))
         asyncio.run(administrator.execute(f"CREATE DATABASE {DATABASE}"))
         yield administrator
     shutil.rmtree(directory)

@@ -14,6 +14,7 @@ from dependency_injector import containers, providers
 from ._error_reports import chain_errors
 from .containers import DatabaseContainer
 from .errors import ConfigurationError
+from .manager import DatabaseSessionManager
 from .settings import DatabaseSettings, settings_of
 
 C = TypeVar("C", bound=containers.Container)
@@ -118,6 +119,20 @@ def _in_order(container: containers.Container) -> Iterator[AnyResource]:
 
     for resource in resources:
         yield from visit(resource)
+
+
+def managers_of(database: Any) -> list[DatabaseSessionManager]:
+    """Return the managers of all databases in a container; of a manager, itself.
+
+    Raises:
+        ConfigurationError: The container has no database.
+    """
+    if isinstance(database, DatabaseSessionManager):
+        return [database]
+    managers = [found.sessionmanager() for found in databases(database)]
+    if not managers:
+        raise ConfigurationError("there is no DatabaseContainer in this container: give the manager itself")
+    return managers
 
 
 def databases(container: Any) -> Iterator[Any]:

@@ -1,13 +1,16 @@
-"""The pytest plugin: a server for the run, a database for each worker, and each test in a sandbox of its own.
+"""The pytest plugin: a server for the run, a sandbox or a database for each test.
 
-A user's conftest.py says what is to be tested, and tests take `container`:
+A user's conftest.py names the container to test, and tests take the fixture
+`container`:
 
     @pytest.fixture(scope="session")
     def sessionwire_container():
         return Container
 
-All but the last step is synchronous, so that it serves whatever runs the tests: pytest-asyncio or anyio, in any loop. A
-test without async code leaves that step out, so that it serves the loop that the test runs, as that of a `TestClient`.
+Everything but starting the container is synchronous, so it works with pytest-asyncio
+and anyio, in any event loop. For a test without async code the container is not
+started, so the event loop that the test runs can use it, such as that of a
+`TestClient`.
 """
 
 from __future__ import annotations
@@ -30,60 +33,62 @@ from ._database.runtime import database_of
 from .containers import DatabaseContainer
 from .embedded import EmbeddedServer
 from .errors import OwnershipError
-from .lifespan import Lifespan, databases
+from .lifespan import Lifespan, databases, managers_of
 from .manager import DatabaseSessionManager
 from .settings import DatabaseSettings
 from .testing import DatabaseCopy, DatabaseTemplate, overriding, sandbox
 from .testing._interruptible import Interruptible
-from .testing._leaks import Watch, WatchedEngines
-from .testing._servers import hurry, new_directory, remove_left_by_killed
-from .testing.managers import managers_of
-from .testing.overriding import by_name
+from .testing._leaks import LeakDetector, WatchedEngines
+from .testing._servers import disable_durability, new_directory, remove_stale_servers
+from .testing.overriding import providers_by_name
 from .testing.templates import Seed
 
-DIRECTORY = pytest.StashKey[Path]()  # of the run's embedded server
-TIMEOUT = 5.0  # seconds for a task that is cancelled to end
+SERVER_DIRECTORY = pytest.StashKey[Path]()  # of the run's embedded server
+CANCELLATION_TIMEOUT = 5.0  # seconds for a cancelled task to end
 LOOP_SCOPES = ("function", "class", "module", "package", "session")
-NO_CONTAINER = """say in conftest.py which container is to be tested:
+NO_CONTAINER = """name the container to test in conftest.py:
 
 @pytest.fixture(scope="session")
 def sessionwire_container():
     return Container  # or a function that makes one for each test"""
 
-OPEN_ALREADY = """the container's sessionmanager is initialized before the test: who has it would work past the test's
-database, on its own. Close it before, or let sessionwire_container return what makes a container for each test"""
+ALREADY_INITIALIZED = """\
+the container's sessionmanager was initialized before the test, so code that holds it would bypass
+the test database. Close it before the test, or let sessionwire_container return a function that
+makes a container for each test"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sessionwire", "databases for tests")
-    for name, default, what in (
-        ("url", "embedded", "where the databases are made: a URL, or 'embedded' for a private PostgreSQL"),
-        ("isolation", "sandbox", "'sandbox', or 'database' for a database of its own for each test"),
+    for name, default, description in (
+        ("url", "embedded", "URL beside whose database the test databases are made, or 'embedded'"),
+        ("isolation", "sandbox", "'sandbox', or 'database' for a separate database for each test"),
     ):
-        parser.addini(f"sessionwire_{name}", f"{what} (default: {default})", default=default)
-        group.addoption(f"--sessionwire-{name}", help=f"{what}, instead of the ini key sessionwire_{name}")
+        parser.addini(f"sessionwire_{name}", f"{description} (default: {default})", default=default)
+        overrides = f"{description}; overrides the ini key sessionwire_{name}"
+        group.addoption(f"--sessionwire-{name}", help=overrides)
     deferred = "whether commits in a sandbox check deferred constraints (default: false)"
     parser.addini("sessionwire_check_deferred", deferred, type="bool", default=False)
-    patience = "seconds that a task waits for its turn in a sandbox while nothing happens (default: 5)"
+    patience = "seconds that a task in a sandbox waits for an inactive transaction (default: 5)"
     parser.addini("sessionwire_patience", patience, type="float", default=5.0)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     worker = getattr(config, "workerinput", {})
-    # not among pytest's own, which are closed to the server's user
-    config.stash[DIRECTORY] = Path(worker.get("sessionwire_directory") or new_directory())
+    # not in pytest's temporary directory, which the server's user may not enter
+    config.stash[SERVER_DIRECTORY] = Path(worker.get("sessionwire_directory") or new_directory())
     if _option(config, "isolation") not in ("sandbox", "database"):
-        raise pytest.UsageError("sessionwire_isolation is 'sandbox' or 'database'")
+        raise pytest.UsageError("sessionwire_isolation must be 'sandbox' or 'database'")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    node.workerinput["sessionwire_directory"] = str(node.config.stash[DIRECTORY])
+    node.workerinput["sessionwire_directory"] = str(node.config.stash[SERVER_DIRECTORY])
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Let a test in a sandbox be ended by an error of a task that it doesn't await."""
+    """End a test in a sandbox if a task that it does not await raises an error."""
     if not (isinstance(item, pytest.Function) and "container" in item.fixturenames):
         return (yield)
     test = item.obj
@@ -104,43 +109,44 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput") and DIRECTORY in config.stash:
-        shutil.rmtree(config.stash[DIRECTORY], ignore_errors=True)
+    if not hasattr(config, "workerinput") and SERVER_DIRECTORY in config.stash:
+        shutil.rmtree(config.stash[SERVER_DIRECTORY], ignore_errors=True)
 
 
 def _option(config: pytest.Config, name: str) -> str:
     return str(config.getoption(f"sessionwire_{name}") or config.getini(f"sessionwire_{name}"))
 
 
-# What users may override
+# Fixtures for users to override
 
 
 @pytest.fixture(scope="session")
 def sessionwire_container() -> Any:
-    """The container, or what makes one for each test."""
+    """Return the container to test, or a callable that makes one for each test."""
     raise pytest.UsageError(NO_CONTAINER)
 
 
 @pytest.fixture(scope="session")
 def sessionwire_seed() -> Seed | None:
-    """An async function of an open manager that makes the tables, and what else is there before each test.
+    """Return an async function that makes the tables, and rows for each test to find.
 
-    Default: `create_all()`, which makes the tables of the container's metadata.
+    It takes an open manager. By default it is `create_all()`, which makes the tables of
+    the container's metadata.
     """
     return None
 
 
 @pytest.fixture(scope="session")
 def sessionwire_settings(request: pytest.FixtureRequest, _sessionwire_runner: asyncio.Runner) -> Iterator[Any]:
-    """`DatabaseSettings` with a URL beside whose database those of the tests are made."""
+    """Yield the settings of a database beside which the test databases are made."""
     url = _option(request.config, "url")
     if url != "embedded":
         yield DatabaseSettings(url=url)
         return
-    remove_left_by_killed()
-    with EmbeddedServer(request.config.stash[DIRECTORY] / "data") as server:
+    remove_stale_servers()
+    with EmbeddedServer(request.config.stash[SERVER_DIRECTORY] / "data") as server:
         settings = DatabaseSettings(url=server.url)
-        _sessionwire_runner.run(hurry(settings))
+        _sessionwire_runner.run(disable_durability(settings))
         yield settings
 
 
@@ -149,7 +155,8 @@ def sessionwire_settings(request: pytest.FixtureRequest, _sessionwire_runner: as
 
 @pytest.fixture(scope="session")
 def _sessionwire_runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:  # the current loop stays as it is
+    # with a loop_factory, the runner leaves the current event loop as it is
+    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
         yield runner
 
 
@@ -161,34 +168,29 @@ def _sessionwire_templates(
     sessionwire_settings: DatabaseSettings,
     _sessionwire_runner: asyncio.Runner,
 ) -> Iterator[list[DatabaseTemplate]]:
-    """One for each database of the container, shared by the workers of a run."""
+    """Yield the templates of the container's databases, which all workers share."""
     stack = AsyncExitStack()
-    run = request.config.stash[DIRECTORY].name
+    run = request.config.stash[SERVER_DIRECTORY].name
+    seed = sessionwire_seed or _create_all
+    templates: list[DatabaseTemplate] = []
     try:
-        yield [
-            _sessionwire_runner.run(
-                stack.enter_async_context(
-                    DatabaseTemplate(
-                        sessionwire_settings,
-                        partial(_seed, database, sessionwire_seed or _create_all),
-                        key=f"{run} {name}",
-                    )
-                )
-            )
-            for name, database in _by_settings(_made(sessionwire_container)).items()
-        ]
+        for name, database in _databases_by_settings_name(_build_container(sessionwire_container)).items():
+            seed_database = partial(_seed, database, seed)
+            template = DatabaseTemplate(sessionwire_settings, seed_database, key=f"{run} {name}")
+            templates.append(_sessionwire_runner.run(stack.enter_async_context(template)))
+        yield templates
     finally:
         _sessionwire_runner.run(stack.aclose())
 
 
-def _made(container: Any) -> containers.Container:
-    """What `sessionwire_container` gives, or makes."""
+def _build_container(container: Any) -> containers.Container:
+    """Return the value of `sessionwire_container`, or the container that it makes."""
     return container if isinstance(container, containers.Container) else container()
 
 
-def _by_settings(container: containers.Container) -> dict[str, DatabaseContainer]:
-    """The databases of a container by the names of their settings, always in one order."""
-    names = {provider: name for name, provider in by_name(container).items()}
+def _databases_by_settings_name(container: containers.Container) -> dict[str, DatabaseContainer]:
+    """Return the databases of a container, sorted by the names of their settings."""
+    names = {provider: name for name, provider in providers_by_name(container).items()}
     found: dict[str, DatabaseContainer] = {names[database.settings]: database for database in databases(container)}
     return {name: found[name] for name in sorted(found)}
 
@@ -207,32 +209,31 @@ async def _create_all(manager: DatabaseSessionManager) -> None:
 def sessionwire_databases(
     _sessionwire_templates: list[DatabaseTemplate], _sessionwire_runner: asyncio.Runner
 ) -> Iterator[list[DatabaseSettings]]:
-    """Of this worker, one for each database of the container."""
+    """Yield the settings of this worker's databases, one for each of the container."""
     with _copies(_sessionwire_templates, _sessionwire_runner) as copies:
         yield [copy.settings for copy in copies]
     if left := sum(copy.connections_left for copy in copies):
-        warnings.warn(f"connections that some test has left open: {left}", pytest.PytestWarning, stacklevel=1)
+        message = f"connections that some test has left open: {left}"
+        warnings.warn(message, pytest.PytestWarning, stacklevel=1)
 
 
 @pytest.fixture
 def _sessionwire_own_databases(
     _sessionwire_templates: list[DatabaseTemplate], _sessionwire_runner: asyncio.Runner
 ) -> Iterator[list[DatabaseSettings]]:
-    """The same for one test alone."""
+    """Yield the settings of databases that only this test uses."""
     with _copies(_sessionwire_templates, _sessionwire_runner) as copies:
         yield [copy.settings for copy in copies]
     if left := sum(copy.connections_left for copy in copies):
-        pytest.fail(f"connections to the database of the test that were left open: {left}", pytrace=False)
+        message = f"connections to the database of the test that were left open: {left}"
+        pytest.fail(message, pytrace=False)
 
 
 @contextmanager
 def _copies(templates: list[DatabaseTemplate], runner: asyncio.Runner) -> Generator[list[DatabaseCopy]]:
     stack = AsyncExitStack()
-    copies: list[DatabaseCopy] = []
     try:
-        for template in templates:
-            copies.append(runner.run(stack.enter_async_context(template.copy())))
-        yield copies
+        yield [runner.run(stack.enter_async_context(template.copy())) for template in templates]
     finally:
         runner.run(stack.aclose())
 
@@ -241,27 +242,28 @@ def _copies(templates: list[DatabaseTemplate], runner: asyncio.Runner) -> Genera
 
 
 @pytest.fixture
-def _sessionwire_overridden(
+def _sessionwire_configured_container(
     request: pytest.FixtureRequest, sessionwire_container: Any
 ) -> Iterator[containers.Container]:
-    """Not started yet, on the databases that it is to use."""
+    """Yield the container, on the databases of the test, and not started yet."""
     is_shared = _option(request.config, "isolation") == "sandbox" and not _is_sync(request)
-    settings = request.getfixturevalue("sessionwire_databases" if is_shared else "_sessionwire_own_databases")
-    container = _made(sessionwire_container)
-    given: dict[str, object] = {}
+    databases_fixture = "sessionwire_databases" if is_shared else "_sessionwire_own_databases"
+    settings = request.getfixturevalue(databases_fixture)
+    container = _build_container(sessionwire_container)
+    overrides: dict[str, object] = {}
     with ExitStack() as stack:
-        for (name, database), own in zip(_by_settings(container).items(), settings, strict=True):
-            given[name] = own
+        for (name, database), own in zip(_databases_by_settings_name(container).items(), settings, strict=True):
+            overrides[name] = own
             try:
                 manager = database.sessionmanager()
-            except Exception:  # it lacks settings of its own, and nobody can have it
+            except Exception:  # without settings of its own, it cannot have been built before
                 continue
             if manager.is_initialized:
-                raise pytest.UsageError(OPEN_ALREADY)
-            # code that took the manager at import has it too
+                raise pytest.UsageError(ALREADY_INITIALIZED)
+            # keep the manager itself: modules may have taken it when they were imported
             stack.enter_context(database_of(manager).override_settings(own))
-            given[f"{name.removesuffix('settings')}sessionmanager"] = manager
-        yield stack.enter_context(overriding(container, **given))
+            overrides[f"{name.removesuffix('settings')}sessionmanager"] = manager
+        yield stack.enter_context(overriding(container, **overrides))
 
 
 @asynccontextmanager
@@ -269,27 +271,30 @@ async def _started(config: pytest.Config, container: containers.Container) -> As
     is_sandbox = _option(config, "isolation") == "sandbox"
     async with AsyncExitStack() as stack:
         if is_sandbox:
-            check_deferred, patience = map(config.getini, ("sessionwire_check_deferred", "sessionwire_patience"))
+            check_deferred = config.getini("sessionwire_check_deferred")
+            patience = config.getini("sessionwire_patience")
             await stack.enter_async_context(sandbox(container, check_deferred=check_deferred, patience=patience))
         await stack.enter_async_context(Lifespan(container))
-        watch = Watch(*managers_of(container))
+        detector = LeakDetector(*managers_of(container))
         for manager in managers_of(container):
             if is_sandbox:
-                watch.over(manager.engine.pool)
+                detector.watch_pool(manager.engine.pool)
             else:
-                stack.enter_context(database_of(manager).substitute_engines(partial(WatchedEngines, watch)))
+                stack.enter_context(database_of(manager).substitute_engines(partial(WatchedEngines, detector)))
         yield container
-        left = await watch.end_tasks(asyncio.current_task(), set(), TIMEOUT) + watch.end_blocks()
-        if left:
-            pytest.fail("\n".join(left), pytrace=False)
+        leaks = await detector.cancel_leftover_tasks(asyncio.current_task(), set(), CANCELLATION_TIMEOUT)
+        leaks += detector.abort_leftover_blocks()
+        if leaks:
+            pytest.fail("\n".join(leaks), pytrace=False)
 
 
 @pytest.fixture
 def container(request: pytest.FixtureRequest, sessionwire_settings: DatabaseSettings) -> Any:
-    """The container of `sessionwire_container`, started, in a sandbox or on a database of the test's own.
+    """Return the started container, in a sandbox or on a database of its own.
 
-    For a test without async code, as one with a `TestClient`, it is on a database of the test's own, and ready for the
-    event loop that the test runs.
+    For a test without async code, such as one with a `TestClient`, it is always on a
+    database that only this test uses, and not started: the event loop that the test
+    runs can use it.
     """
     if "anyio_backend" in request.fixturenames:
         return request.getfixturevalue("_sessionwire_anyio")
@@ -306,8 +311,10 @@ def container(request: pytest.FixtureRequest, sessionwire_settings: DatabaseSett
 
 
 def _is_sync(request: pytest.FixtureRequest) -> bool:
-    """Whether neither the test nor a fixture of it, but for those of this module, runs in an event loop of pytest's."""
-    definitions: dict[str, Any] = getattr(request.node, "_fixtureinfo").name2fixturedefs  # noqa: B009  # it is private
+    """Return whether the test and its fixtures are not async, ignoring the plugin's."""
+    # the attribute is private, so type checkers accept only getattr()
+    info = getattr(request.node, "_fixtureinfo")  # noqa: B009
+    definitions: dict[str, Any] = info.name2fixturedefs
     functions = [definitions[name][-1].func for name in request.fixturenames if name in definitions]
     return "anyio_backend" not in request.fixturenames and not any(
         inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
@@ -318,29 +325,32 @@ def _is_sync(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def _sessionwire_ready(
-    _sessionwire_overridden: containers.Container, _sessionwire_runner: asyncio.Runner
+    _sessionwire_configured_container: containers.Container, _sessionwire_runner: asyncio.Runner
 ) -> Iterator[containers.Container]:
-    """Not started, so that no event loop of pytest's has it."""
-    managers = managers_of(_sessionwire_overridden)
+    """Yield the container initialized but not started: it has no event loop yet."""
+    managers = managers_of(_sessionwire_configured_container)
     for manager in managers:
         manager.init(manager.settings)
-    yield _sessionwire_overridden
+    yield _sessionwire_configured_container
     left = sum(len(database_of(manager).open_units) for manager in managers)
     for manager in managers:
         if manager.is_initialized:
             try:
                 _sessionwire_runner.run(manager.close())
             except OwnershipError:
-                pytest.fail("an event loop that used the database was left open: close it in the test", pytrace=False)
+                pytest.fail(
+                    "an event loop that used the database was left open: close it in the test",
+                    pytrace=False,
+                )
     if left:
         pytest.fail(f"sessions or connections that were left open: {left}", pytrace=False)
 
 
 @pytest.fixture
 async def _sessionwire_anyio(
-    pytestconfig: pytest.Config, _sessionwire_overridden: containers.Container
+    pytestconfig: pytest.Config, _sessionwire_configured_container: containers.Container
 ) -> AsyncGenerator[containers.Container]:
-    async with _started(pytestconfig, _sessionwire_overridden) as container:
+    async with _started(pytestconfig, _sessionwire_configured_container) as container:
         yield container
 
 
@@ -350,16 +360,18 @@ except ImportError:
     pass
 else:
 
-    def _in_loop_of(scope: Any) -> Any:
-        """The same for pytest-asyncio, which is told by the fixture in which loop it runs."""
+    def _make_started_fixture(scope: Any) -> Any:
+        """Make the fixture for one loop scope: pytest-asyncio fixes it per fixture."""
 
         @pytest_asyncio.fixture(name=f"_sessionwire_asyncio_{scope}", loop_scope=scope)
         async def started(
-            pytestconfig: pytest.Config, _sessionwire_overridden: containers.Container
+            pytestconfig: pytest.Config, _sessionwire_configured_container: containers.Container
         ) -> AsyncGenerator[containers.Container]:
-            async with _started(pytestconfig, _sessionwire_overridden) as container:
+            async with _started(pytestconfig, _sessionwire_configured_container) as container:
                 yield container
 
         return started
 
-    globals().update({f"_started_in_{scope}": _in_loop_of(scope) for scope in LOOP_SCOPES})  # where pytest finds them
+    # pytest finds fixtures among the globals of the module
+    for loop_scope in LOOP_SCOPES:
+        globals()[f"_started_in_{loop_scope}"] = _make_started_fixture(loop_scope)

@@ -15,7 +15,7 @@ from sqlalchemy import Table as Schema
 from sessionwire import DatabaseSessionManager, DatabaseSettings
 from sessionwire.embedded import EmbeddedServer
 from sessionwire.testing import DatabaseTemplate, sandbox
-from sessionwire.testing._servers import hurry, temporary_directory
+from sessionwire.testing._servers import disable_durability, temporary_directory
 
 from .report import Table, Times, ratios, rotated
 
@@ -41,7 +41,7 @@ async def run(server_socket_directory: str, rounds: int, progress: Callable[[str
         tempfile.TemporaryDirectory(dir=temporary_directory()) as directory,
         EmbeddedServer(Path(directory, "data")) as server,
     ):
-        await hurry(DatabaseSettings(url=server.url))
+        await disable_durability(DatabaseSettings(url=server.url))
         for kind, address in (
             ("PostgreSQL", server.url),
             ("SQLite", f"sqlite:///{Path(directory, 'tests.db')}"),

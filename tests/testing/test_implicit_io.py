@@ -8,14 +8,7 @@ import pytest
 from sqlalchemy import ForeignKey, select
 from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncConnection, AsyncSession
-from sqlalchemy.orm import (
-    DeclarativeBase,
-    Mapped,
-    mapped_column,
-    relationship,
-    selectinload,
-    undefer,
-)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, selectinload, undefer
 
 from sessionwire import DatabaseSessionManager, DatabaseSettings, ImplicitIOError, ScopeError
 from tests.tables import Note

@@ -225,7 +225,7 @@ def test_what_is_wrong_is_said_with_the_remedy(project: Project) -> None:
     (project.directory / "conftest.py").unlink()
     said = project.run("-o", "asyncio_mode=auto").stdout
     assert "def sessionwire_container():" in said
-    assert "is initialized before the test" in said
+    assert "was initialized before the test" in said
     assert "'sandbox' or 'database'" in project.run("--sessionwire-isolation=box").stderr
 
 

@@ -386,7 +386,7 @@ async def test_what_a_rollback_takes_with_it_that_would_be_kept_elsewhere_is_tol
                 await reading.execute(select(Note))
             raise ZeroDivisionError
     (told,) = caplog.messages
-    assert re.match(f"what was committed at {line('the inner one')}\\S+ is undone together with", told)
+    assert re.match(f"what was committed at {line('the inner one')}\\S+ is rolled back together with", told)
     assert line("the outer one") in told
     assert await seen(inside) == ["before"]
 
@@ -418,9 +418,9 @@ async def test_a_reader_that_is_open_when_the_transaction_around_it_fails_leaves
     reader = await inner.enter_async_context(inside.transaction(Propagation.REQUIRES_NEW, read_only=True))
     await reader.execute(select(Note))
     await outer.aclose()
-    with pytest.raises(SandboxError, match="was undone together with the one around it"):
+    with pytest.raises(SandboxError, match="was rolled back together with the enclosing transaction"):
         await reader.execute(select(Note))
-    with pytest.raises(SandboxError, match="was undone together with the one around it"):
+    with pytest.raises(SandboxError, match="was rolled back together with the enclosing transaction"):
         await inner.aclose()
     await write(inside, "a")
     assert await seen(inside) == ["a", "before"]

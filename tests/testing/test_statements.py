@@ -212,7 +212,7 @@ async def test_too_many_fail_the_test_with_the_repeated_one_first_and_no_paramet
     second = line_of(Notebook.text_of, "self.session.scalar")
     number = {"sqlite": "?", "postgresql": "$1::INTEGER"}[manager.engine.dialect.name]
     assert str(failed.value).splitlines() == [
-        "at most 3 statements were to be sent, and 4 were:",
+        "at most 3 statements were expected, and 4 were sent:",
         f"    3 × SELECT note.text FROM note WHERE note.id = {number} — "  # noqa: RUF001
         f"test_statements.py:{second} in Notebook.text_of",
         f"    1 × SELECT note.id FROM note ORDER BY note.id — "  # noqa: RUF001

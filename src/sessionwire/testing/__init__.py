@@ -1,8 +1,15 @@
-"""For the tests of applications; needs no test framework."""
+"""Helpers for the tests of applications, with any test framework."""
 
 from .overriding import overriding
 from .sandbox import sandbox
 from .statements import SentStatement, count_statements
 from .templates import DatabaseCopy, DatabaseTemplate
 
-__all__ = ["DatabaseCopy", "DatabaseTemplate", "SentStatement", "count_statements", "overriding", "sandbox"]
+__all__ = [
+    "DatabaseCopy",
+    "DatabaseTemplate",
+    "SentStatement",
+    "count_statements",
+    "overriding",
+    "sandbox",
+]

@@ -1,4 +1,4 @@
-"""Whose a connection is: the scope or the connection of its own that was opened, and where."""
+"""Borrowers: the code that opened a scope or a connection."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ from typing import cast
 
 from sessionwire._database.runtime import Unit
 
-from ._call_sites import where
+from ._call_sites import call_site
 
-PARTY = "sessionwire_party"  # the execution option that tells a connection whose it is
+BORROWER = "sessionwire_borrower"  # the execution option that holds a connection's borrower
 
 
-class Party:
-    """Whose turn it is: a scope, or a connection of its own."""
+class Borrower:
+    """The task and the line of the code that opened a scope or a connection.
 
-    def __init__(self, around: frozenset[Party | None] = frozenset()) -> None:
-        self.around = around  # the scopes whose code it runs in: it may begin inside their transactions
+    Args:
+        enclosing: The borrowers of the open scopes around that code. Its transactions
+            may begin inside theirs.
+    """
+
+    def __init__(self, enclosing: frozenset[Borrower | None] = frozenset()) -> None:
+        self.enclosing = enclosing
         self.task = asyncio.current_task()
-        self.where = where()
+        self.call_site = call_site()
 
 
-def party_of(unit: Unit) -> Party | None:
-    """None of one that is not of a sandbox."""
-    return cast("Party | None", unit.engine.sync_engine.get_execution_options().get(PARTY))
+def borrower_of(unit: Unit) -> Borrower | None:
+    """Return the borrower, or None if no sandbox or test has recorded it."""
+    return cast("Borrower | None", unit.engine.sync_engine.get_execution_options().get(BORROWER))

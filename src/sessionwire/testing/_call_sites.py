@@ -1,4 +1,4 @@
-"""Where in the user's code something is done, for messages."""
+"""Call sites: the lines of the user's code that messages name."""
 
 from __future__ import annotations
 
@@ -13,57 +13,69 @@ from greenlet import getcurrent, greenlet
 
 from sessionwire import decorators
 
-ON_THE_WAY = {"sqlalchemy", "sessionwire", "asyncio", "greenlet", "contextlib"}  # from the line that does it
-UNKNOWN = "a place that is not known"
-# a coroutine, a generator and an asynchronous one: by what they tell their frame, and what they await
+from ._cpython import runs_a_callback
+
+# the packages between the user's line and the code that asks for it
+SKIPPED_PACKAGES = {"sqlalchemy", "sessionwire", "asyncio", "greenlet", "contextlib"}
+UNKNOWN_CALL_SITE = "an unknown line"
+# the attributes that hold the frame of a coroutine, a generator or an async generator,
+# and the object that it awaits
 AWAITABLES = ("cr_frame", "cr_await"), ("gi_frame", "gi_yieldfrom"), ("ag_frame", "ag_await")
 
 
-def where() -> str:
-    """The innermost running line outside of what is on the way, as in `app.py:12 in Accounts.names`."""
-    return _innermost(_running()) or UNKNOWN
+def call_site() -> str:
+    """Return the running line of the user's code: `app.py:12 in Accounts.names`."""
+    return _innermost_call_site(_running_frames()) or UNKNOWN_CALL_SITE
 
 
-def where_is(task: asyncio.Task[Any]) -> str:
-    """The line at which a task waits."""
-    frames = list(_waiting(task.get_coro()))
-    place = _innermost(reversed(frames)) or (_place(frames[0].f_code, frames[0].f_lineno) if frames else "")
-    return f"{task.get_name()!r}, at {place}" if place else f"{task.get_name()!r}"
+def describe_task(task: asyncio.Task[Any]) -> str:
+    """Return the name of a task, and the line at which it is suspended."""
+    frames = list(_suspended_frames(task.get_coro()))
+    line = _innermost_call_site(reversed(frames))
+    if line is None and frames:
+        line = _format_call_site(frames[0].f_code, frames[0].f_lineno)
+    return f"{task.get_name()!r}, at {line}" if line else f"{task.get_name()!r}"
 
 
-def _running() -> Iterator[FrameType]:
-    """The frames of the running task, the innermost first."""
+def _running_frames() -> Iterator[FrameType]:
+    """Yield the frames of the running task, the innermost first."""
     running: greenlet | None = getcurrent()
     frame: FrameType | None = inspect.currentframe()
     while running is not None:
         while frame is not None:
-            if frame.f_code is asyncio.Handle._run.__code__:
-                return  # beyond it is who runs the loop
+            if runs_a_callback(frame):
+                return  # the frames beyond it run the event loop
             yield frame
             frame = frame.f_back
-        running = running.parent  # where the frames of a greenlet end, its parent's go on
+        # the frames of a greenlet continue in its parent
+        running = running.parent
         frame = running.gr_frame if running else None
 
 
-def _waiting(awaitable: Any) -> Iterator[FrameType]:
-    """The frames of a suspended coroutine, the outermost first."""
-    while kind := next((kind for kind in AWAITABLES if hasattr(awaitable, kind[0])), None):
-        frame, awaitable = (getattr(awaitable, name) for name in kind)
+def _suspended_frames(awaitable: Any) -> Iterator[FrameType]:
+    """Yield the frames of a suspended coroutine, the outermost first."""
+    while names := next((names for names in AWAITABLES if hasattr(awaitable, names[0])), None):
+        frame, awaitable = (getattr(awaitable, name) for name in names)
         if frame is not None:
             yield frame
 
 
-def _innermost(frames: Iterable[FrameType]) -> str | None:
-    """Where none is the user's, the function that is at its begin or its end, so that nothing of it is running."""
-    decorated = None
+def _innermost_call_site(frames: Iterable[FrameType]) -> str | None:
+    """Return the first line of the user's code.
+
+    If no frame is the user's, return the decorated function, which has not started yet
+    or has just returned.
+    """
+    decorated: CodeType | None = None
     for frame in frames:
         module = str(frame.f_globals.get("__name__"))
-        if module.partition(".")[0] not in ON_THE_WAY:
-            return _place(frame.f_code, frame.f_lineno)
-        if module == decorators.__name__ and inspect.isroutine(function := frame.f_locals.get("function")):
-            decorated = decorated or inspect.unwrap(function).__code__
-    return _place(decorated, decorated.co_firstlineno) if decorated else None
+        if module.partition(".")[0] not in SKIPPED_PACKAGES:
+            return _format_call_site(frame.f_code, frame.f_lineno)
+        function = frame.f_locals.get("function") if module == decorators.__name__ else None
+        if decorated is None and inspect.isroutine(function):
+            decorated = inspect.unwrap(function).__code__
+    return _format_call_site(decorated, decorated.co_firstlineno) if decorated else None
 
 
-def _place(code: CodeType, line: int) -> str:
+def _format_call_site(code: CodeType, line: int) -> str:
     return f"{Path(code.co_filename).name}:{line} in {code.co_qualname}"

@@ -1,4 +1,4 @@
-"""What a test has left running or open: it is ended, and told with its place."""
+"""Leak detection: end and report what a test leaves running or open."""
 
 from __future__ import annotations
 
@@ -15,86 +15,102 @@ from sessionwire._database.runtime import database_of
 from sessionwire._shield import shielding_tasks
 from sessionwire.manager import DatabaseSessionManager
 
-from ._borrowers import PARTY, Party, party_of
-from ._call_sites import UNKNOWN, where, where_is
+from ._borrowers import BORROWER, Borrower, borrower_of
+from ._call_sites import UNKNOWN_CALL_SITE, call_site, describe_task
 
-GRACE = 0.5  # seconds for tasks that are about to end
+TASK_GRACE = 0.5  # seconds for tasks that are about to end
+ANYIO_FIXTURE_RUNNER = "TestRunner._call_in_runner_task"
+
 Task = asyncio.Task[Any]
 
 
-class Watch:
-    """What is begun and opened from now on, and where."""
+class LeakDetector:
+    """Record the tasks, blocks and connections that begin after its creation."""
 
     def __init__(self, *managers: DatabaseSessionManager) -> None:
-        self._tasks = asyncio.all_tasks()
-        self._units = {database: database.open_units for database in map(database_of, managers)}
-        self._held: dict[ConnectionPoolEntry, tuple[PoolProxiedConnection, str]] = {}
+        self._tasks_before = asyncio.all_tasks()
+        self._units_before = {database: database.open_units for database in map(database_of, managers)}
+        self._checked_out: dict[ConnectionPoolEntry, tuple[PoolProxiedConnection, str]] = {}
 
-    def over(self, pool: Pool) -> None:
-        """Over its connections too."""
-        event.listen(pool, "checkout", self._taken)
-        event.listen(pool, "checkin", self._given_back)
+    def watch_pool(self, pool: Pool) -> None:
+        """Record the connections of this pool too."""
+        event.listen(pool, "checkout", self._on_checkout)
+        event.listen(pool, "checkin", self._on_checkin)
 
-    async def end_tasks(self, caller: Task | None, outlasting: set[Task], timeout: float) -> list[str]:
-        """Cancel those that run, but for the caller's. What goes on all the same is added to `outlasting`."""
-        left: list[str] = []
+    async def cancel_leftover_tasks(self, caller: Task | None, uncancellable: set[Task], timeout: float) -> list[str]:
+        """Cancel the tasks that still run, except for the caller's, and report them.
+
+        Args:
+            caller: The task that runs the test.
+            uncancellable: Tasks to leave alone. Those that ignore their cancellation
+                are added to them.
+            timeout: Seconds to wait for the cancelled tasks.
+        """
+        reports: list[str] = []
         loop = asyncio.get_running_loop()
-
-        async def running() -> set[Task]:
-            while endings := {
-                ending for database in self._units for ending in database.cleanup_tasks
-            }:  # and tasks of theirs
-                if not (await asyncio.wait(endings, timeout=timeout))[0]:
-                    break
-            others = {cast(Task, caller), cast(Task, asyncio.current_task())}
-            begun = asyncio.all_tasks() - self._tasks - outlasting - others
-            return {task for task in begun if not _is_anothers(task)}
-
-        deadline = loop.time() + GRACE
-        while (tasks := await running()) and loop.time() < deadline:
+        deadline = loop.time() + TASK_GRACE
+        while (tasks := await self._running_tasks(caller, uncancellable, timeout)) and loop.time() < deadline:
             await asyncio.wait(tasks, timeout=deadline - loop.time())
-        while tasks := await running():
+        while tasks := await self._running_tasks(caller, uncancellable, timeout):
             for task in tasks:
-                left.append(f"a task was left running: {where_is(task)}: await it, or cancel it and await that")
+                remedy = "await it, or cancel it and then await it"
+                reports.append(f"a task was left running: {describe_task(task)}: {remedy}")
                 task.cancel()
-            outlasting |= (await asyncio.wait(tasks, timeout=timeout))[1]
-        return left + [f"a task goes on although it was cancelled: {where_is(task)}" for task in outlasting]
+            uncancellable |= (await asyncio.wait(tasks, timeout=timeout))[1]
+        for task in uncancellable:
+            reports.append(f"a task goes on although it was cancelled: {describe_task(task)}")
+        return reports
 
-    def end_blocks(self) -> list[str]:
-        """Cut off those that are open, and end connections that are held; those that no block explains are told."""
+    async def _running_tasks(self, caller: Task | None, uncancellable: set[Task], timeout: float) -> set[Task]:
+        """Wait for the managers' clean-up tasks, and return the others that run."""
+        while cleanups := {cleanup for database in self._units_before for cleanup in database.cleanup_tasks}:
+            if not (await asyncio.wait(cleanups, timeout=timeout))[0]:
+                break
+        callers = {cast(Task, caller), cast(Task, asyncio.current_task())}
+        begun = asyncio.all_tasks() - self._tasks_before - uncancellable - callers
+        return {task for task in begun if not _is_infrastructure(task)}
+
+    def abort_leftover_blocks(self) -> list[str]:
+        """Abort open blocks and invalidate checked-out connections.
+
+        Returns:
+            Reports of the blocks, or of the connections if no block is open.
+        """
         blocks: list[str] = []
-        for database, before in self._units.items():
+        for database, before in self._units_before.items():
             for unit in database.open_units - before:
-                party = party_of(unit)
-                place = party.where if party else UNKNOWN
-                blocks.append(f"a session or connection was left open: the block that began at {place}")
+                borrower = borrower_of(unit)
+                line = borrower.call_site if borrower else UNKNOWN_CALL_SITE
+                blocks.append(f"a session or connection was left open: the block that began at {line}")
                 unit.abort()
                 database.release(unit)
         connections: list[str] = []
-        for connection, place in list(self._held.values()):
-            connections.append(f"a connection was left open: the one that was taken at {place}")
+        for connection, line in list(self._checked_out.values()):
+            connections.append(f"a connection was left open: the one that was taken at {line}")
             connection.invalidate()
         return blocks or connections
 
-    def _taken(self, _: object, record: ConnectionPoolEntry, connection: PoolProxiedConnection) -> None:
-        self._held[record] = connection, where()
+    def _on_checkout(self, _: object, record: ConnectionPoolEntry, connection: PoolProxiedConnection) -> None:
+        self._checked_out[record] = connection, call_site()
 
-    def _given_back(self, _: object, record: ConnectionPoolEntry) -> None:
-        self._held.pop(record, None)
+    def _on_checkin(self, _: object, record: ConnectionPoolEntry) -> None:
+        self._checked_out.pop(record, None)
 
 
 class WatchedEngines(DatabaseEngines):
-    """A manager's own engines, whose scopes and connections tell where they were opened."""
+    """A manager's own engines, which also record the borrowers of connections."""
 
-    def __init__(self, watch: Watch, real: DatabaseEngines) -> None:
+    def __init__(self, detector: LeakDetector, real: DatabaseEngines) -> None:
+        # all state is shared, so that closing these engines closes the real ones
         self.__dict__ = real.__dict__
         for pool in real.pools:
-            watch.over(pool)
+            detector.watch_pool(pool)
 
     def engine_for(self, options: ConnectionOptions) -> AsyncEngine:
-        return super().engine_for(options).execution_options(**{PARTY: Party()})
+        return super().engine_for(options).execution_options(**{BORROWER: Borrower()})
 
 
-def _is_anothers(task: Task) -> bool:
-    """Whether it does an end for another task, or is the one by which anyio runs a fixture."""
-    return task in shielding_tasks or getattr(task.get_coro(), "__qualname__", "") == "TestRunner._call_in_runner_task"
+def _is_infrastructure(task: Task) -> bool:
+    """Return whether the task finishes work for another one, or runs anyio fixtures."""
+    runs_fixtures = getattr(task.get_coro(), "__qualname__", "") == ANYIO_FIXTURE_RUNNER
+    return runs_fixtures or task in shielding_tasks

@@ -1,4 +1,4 @@
-"""A PostgreSQL server for tests: fast, since nothing on it has to outlast anything."""
+"""PostgreSQL servers for tests: fast, because their data need not survive a crash."""
 
 from __future__ import annotations
 
@@ -16,39 +16,42 @@ from sessionwire.embedded import EmbeddedServer
 from sessionwire.manager import DatabaseSessionManager
 from sessionwire.settings import DatabaseSettings
 
-MEMORY, ROOM = Path("/dev/shm"), 2**30  # Linux has a file system in memory here; bytes that must be free in it
+SHM = Path("/dev/shm")  # a file system in memory, on Linux
+MIN_FREE_BYTES = 2**30
 PREFIX = "sessionwire-tests-"
-UNSAFE = ("fsync", "full_page_writes", "synchronous_commit")  # nobody pulls the plug here
+DURABILITY_SETTINGS = ("fsync", "full_page_writes", "synchronous_commit")
 
 
 def temporary_directory() -> Path:
-    """In memory, where there is room; else that for temporary files."""
-    if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM:
-        return MEMORY
+    """Return a directory in memory if it has enough space, otherwise one on disk."""
+    if os.access(SHM, os.W_OK) and shutil.disk_usage(SHM).free > MIN_FREE_BYTES:
+        return SHM
     return Path(tempfile.gettempdir())
 
 
 def new_directory() -> Path:
-    """A name for a server's directory, which says whose it is."""
+    """Return a new name for a server's directory, with the id of this process."""
     return temporary_directory() / f"{PREFIX}{os.getpid()}-{uuid4().hex}"
 
 
-def remove_left_by_killed() -> None:
-    """End the servers of processes that are gone, and remove their directories."""
+def remove_stale_servers() -> None:
+    """Stop the servers whose processes are gone, and remove their directories."""
     import psutil
 
     for directory in temporary_directory().glob(f"{PREFIX}*-*"):
         owner = directory.name.removeprefix(PREFIX).partition("-")[0]
         if owner.isdecimal() and not psutil.pid_exists(int(owner)):
+            # joins the server if it runs, and stops it as its last user; fails if
+            # another process does so at the same time
             with suppress(Exception), EmbeddedServer(directory / "data"):
-                pass  # joined where it runs, and left by its last; or another process does so at the same time
+                pass
             shutil.rmtree(directory, ignore_errors=True)
 
 
-async def hurry(settings: DatabaseSettings) -> None:
-    """Let the server not wait for its disk. Its databases are lost where the machine stops."""
+async def disable_durability(settings: DatabaseSettings) -> None:
+    """Turn off durability: databases do not survive a crash of the machine."""
     manager = DatabaseSessionManager(settings)
     async with manager, manager.transaction(Propagation.NOT_SUPPORTED) as session:
-        for setting in UNSAFE:
+        for setting in DURABILITY_SETTINGS:
             await session.execute(text(f"ALTER SYSTEM SET {setting} = off"))
         await session.execute(text("SELECT pg_reload_conf()"))

@@ -1,4 +1,4 @@
-"""Where the databases of templates are made, and the locks that tell which of them are in use."""
+"""Stores of templates: their databases, and the locks on those that are in use."""
 
 from __future__ import annotations
 
@@ -27,42 +27,47 @@ from sessionwire.errors import ConfigurationError, ConnectionFailedError
 from sessionwire.manager import DatabaseSessionManager
 from sessionwire.settings import DatabaseSettings
 
-TIMEOUT = 120.0  # seconds to make a database, and to clean up
-NUMBER = 14  # hexadecimal digits of a template's number
-NO_SUCH_DATABASE, NO_RIGHT = "3D000", "42501"  # SQLSTATEs
+DATABASE_TIMEOUT = 120.0  # seconds to create a database, and to clean up
+ID_LENGTH = 14  # hexadecimal digits
+INVALID_CATALOG_NAME, INSUFFICIENT_PRIVILEGE = "3D000", "42501"  # SQLSTATEs
 
 
-def digest(text: str, digits: int) -> str:
+def hex_digest(text: str, digits: int) -> str:
     return blake2b(text.encode(), digest_size=digits // 2).hexdigest()
 
 
-class Place(ABC):
-    """The databases of templates, beside the one that a URL names; and their locks, of which it has one at a time."""
+class TemplateStore(ABC):
+    """The templates beside the database of a URL, of which it locks one at a time."""
 
     separator = "_"
 
     def __init__(self, settings: DatabaseSettings, url: URL, name: str, user: str | int, directory: str = "") -> None:
         self._settings = settings
         self._url = url
-        # PostgreSQL takes 63 bytes: a part of the name for people, and a digest; one user can't drop what another left
-        shown, digested = name.encode()[:24].decode(errors="ignore"), digest(f"{directory}{name} {user}", 8)
-        self._prefix = f"{directory}{shown}_{digested}_"
+        # PostgreSQL limits names to 63 bytes, so only a part of the database's name is
+        # in them. The digest contains the user, who could not drop the databases that
+        # another one left.
+        readable = name.encode()[:24].decode(errors="ignore")
+        digest = hex_digest(f"{directory}{name} {user}", 8)
+        self._prefix = f"{directory}{readable}_{digest}_"
 
-    def name(self, number: str, suffix: str) -> str:
-        return f"{self._prefix}{number}{self.separator}{suffix}"
+    def database_name(self, template_id: str, suffix: str) -> str:
+        return f"{self._prefix}{template_id}{self.separator}{suffix}"
 
-    def settings(self, name: str) -> DatabaseSettings:
-        return self._settings.model_copy(update={"url": DatabaseURL._make(self._url.set(database=name))})
+    def settings_of_database(self, name: str) -> DatabaseSettings:
+        url = DatabaseURL._make(self._url.set(database=name))
+        return self._settings.model_copy(update={"url": url})
 
-    async def numbers(self) -> set[str]:
-        names = [name for name in await self.names() if name.startswith(self._prefix)]
-        return {name.removeprefix(self._prefix)[:NUMBER] for name in names}
+    async def template_ids(self) -> set[str]:
+        names = [name for name in await self.list_databases() if name.startswith(self._prefix)]
+        return {name.removeprefix(self._prefix)[:ID_LENGTH] for name in names}
 
-    async def databases(self, number: str) -> list[str]:
-        return [name for name in await self.names() if name.startswith(self.name(number, ""))]
+    async def databases_of(self, template_id: str) -> list[str]:
+        prefix = self.database_name(template_id, "")
+        return [name for name in await self.list_databases() if name.startswith(prefix)]
 
     @abstractmethod
-    async def names(self) -> list[str]: ...
+    async def list_databases(self) -> list[str]: ...
 
     @abstractmethod
     async def create(self, name: str, template: str | None = None) -> None: ...
@@ -74,25 +79,32 @@ class Place(ABC):
     async def drop(self, name: str) -> None: ...
 
     @abstractmethod
-    async def connections(self, name: str) -> int: ...
+    async def count_connections(self, name: str) -> int: ...
 
     @abstractmethod
-    async def lock(self, number: str) -> bool:
-        """Try to have this lock alone; the one that was had before is given up."""
+    async def try_lock_exclusive(self, template_id: str) -> bool:
+        """Release the lock held so far, and try to take this one in exclusive mode."""
 
     @abstractmethod
-    async def share(self, number: str) -> bool:
-        """Try to have this lock together with others; nobody can take it in between where it was had alone."""
+    async def try_lock_shared(self, template_id: str) -> bool:
+        """Try to take the lock in shared mode.
+
+        Coming from exclusive mode, nobody can take it in between.
+        """
 
 
-class Server(Place):
-    """PostgreSQL: advisory locks, and all over the one connection that has them, which no cancellation may cut off."""
+class PostgresTemplateStore(TemplateStore):
+    """Templates in PostgreSQL, locked with advisory locks.
+
+    One connection holds the locks and executes everything. No cancellation may abort
+    it.
+    """
 
     def __init__(self, settings: DatabaseSettings, connection: AsyncConnection, database: str, user: str) -> None:
         super().__init__(settings, make_url(settings.url), database, user)
         self._connection = connection
-        self._turn = asyncio.Lock()
-        self._is_alone = False
+        self._connection_lock = asyncio.Lock()
+        self._has_exclusive_lock = False
 
     @classmethod
     @asynccontextmanager
@@ -107,7 +119,7 @@ class Server(Place):
             try:
                 manager = await stack.enter_async_context(DatabaseSessionManager(settings))
             except ConnectionFailedError as error:
-                if sqlstate(error.__cause__) == NO_SUCH_DATABASE:
+                if sqlstate(error.__cause__) == INVALID_CATALOG_NAME:
                     error.add_note("name one that exists, such as 'postgres': templates are made beside it")
                 raise
             engine = manager.engine.execution_options(isolation_level="AUTOCOMMIT")
@@ -115,20 +127,21 @@ class Server(Place):
             named = await connection.exec_driver_sql("SELECT current_database(), current_user")
             yield cls(settings, connection, *map(str, named.one()))
 
-    async def names(self) -> list[str]:
+    async def list_databases(self) -> list[str]:
         return await self._execute("SELECT datname FROM pg_database")
 
     async def create(self, name: str, template: str | None = None) -> None:
-        # the server's strategy, WAL_LOG: FILE_COPY is slower by its checkpoints where writes must reach the disk
+        # with the default strategy, WAL_LOG: the checkpoints of FILE_COPY are slow if
+        # the server waits for its disk
         source = f" TEMPLATE {self._quoted(template)}" if template else ""
         try:
             await self._execute(f"CREATE DATABASE {self._quoted(name)}{source}")
         except DBAPIError as error:
-            if sqlstate(error) != NO_RIGHT:
+            if sqlstate(error) != INSUFFICIENT_PRIVILEGE:
                 raise
             raise ConfigurationError(
                 f"url: user {self._url.username!r} may not create databases: "
-                "allow it with ALTER ROLE … CREATEDB, or name one that may"
+                "grant the right with ALTER ROLE … CREATEDB, or name another user"
             ) from error
 
     async def rename(self, name: str, to: str) -> None:
@@ -137,38 +150,42 @@ class Server(Place):
     async def drop(self, name: str) -> None:
         await self._execute(f"DROP DATABASE IF EXISTS {self._quoted(name)} WITH (FORCE)")
 
-    async def connections(self, name: str) -> int:
-        clients = "SELECT datname FROM pg_stat_activity WHERE usesysid IS NOT NULL"  # autovacuum is no user
+    async def count_connections(self, name: str) -> int:
+        # autovacuum has no user
+        clients = "SELECT datname FROM pg_stat_activity WHERE usesysid IS NOT NULL"
         return (await self._execute(clients)).count(name)
 
-    async def lock(self, number: str) -> bool:
+    async def try_lock_exclusive(self, template_id: str) -> bool:
         await self._execute("SELECT pg_advisory_unlock_all()")
-        (self._is_alone,) = await self._execute(f"SELECT pg_try_advisory_lock({self._lock(number)})")
-        return self._is_alone
+        key = self._lock_key(template_id)
+        (self._has_exclusive_lock,) = await self._execute(f"SELECT pg_try_advisory_lock({key})")
+        return self._has_exclusive_lock
 
-    async def share(self, number: str) -> bool:
-        (is_shared,) = await self._execute(f"SELECT pg_try_advisory_lock_shared({self._lock(number)})")
-        if self._is_alone:
-            await self._execute(f"SELECT pg_advisory_unlock({self._lock(number)})")
+    async def try_lock_shared(self, template_id: str) -> bool:
+        key = self._lock_key(template_id)
+        (is_shared,) = await self._execute(f"SELECT pg_try_advisory_lock_shared({key})")
+        if self._has_exclusive_lock:
+            await self._execute(f"SELECT pg_advisory_unlock({key})")
         return bool(is_shared)
 
-    def _lock(self, number: str) -> int:
-        return int(digest(self._prefix + number, 14), 16)  # of the 63 bits that it may have
+    def _lock_key(self, template_id: str) -> int:
+        # 14 hexadecimal digits are 56 bits, and an advisory lock's key has at most 63
+        return int(hex_digest(self._prefix + template_id, 14), 16)
 
     async def _execute(self, statement: str) -> list[Any]:
         async def execute() -> list[Any]:
             result = await self._connection.exec_driver_sql(statement)
             return list(result.scalars()) if result.returns_rows else []
 
-        async with self._turn:
-            return await run_shielded(execute(), TIMEOUT)
+        async with self._connection_lock:
+            return await run_shielded(execute(), DATABASE_TIMEOUT)
 
     def _quoted(self, name: str) -> str:
         return self._connection.dialect.identifier_preparer.quote_identifier(name)
 
 
-class Directory(Place):
-    """SQLite: a template and its copies are files in a directory, which is the lock too."""
+class SQLiteTemplateStore(TemplateStore):
+    """Templates in SQLite: each is a directory of files, which is also its lock."""
 
     separator = os.sep
 
@@ -177,26 +194,27 @@ class Directory(Place):
         file = url.database or ":memory:"
         if file.startswith((":memory:", "file:")) or url.query.get("mode") == "memory":
             url, file = url.set(query={}), str(Path(tempfile.gettempdir(), "sessionwire"))
-        super().__init__(settings, url, Path(file).name, os.getuid(), f"{Path(file).resolve().parent}{os.sep}")
-        self._lock: int | None = None
-        self._alone: str | None = None
+        directory = f"{Path(file).resolve().parent}{os.sep}"
+        super().__init__(settings, url, Path(file).name, os.getuid(), directory)
+        self._lock_fd: int | None = None
+        self._exclusive_id: str | None = None
 
     @classmethod
     @asynccontextmanager
     async def open(cls, settings: DatabaseSettings) -> AsyncGenerator[Self]:
-        place = cls(settings)
+        store = cls(settings)
         try:
-            yield place
+            yield store
         finally:
-            place._release()
+            store._release()
 
-    async def names(self) -> list[str]:
+    async def list_databases(self) -> list[str]:
         directories = glob.escape(self._prefix) + "*"
         return glob.glob(directories) + glob.glob(f"{directories}/*")
 
     async def create(self, name: str, template: str | None = None) -> None:
-        if template:  # else SQLite makes it
-            await run_shielded(asyncio.to_thread(shutil.copy, template, name), TIMEOUT)
+        if template:  # otherwise SQLite creates the file
+            await run_shielded(asyncio.to_thread(shutil.copy, template, name), DATABASE_TIMEOUT)
 
     async def rename(self, name: str, to: str) -> None:
         os.rename(name, to)
@@ -206,38 +224,42 @@ class Directory(Place):
             with suppress(FileNotFoundError):
                 os.unlink(file)
 
-    async def connections(self, name: str) -> int:
-        if os.access(f"{name}-wal", os.F_OK):  # the last to close removes it, but none where two close at once
+    async def count_connections(self, name: str) -> int:
+        # the last connection to close removes the file, unless two close at once
+        if os.access(f"{name}-wal", os.F_OK):
             with suppress(sqlite3.Error), closing(sqlite3.connect(name, timeout=0)) as connection:
                 connection.execute("PRAGMA schema_version")
         return int(os.access(f"{name}-wal", os.F_OK))
 
-    async def lock(self, number: str) -> bool:
+    async def try_lock_exclusive(self, template_id: str) -> bool:
         self._release()
-        self._alone = number if self._flock(number, alone=True) else None
-        return self._alone is not None
+        self._exclusive_id = template_id if self._flock(template_id, exclusive=True) else None
+        return self._exclusive_id is not None
 
-    async def share(self, number: str) -> bool:
-        self._alone = None
-        return self._flock(number, alone=False)
+    async def try_lock_shared(self, template_id: str) -> bool:
+        self._exclusive_id = None
+        return self._flock(template_id, exclusive=False)
 
-    def _flock(self, number: str, *, alone: bool) -> bool:
-        import fcntl  # not there on Windows
+    def _flock(self, template_id: str, *, exclusive: bool) -> bool:
+        import fcntl  # missing on Windows
 
-        directory = self.name(number, "")
+        directory = self.database_name(template_id, "")
         with suppress(BlockingIOError, FileNotFoundError):
-            if self._lock is None:
+            if self._lock_fd is None:
                 os.makedirs(directory, 0o700, exist_ok=True)
-                self._lock = os.open(directory, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_NB | (fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
-            if os.path.samestat(os.fstat(self._lock), os.stat(directory)):  # else who had it has removed it meanwhile
+                self._lock_fd = os.open(directory, os.O_RDONLY)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_NB | (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH))
+            # not so if the previous holder has removed the directory meanwhile
+            if os.path.samestat(os.fstat(self._lock_fd), os.stat(directory)):
                 return True
         self._release()
         return False
 
     def _release(self) -> None:
-        if self._alone:  # with a file that a cancelled connection may have made anew
-            shutil.rmtree(self.name(self._alone, ""), ignore_errors=True)
-        if self._lock is not None:
-            os.close(self._lock)
-        self._lock = self._alone = None
+        if self._exclusive_id:
+            # the template is unused, but a cancelled connection may have recreated a
+            # file
+            shutil.rmtree(self.database_name(self._exclusive_id, ""), ignore_errors=True)
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+        self._lock_fd = self._exclusive_id = None

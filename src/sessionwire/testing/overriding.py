@@ -1,4 +1,4 @@
-"""`overriding`: several providers of a container overridden in one block, and what depends on them built anew."""
+"""`overriding`: override providers in a block, and rebuild their dependents."""
 
 from __future__ import annotations
 
@@ -16,55 +16,63 @@ C = TypeVar("C", bound=containers.Container | type[containers.Container])
 
 @contextmanager
 def overriding(container: C, /, **values: object) -> Generator[C]:
-    """Override providers by name inside the block, as in `overriding(container, clock=FakeClock(), db__session=fake)`.
+    """Override providers by name, as in `overriding(container, clock=FakeClock())`.
 
-    A value is a provider, or else what one is to provide. Two underscores lead into a nested container. A singleton
-    that depends on what is overridden is built anew inside the block, and after it has its object from before, if it
-    had one; all others keep theirs. What depends on what is as the container knows it, not what a constructor looks up
-    by itself: therefore any singleton that was first built inside is reset at the end. Close inside what opens inside.
+    Singletons that depend on an overridden provider are rebuilt inside the block, and
+    have their previous object again after it; the others keep theirs. Dependencies are
+    those declared in the container, not those that a constructor looks up by itself;
+    therefore every singleton first built inside the block is reset at its end. Close
+    inside the block what you open there.
 
-    Raises `ConfigurationError` where there is no provider of a name; nothing is overridden then.
+    Args:
+        container: The container, or its class.
+        **values: A provider, or the object to provide, by the name of the provider that
+            it overrides. Two underscores lead into a nested container.
+
+    Raises:
+        ConfigurationError: A name belongs to no provider. Nothing is overridden then.
     """
-    known = by_name(container)
+    known = providers_by_name(container)
     for name in values:
         if name not in known:
-            raise _unknown(name, container, known)
+            raise _unknown_provider_error(name, container, known)
     before = {provider: provider.overridden for provider in known.values()}
     with ExitStack() as stack:
         for name, value in values.items():
-            inside = [other for other in known if other.startswith(f"{name}__")]
-            for restored in (*reversed(inside), name):  # last in, first out: what is nested after what it is in
-                stack.callback(_restore, known[restored], before[known[restored]])
+            nested = [other for other in known if other.startswith(f"{name}__")]
+            # last in, first out: a container is restored before those nested in it
+            for restored in (*reversed(nested), name):
+                stack.callback(_restore_overrides, known[restored], before[known[restored]])
             known[name].override(value)
         changed = {provider for provider in known.values() if provider.overridden != before[provider]}
         for singleton in list(cast(Any, container).traverse(types=[providers.BaseSingleton])):
             if singleton.overridden:
                 continue
-            if changed.isdisjoint(map(_source, singleton.traverse())):
+            if changed.isdisjoint(map(_overridable, singleton.traverse())):
                 stack.enter_context(_reset_if_built(singleton))
             else:
-                stack.callback(_restore, singleton, ())
-                singleton.override(_unbuilt(singleton))
+                stack.callback(_restore_overrides, singleton, ())
+                singleton.override(_fresh_copy(singleton))
         yield container
 
 
-def by_name(container: Any, prefix: str = "") -> dict[str, Any]:
-    """All providers of a container, those of nested ones as `outer__inner`."""
+def providers_by_name(container: Any, prefix: str = "") -> dict[str, Any]:
+    """Return all providers of a container, those of nested ones as `outer__inner`."""
     found: dict[str, Any] = {}
     for name, provider in container.providers.items():
         found[prefix + name] = provider
         if isinstance(provider, providers.Container | providers.DependenciesContainer):
-            found |= by_name(provider, f"{prefix}{name}__")
+            found |= providers_by_name(provider, f"{prefix}{name}__")
     return found
 
 
-def _source(provider: Any) -> Any:
-    """Itself, but for an option its configuration, which alone is overridden."""
+def _overridable(provider: Any) -> Any:
+    """Return the provider that overrides apply to: of an option, its configuration."""
     return provider._get_root() if isinstance(provider, providers.ConfigurationOption) else provider
 
 
-def _unbuilt(singleton: Any) -> Any:
-    """One of the same kind, with the same dependencies."""
+def _fresh_copy(singleton: Any) -> Any:
+    """Return a singleton with equal dependencies that has not built its object."""
     copy = type(singleton)()
     copy.set_provides(singleton.provides)
     return copy.set_args(*singleton.args).set_kwargs(**singleton.kwargs).set_attributes(**singleton.attributes)
@@ -72,7 +80,10 @@ def _unbuilt(singleton: Any) -> Any:
 
 @contextmanager
 def _reset_if_built(singleton: Any) -> Generator[None]:
-    """At the end, if it was built inside: it doesn't tell, what it is built by can."""
+    """Reset the singleton at the end if it was built inside.
+
+    It does not record that itself, so its factory is wrapped.
+    """
     provides, is_built = singleton.provides, False
 
     def build(*args: Any, **kwargs: Any) -> Any:
@@ -80,7 +91,7 @@ def _reset_if_built(singleton: Any) -> Generator[None]:
         is_built = True
         return provides(*args, **kwargs)
 
-    if singleton.provided_type is None:  # else it takes classes only
+    if singleton.provided_type is None:  # a singleton of a given type accepts no function
         singleton.set_provides(build)
     try:
         yield
@@ -90,19 +101,20 @@ def _reset_if_built(singleton: Any) -> Generator[None]:
             singleton.reset()
 
 
-def _restore(provider: Any, overridden: tuple[Any, ...]) -> None:
-    """Take back what was put over it inside the block, also by others.
+def _restore_overrides(provider: Any, before: tuple[Any, ...]) -> None:
+    """Remove all overrides added inside the block, by whomever.
 
-    A nested container, taken back, takes one too many from what it did not replace: that is put back.
+    Re-apply one that resetting a nested container removed by mistake.
     """
-    while len(provider.overridden) > len(overridden):
+    while len(provider.overridden) > len(before):
         provider.reset_last_overriding()
-    for lost in overridden[len(provider.overridden) :]:
+    for lost in before[len(provider.overridden) :]:
         provider.override(lost)
 
 
-def _unknown(name: str, container: Any, known: dict[str, Any]) -> ConfigurationError:
+def _unknown_provider_error(name: str, container: Any, known: dict[str, Any]) -> ConfigurationError:
     close = get_close_matches(name, known, n=1)
-    meant = f": did you mean {close[0]!r}?" if close else "."
+    suggestion = f": did you mean {close[0]!r}?" if close else "."
     owner = container.parent_name or type(container).__name__
-    return ConfigurationError(f"{owner} has no provider {name!r}{meant} It has {', '.join(sorted(known))}")
+    names = ", ".join(sorted(known))
+    return ConfigurationError(f"{owner} has no provider {name!r}{suggestion} It has {names}")

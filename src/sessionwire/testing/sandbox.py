@@ -1,7 +1,8 @@
-"""A sandbox: all that is done to a database happens on one connection, in one transaction that is rolled back.
+"""`sandbox`: run everything in one transaction, which is rolled back at the end.
 
-The code under test has connections and transactions as ever: each of its transactions is a savepoint of the one, and
-they take turns. One begins inside another only where its code runs inside that one's block.
+The code under test uses connections and transactions as usual. Each of its transactions
+is a savepoint on the one connection, and tasks take turns. A transaction begins inside
+another one only if its code runs inside the block of that one.
 """
 
 from __future__ import annotations
@@ -9,47 +10,65 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
-from copy import copy
-from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from dependency_injector import containers
-from sqlalchemy import AsyncAdaptedQueuePool, Connection, Engine, Pool, event, text
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy import text
 
-from sessionwire._core.context import current_scope, enclosing_scopes
+from sessionwire._core.context import current_scope
 from sessionwire._database.begin_hooks import WITHOUT_HOOKS
 from sessionwire._database.completion import close_or_invalidate, finish_rollback
-from sessionwire._database.driver_errors import install_disconnect_listener
-from sessionwire._database.engines import DatabaseEngines
-from sessionwire._database.failed_statements import install_failure_listeners
 from sessionwire._database.options import CONNECTION_OPTIONS, ConnectionOptions
-from sessionwire._database.runtime import Database, database_of
-from sessionwire._database.savepoints import install_cancellation_listener
+from sessionwire._database.runtime import database_of
 from sessionwire._shield import run_shielded
 from sessionwire.errors import SandboxError
+from sessionwire.lifespan import managers_of
 from sessionwire.manager import DatabaseSessionManager
 
-from ._borrowers import PARTY, Party, party_of
 from ._interruptible import Interruptible
-from ._leaks import GRACE, Watch
+from ._leaks import TASK_GRACE, LeakDetector
+from ._sandbox_engines import SandboxEngines
 from ._shared_connection import SharedConnection
-from .managers import managers_of
 
 D = TypeVar("D", bound=DatabaseSessionManager | containers.Container)
 
 
 @asynccontextmanager
 async def sandbox(database: D, *, check_deferred: bool = False, patience: float = 5.0) -> AsyncGenerator[D]:
-    """Within the block, all that runs on this manager, or on those of this container, is undone at its end.
+    """Roll back at the end of the block everything that was done to the database in it.
 
-    Commits, rollbacks, retries, hooks and every kind of scope mean what they mean elsewhere. Concurrent tasks take
-    turns: from the first statement of its transaction to its end, a task has the connection. One that waits for a
-    transaction in which nothing happens for `patience` seconds, or which cannot end before the one that waits, raises
-    `SandboxError`, and where that is raised in a task that nobody awaits, it ends the block. Deferred constraints
-    are checked at the commit if `check_deferred` is set, else never.
+    Commits, rollbacks, retries, hooks and every kind of block keep their meaning.
+    Concurrent tasks take turns: a task has the connection from the first statement of
+    its transaction until the transaction ends. A manager that is not open is open
+    inside the block.
 
-    Raises `SandboxError` at the end where a scope, a connection or a task was left open, and says where.
+    Args:
+        database: A manager, or a container for all databases in it.
+        check_deferred: Check deferred constraints at each commit; otherwise they are
+            never checked.
+        patience: Seconds after which a task that waits for its turn raises
+            `SandboxError` if nothing happens in the transaction of the other task
+            meanwhile. It raises at once if that transaction cannot end first.
+
+    Raises:
+        SandboxError: A scope, a connection or a task was left open at the end of the
+            block; the message names its line. Also for a deadlock in a task that nobody
+            awaits, which ends the block, and if a session is open around the block.
+        ConfigurationError: The container has no database.
+        ConnectionFailedError: The database cannot be reached.
+
+    Example:
+        ```python
+        @pytest.fixture
+        async def container():
+            async with sandbox(Container()) as container:
+                yield container
+
+
+        async def test_selling_makes_an_order(container):
+            order = await container.shop().sell("tea")
+            assert order.id
+        ```
     """
     async with AsyncExitStack() as stack:
         for manager in managers_of(database):
@@ -59,55 +78,62 @@ async def sandbox(database: D, *, check_deferred: bool = False, patience: float 
 
 @asynccontextmanager
 async def _sandbox(manager: DatabaseSessionManager, check_deferred: bool, patience: float) -> AsyncGenerator[None]:
-    if current_scope(database_of(manager)) is not None:
-        raise SandboxError("a session is open around the sandbox, and what joins it would be kept: open it inside")
+    database = database_of(manager)
+    if current_scope(database) is not None:
+        raise SandboxError(
+            "a session is open around the sandbox, and blocks that join it would commit for real: "
+            "open the session inside the sandbox"
+        )
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(_opened(manager))
         timeout = manager.settings.rollback_timeout
-        options = {CONNECTION_OPTIONS: ConnectionOptions(write_intent=True), WITHOUT_HOOKS: True}
-        connection = await stack.enter_async_context(manager.engine.execution_options(**options).connect())
-        await connection.execute(text("SELECT 1"))  # which begins, where a begin() waits for the first statement
+        connection = await stack.enter_async_context(
+            manager.engine.execution_options(
+                **{CONNECTION_OPTIONS: ConnectionOptions(write_intent=True), WITHOUT_HOOKS: True}
+            ).connect()
+        )
+        # begins the transaction: a begin() would wait for the first statement
+        await connection.execute(text("SELECT 1"))
         raw: Any = await connection.get_raw_connection()
         shared = SharedConnection(
             raw.dbapi_connection,
             connection.dialect,
-            database_of(manager).begin_hooks,
+            database.begin_hooks,
             check_deferred=check_deferred,
             patience=patience,
         )
-        watch = Watch(manager)
-        database = database_of(manager)
+        detector = LeakDetector(manager)
         error: BaseException | None = None
-        with database.substitute_engines(lambda real: SandboxEngines(database, real, shared, watch)):
+        with database.substitute_engines(lambda real: SandboxEngines(database, real, shared, detector)):
             try:
                 with Interruptible():
                     yield
             except BaseException as raised:
                 error = raised
-            left: list[str] = []
+            leaks: list[str] = []
             try:
                 try:
-                    tidied = _tidy(watch, shared, asyncio.current_task(), timeout, left)
-                    await run_shielded(tidied, GRACE + 3 * timeout)
+                    clean_up = _clean_up(detector, shared, asyncio.current_task(), timeout, leaks)
+                    await run_shielded(clean_up, TASK_GRACE + 3 * timeout)
                 except TimeoutError:
-                    left.append("what was left open did not end in time")
+                    leaks.append("what was left open did not end in time")
                 finally:
                     shared.close()
                     await finish_rollback(close_or_invalidate(connection), timeout, error)
-            except BaseException as trouble:  # a cancellation
-                trouble.__cause__ = trouble.__cause__ or error
-                error = trouble
+            except BaseException as cancellation:
+                cancellation.__cause__ = cancellation.__cause__ or error
+                error = cancellation
             if error is not None:
-                for each in left:
-                    error.add_note(each)
+                for leak in leaks:
+                    error.add_note(leak)
                 raise error
-            if left:
-                raise SandboxError("\n".join(left))
+            if leaks:
+                raise SandboxError("\n".join(leaks))
 
 
 @asynccontextmanager
 async def _opened(manager: DatabaseSessionManager) -> AsyncGenerator[None]:
-    """Open it where it is not, and leave it as it was."""
+    """Open the manager if it is not open, and restore its state at the end."""
     if manager.is_open:
         yield
         return
@@ -120,94 +146,15 @@ async def _opened(manager: DatabaseSessionManager) -> AsyncGenerator[None]:
             manager.init(settings)
 
 
-async def _tidy(
-    watch: Watch, shared: SharedConnection, caller: asyncio.Task[Any] | None, timeout: float, left: list[str]
+async def _clean_up(
+    detector: LeakDetector,
+    shared: SharedConnection,
+    caller: asyncio.Task[Any] | None,
+    timeout: float,
+    leaks: list[str],
 ) -> None:
-    """End what was begun in the sandbox and goes on. Adds to `left` where it was."""
-    left += await watch.end_tasks(caller, shared.outlasting, timeout)
-    left += watch.end_blocks()
-    shared.end_all()
-    await shared.ended()
-
-
-class SandboxEngines(DatabaseEngines):
-    """What the manager has for its engines: one that makes connections of nothing but turns."""
-
-    def __init__(self, database: Database, real: DatabaseEngines, shared: SharedConnection, watch: Watch) -> None:
-        self.server = None  # it is not ours to stop
-        self.is_retired = False
-        self._database = database
-        self._shared = shared
-        self.dialect: Any = real.dialect if isinstance(real, SandboxEngines) else real.primary.dialect
-        self.primary = AsyncEngine(self._engine(real.primary.sync_engine))
-        watch.over(self.primary.pool)
-        for pool in real.pools:
-            shared.guard(pool)
-
-    def engine_for(self, options: ConnectionOptions) -> AsyncEngine:
-        ours = {CONNECTION_OPTIONS: options, PARTY: self._party()}
-        return self.primary.execution_options(**{**options.copy_execution_options(), **ours})
-
-    def _engine(self, real: Engine) -> Engine:
-        shared = self._shared
-        dialect: Any = copy(self.dialect)
-        for name in ("do_execute", "do_executemany", "do_execute_no_params"):
-            setattr(dialect, name, partial(shared.do_execute, getattr(dialect, name)))
-        for name in ("do_begin", "do_commit", "do_rollback"):
-            setattr(dialect, name, getattr(shared, name))
-        for name in ("set_isolation_level", "set_readonly", "set_deferrable"):
-            setattr(dialect, name, _ignore)  # the one transaction has begun
-        dialect.do_close = dialect.do_terminate = shared.end
-        pool = self._database.settings.pool
-        engine = Engine(
-            AsyncAdaptedQueuePool(
-                cast(Any, shared.connect),
-                pool_size=pool.size,
-                max_overflow=pool.max_overflow,
-                timeout=pool.timeout,
-                use_lifo=True,
-                dialect=dialect,
-            ),
-            dialect,
-            real.url,
-        )
-        event.listen(engine, "begin", self._begins)
-        event.listen(engine, "checkout", shared.taken)
-        install_disconnect_listener(engine)
-        self._database.begin_hooks.install_listeners(engine)
-        install_failure_listeners(engine)
-        install_cancellation_listener(engine)
-        return engine
-
-    def _begins(self, connection: Connection) -> None:
-        virtual: Any = connection.connection.dbapi_connection
-        options = connection.get_execution_options()
-        virtual.terms = options.get(CONNECTION_OPTIONS) or ConnectionOptions(
-            autocommit=options.get("isolation_level") == "AUTOCOMMIT",
-            read_only=options.get("postgresql_readonly", False),
-        )
-        virtual.party = options.get(PARTY) or self._party()
-
-    def _party(self) -> Party:
-        return Party(frozenset(party_of(scope) for scope in enclosing_scopes(self._database)))
-
-    @property
-    def pools(self) -> list[Pool]:
-        return [self.primary.pool]
-
-    def abort(self, dbapi_connection: Any) -> None:
-        self._shared.end(dbapi_connection)
-
-    def abandon(self, *, is_forked: bool) -> None:
-        raise SandboxError("a sandbox lives and ends in the event loop and process in which it began")
-
-    async def abort_all(self) -> None:
-        self._shared.end_all()
-        await self._shared.ended()
-
-    async def dispose(self) -> None:
-        await self.primary.dispose()
-        await self._shared.ended()
-
-
-def _ignore(*_: object) -> None: ...
+    """End the tasks and blocks left open in the sandbox, and report them in `leaks`."""
+    leaks += await detector.cancel_leftover_tasks(caller, shared.uncancellable_tasks, timeout)
+    leaks += detector.abort_leftover_blocks()
+    shared.abort_all()
+    await shared.wait_for_cleanup()

@@ -1,4 +1,7 @@
-"""`count_statements`: what a block sends to the database, so that a query per row is a failing test."""
+"""`count_statements`: the statements that a block sends to the database.
+
+With it, one query per row is a failing test.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,23 @@ from dependency_injector import containers
 from sqlalchemy import Connection, Engine, event
 
 from sessionwire._database.runtime import database_of
+from sessionwire.lifespan import managers_of
 from sessionwire.manager import DatabaseSessionManager
 
-from ._call_sites import where
-from .managers import managers_of
+from ._call_sites import call_site
 
-TRANSACTION_CONTROL = ("BEGIN", "COMMIT", "ROLLBACK", "SAVEPOINT", "RELEASE")
-WIDTH = 200  # of a statement in a message
+UNCOUNTED = ("BEGIN", "COMMIT", "ROLLBACK", "SAVEPOINT", "RELEASE")
+MAX_WIDTH = 200  # characters of a statement in a message
 
 
 @dataclass(frozen=True)
 class SentStatement:
-    """A statement without its parameters, and the line that sent it, as in `app.py:12 in Accounts.names`."""
+    """A statement that was sent to the database.
+
+    Attributes:
+        sql: The SQL text, without parameters.
+        where: The line that sent the statement, such as `app.py:12 in Accounts.names`.
+    """
 
     sql: str
     where: str
@@ -34,31 +42,40 @@ class SentStatement:
 def count_statements(
     database: DatabaseSessionManager | containers.Container, *, at_most: int | None = None
 ) -> Generator[list[SentStatement]]:
-    """Record the statements that are sent while the block is open, by whatever task: `len(sent)` is their number.
+    """Record the statements sent during the block: `len(sent)` is their number.
 
-    `database` is a manager, or a container for all databases in it. BEGIN, COMMIT and savepoints don't count.
+    The statements of all tasks count, except for BEGIN, COMMIT, ROLLBACK and
+    savepoints.
 
-    Raises `AssertionError` at the end of a block that ends well where there were more than `at_most`, with each
-    statement, how often it was sent, and the line that sent it.
+    Args:
+        database: A manager, or a container for all databases in it.
+        at_most: The number of statements that the block may send; None: any number.
+
+    Raises:
+        AssertionError: The block ended without an error, and sent more than `at_most`.
+            The message lists each statement, how often it was sent, and the line that
+            sent it.
+        ConfigurationError: The container has no database.
     """
     databases = [database_of(manager) for manager in managers_of(database)]
     sent: list[SentStatement] = []
 
-    def note(connection: Connection, _cursor: Any, sql: str, *_: Any) -> None:
-        if not sql.startswith(TRANSACTION_CONTROL) and any(each.uses_engine(connection.engine) for each in databases):
-            sent.append(SentStatement(sql, where()))
+    def record(connection: Connection, _cursor: Any, sql: str, *_: Any) -> None:
+        if not sql.startswith(UNCOUNTED) and any(database.uses_engine(connection.engine) for database in databases):
+            sent.append(SentStatement(sql, call_site()))
 
-    event.listen(Engine, "before_cursor_execute", note)
+    event.listen(Engine, "before_cursor_execute", record)
     try:
         yield sent
     finally:
-        event.remove(Engine, "before_cursor_execute", note)
+        event.remove(Engine, "before_cursor_execute", record)
     if at_most is not None and len(sent) > at_most:
         raise AssertionError(_too_many(sent, at_most))
 
 
 def _too_many(sent: list[SentStatement], at_most: int) -> str:
-    lines = [f"at most {at_most} statements were to be sent, and {len(sent)} were:"]
+    lines = [f"at most {at_most} statements were expected, and {len(sent)} were sent:"]
     for statement, count in Counter(sent).most_common():
-        lines.append(f"{count:>5} × {shorten(statement.sql, WIDTH, placeholder=' …')} — {statement.where}")  # noqa: RUF001
+        sql = shorten(statement.sql, MAX_WIDTH, placeholder=" …")
+        lines.append(f"{count:>5} × {sql} — {statement.where}")  # noqa: RUF001
     return "\n".join(lines)

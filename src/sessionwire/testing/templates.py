@@ -1,8 +1,10 @@
-"""Databases from a template, for tests that need real commits and real concurrency.
+"""Databases copied from a template, for tests with real commits and concurrency.
 
-A template is migrated and seeded once, and a copy takes little time. Its number is in the names of its databases and
-in a lock, which ends with the process that holds it: all who use the template share it, and who can have it alone knows
-that nobody does. So what a killed process has left is dropped by the next that opens a template, and nothing else is.
+A template is migrated and seeded once, and copying it is fast. Its id is part of its
+databases' names and identifies a lock that ends with the process. Users hold the lock
+in shared mode, so whoever gets it exclusively knows that the template is unused.
+Therefore what a killed process has left is dropped when the next template is opened,
+and nothing else.
 """
 
 from __future__ import annotations
@@ -24,19 +26,29 @@ from sessionwire.errors import ConfigurationError, SessionwireError
 from sessionwire.manager import DatabaseSessionManager
 from sessionwire.settings import DatabaseSettings, settings_of
 
-from ._template_stores import NUMBER, TIMEOUT, Directory, Place, Server, digest
+from ._template_stores import (
+    DATABASE_TIMEOUT,
+    ID_LENGTH,
+    PostgresTemplateStore,
+    SQLiteTemplateStore,
+    TemplateStore,
+    hex_digest,
+)
 
-GRACE = 2.0  # seconds in which connections that were closed must be gone
-POLL = 0.1  # seconds between two attempts to have a lock
+CLOSE_GRACE = 2.0  # seconds in which closed connections must be gone
+LOCK_POLL_INTERVAL = 0.1  # seconds between two attempts to lock a template
 
 Seed: TypeAlias = Callable[[DatabaseSessionManager], Awaitable[object]]
 
 
 @dataclass
 class DatabaseCopy:
-    """A database copied from a template: the settings to open it with.
+    """A database copied from a template.
 
-    `connections_left` tells, once it is dropped, how many connections to it were still open; on SQLite 1 means any.
+    Attributes:
+        settings: The settings to open it with.
+        connections_left: The number of connections that were still open when it was
+            dropped; on SQLite 1 if there were any.
     """
 
     settings: DatabaseSettings
@@ -44,22 +56,39 @@ class DatabaseCopy:
 
 
 class DatabaseTemplate:
-    """A database that is migrated and seeded once, to be copied: `async with DatabaseTemplate(url, seed) as template:`.
+    """A database that is migrated and seeded once, to be copied.
 
-    `seed` is an async function of an open `DatabaseSessionManager`. Template and copies are made beside the database of
-    the URL, which is left alone; on PostgreSQL it must exist. For `sqlite://` they are in the directory for temporary
-    files. Who opens a template there with the same `key` while it is open shares it: the first makes it, the others
-    wait for it, the last drops it. Raises `ConfigurationError`, `ConnectionFailedError`, and what `seed` raises.
+    Open it with `async with DatabaseTemplate(url, seed) as template:`, then open copies
+    with `async with template.copy() as copy:`.
+
+    The template and its copies are made beside the database of the URL, which stays as
+    it is. On PostgreSQL that database must exist. For `sqlite://` they are in the
+    directory for temporary files. Processes that open a template with one `key` share
+    it: the first one makes it, the others wait for it, and the last one drops it.
+
+    Args:
+        database: Settings or a URL of PostgreSQL or SQLite.
+        seed: An async function that takes an open `DatabaseSessionManager`, and makes
+            the tables and rows of the template.
+        key: The name of a shared template; None: the template is not shared.
+
+    Raises:
+        ConfigurationError: The URL is of another database, or its user may not create
+            databases.
+        ConnectionFailedError: The database cannot be reached.
+        Exception: Any error of `seed`.
     """
 
     def __init__(self, database: DatabaseSettings | str | URL, seed: Seed, *, key: str | None = None) -> None:
         self._settings = settings_of(database)
-        self._kind = make_url(self._settings.url).get_backend_name()
-        if self._kind not in ("postgresql", "embedded", "sqlite"):
-            raise ConfigurationError(f"url: templates are made of PostgreSQL and SQLite databases, not of {self._kind}")
+        self._backend = make_url(self._settings.url).get_backend_name()
+        if self._backend not in ("postgresql", "embedded", "sqlite"):
+            raise ConfigurationError(
+                f"url: templates are made of PostgreSQL and SQLite databases, not of {self._backend}"
+            )
         self._seed = seed
-        self._number = secrets.token_hex(NUMBER // 2) if key is None else digest(key, NUMBER)
-        self._place: Place | None = None
+        self._id = secrets.token_hex(ID_LENGTH // 2) if key is None else hex_digest(key, ID_LENGTH)
+        self._store: TemplateStore | None = None
 
     async def __aenter__(self) -> Self:
         self._block = self._open()
@@ -67,86 +96,109 @@ class DatabaseTemplate:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         await self._block.__aexit__(kind, error, traceback)
 
     @asynccontextmanager
     async def copy(self) -> AsyncGenerator[DatabaseCopy]:
-        """A copy of one's own, dropped at the block's end, also where connections to it are still open.
+        """Copy the template, and drop the copy at the end of the block.
 
-        Raises `SessionwireError` where the template is not open.
+        Connections to the copy that are still open are closed.
+
+        Raises:
+            SessionwireError: The template is not open.
         """
-        if (place := self._place) is None:
+        if (store := self._store) is None:
             raise SessionwireError("the template is not open: call copy() inside `async with template:`")
-        name = place.name(self._number, secrets.token_hex(4))
-        copy = DatabaseCopy(place.settings(name))
+        name = store.database_name(self._id, secrets.token_hex(4))
+        copy = DatabaseCopy(store.settings_of_database(name))
 
         async def drop() -> None:
-            copy.connections_left = await _connections_left(place, name)
-            await place.drop(name)
+            copy.connections_left = await _connections_left(store, name)
+            await store.drop(name)
 
-        async with _at_the_end(drop):
-            await place.create(name, place.name(self._number, "template"))
+        async with _cleanup_on_exit(drop):
+            await store.create(name, store.database_name(self._id, "template"))
             yield copy
 
     @asynccontextmanager
     async def _open(self) -> AsyncGenerator[None]:
-        async with (Directory if self._kind == "sqlite" else Server).open(self._settings) as place:
-            for number in await place.numbers():
-                await _drop_unused(place, number)
+        store_type = SQLiteTemplateStore if self._backend == "sqlite" else PostgresTemplateStore
+        async with store_type.open(self._settings) as store:
+            for template_id in await store.template_ids():
+                await _drop_if_unused(store, template_id)
 
             async def leave() -> None:
-                self._place = None
-                await _drop_unused(place, self._number)
+                self._store = None
+                await _drop_if_unused(store, self._id)
 
-            async with _at_the_end(leave):
-                while not await self._join(place):
-                    await asyncio.sleep(POLL)
-                self._place = place
+            async with _cleanup_on_exit(leave):
+                while not await self._try_acquire(store):
+                    await asyncio.sleep(LOCK_POLL_INTERVAL)
+                self._store = store
                 yield
 
-    async def _join(self, place: Place) -> bool:
-        template = place.name(self._number, "template")
-        if await _drop_unused(place, self._number):
-            await self._make(place, template)
-        return await place.share(self._number) and template in await place.databases(self._number)
+    async def _try_acquire(self, store: TemplateStore) -> bool:
+        """Lock the template in shared mode; build it if it is unused.
 
-    async def _make(self, place: Place, template: str) -> None:
-        name = place.name(self._number, "unfinished")
-        await place.create(name)
-        async with DatabaseSessionManager(place.settings(name)) as manager:
+        Returns:
+            Whether it is locked and built. If not, another process builds or drops it.
+        """
+        template = store.database_name(self._id, "template")
+        if await _drop_if_unused(store, self._id):
+            await self._build_template(store, template)
+        return await store.try_lock_shared(self._id) and template in await store.databases_of(self._id)
+
+    async def _build_template(self, store: TemplateStore, template: str) -> None:
+        unfinished = store.database_name(self._id, "unfinished")
+        await store.create(unfinished)
+        async with DatabaseSessionManager(store.settings_of_database(unfinished)) as manager:
             await self._seed(manager)
-        if await _connections_left(place, name):
+        if await _connections_left(store, unfinished):
             raise SessionwireError(
-                "the seed left a connection to the template open, and so it cannot be copied: "
-                "dispose each engine that the seed makes"
+                "the seed left a connection to the template open, so it cannot be copied: "
+                "dispose each engine that the seed creates"
             )
-        await place.rename(name, template)
+        await store.rename(unfinished, template)
 
 
-async def _drop_unused(place: Place, number: str) -> bool:
-    """Whether no other uses this template: then what is there of it is dropped, and its lock is had."""
-    unused = await place.lock(number)
-    for name in await place.databases(number) if unused else ():
-        await place.drop(name)
+async def _drop_if_unused(store: TemplateStore, template_id: str) -> bool:
+    """Drop the databases of a template that nobody else uses.
+
+    Returns:
+        Whether it was unused. If so, the exclusive lock is kept.
+    """
+    unused = await store.try_lock_exclusive(template_id)
+    for name in await store.databases_of(template_id) if unused else ():
+        await store.drop(name)
     return unused
 
 
-async def _connections_left(place: Place, name: str) -> int:
+async def _connections_left(store: TemplateStore, name: str) -> int:
+    """Count the connections to a database; wait for those that are being closed."""
     left, loop = 0, asyncio.get_running_loop()
-    for grace in (GRACE / 10, GRACE):
+    for grace in (CLOSE_GRACE / 10, CLOSE_GRACE):
         deadline = loop.time() + grace
-        while (left := await place.connections(name)) and loop.time() < deadline:
+        while (left := await store.count_connections(name)) and loop.time() < deadline:
             await asyncio.sleep(0.005)
         if left:
-            gc.collect()  # a cursor that was cut off keeps a file of SQLite's open until it is collected
+            # a cursor of an aborted connection keeps SQLite's file open until freed
+            gc.collect()
     return left
 
 
 @asynccontextmanager
-async def _at_the_end(clean_up: Callable[[], Coroutine[Any, Any, None]]) -> AsyncGenerator[None]:
-    """Clean up after the block, whatever is cancelled meanwhile; after its error, what fails is a note on that."""
+async def _cleanup_on_exit(
+    clean_up: Callable[[], Coroutine[Any, Any, None]],
+) -> AsyncGenerator[None]:
+    """Clean up after the block, even if the task is cancelled meanwhile.
+
+    After an error of the block, a failure of the clean-up is noted on that error.
+    """
     error: BaseException | None = None
     try:
         yield
@@ -155,8 +207,9 @@ async def _at_the_end(clean_up: Callable[[], Coroutine[Any, Any, None]]) -> Asyn
         raise
     finally:
         try:
-            await run_shielded(clean_up(), TIMEOUT)
-        except Exception as trouble:
+            await run_shielded(clean_up(), DATABASE_TIMEOUT)
+        except Exception as failure:
             if error is None:
                 raise
-            error.add_note(f"then the clean-up failed, and is left to the next run: {summarize(trouble)}")
+            reason = summarize(failure)
+            error.add_note(f"then the clean-up failed, and is left to the next run: {reason}")

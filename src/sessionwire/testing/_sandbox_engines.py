@@ -1,0 +1,111 @@
+"""The engines of a manager in a sandbox, where all connections share one."""
+
+from __future__ import annotations
+
+from copy import copy
+from functools import partial
+from typing import Any, cast
+
+from sqlalchemy import AsyncAdaptedQueuePool, Connection, Engine, Pool, event
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from sessionwire._core.context import enclosing_scopes
+from sessionwire._database.driver_errors import install_disconnect_listener
+from sessionwire._database.engines import DatabaseEngines
+from sessionwire._database.failed_statements import install_failure_listeners
+from sessionwire._database.options import CONNECTION_OPTIONS, ConnectionOptions
+from sessionwire._database.runtime import Database
+from sessionwire._database.savepoints import install_cancellation_listener
+from sessionwire.errors import SandboxError
+
+from ._borrowers import BORROWER, Borrower, borrower_of
+from ._leaks import LeakDetector
+from ._shared_connection import SharedConnection
+
+
+class SandboxEngines(DatabaseEngines):
+    """One engine, whose connections take turns on the shared connection."""
+
+    def __init__(
+        self,
+        database: Database,
+        real: DatabaseEngines,
+        shared: SharedConnection,
+        detector: LeakDetector,
+    ) -> None:
+        self.server = None  # closing the manager must not stop the server
+        self.is_closed = False
+        self.cleanup_tasks = shared.cleanup_tasks
+        self._database = database
+        self._shared = shared
+        self.dialect: Any = real.dialect if isinstance(real, SandboxEngines) else real.primary.dialect
+        self.primary = AsyncEngine(self._build_sandbox_engine(real.primary.sync_engine))
+        detector.watch_pool(self.primary.pool)
+        for pool in real.pools:
+            shared.block_checkouts(pool)
+
+    def engine_for(self, options: ConnectionOptions) -> AsyncEngine:
+        ours = {CONNECTION_OPTIONS: options, BORROWER: self._borrower()}
+        return self.primary.execution_options(**{**options.copy_execution_options(), **ours})
+
+    def _build_sandbox_engine(self, real: Engine) -> Engine:
+        shared = self._shared
+        dialect: Any = copy(self.dialect)
+        for name in ("do_execute", "do_executemany", "do_execute_no_params"):
+            setattr(dialect, name, partial(shared.do_execute, getattr(dialect, name)))
+        for name in ("do_begin", "do_commit", "do_rollback"):
+            setattr(dialect, name, getattr(shared, name))
+        # the transaction that all share has begun, so they can no longer be set
+        for name in ("set_isolation_level", "set_readonly", "set_deferrable"):
+            setattr(dialect, name, _do_nothing)
+        dialect.do_close = dialect.do_terminate = shared.abort
+        settings = self._database.settings.pool
+        pool = AsyncAdaptedQueuePool(
+            cast(Any, shared.connect),
+            pool_size=settings.size,
+            max_overflow=settings.max_overflow,
+            timeout=settings.timeout,
+            use_lifo=True,
+            dialect=dialect,
+        )
+        engine = Engine(pool, dialect, real.url)
+        event.listen(engine, "begin", self._on_begin)
+        event.listen(engine, "checkout", shared.on_checkout)
+        install_disconnect_listener(engine)
+        self._database.begin_hooks.install_listeners(engine)
+        install_failure_listeners(engine)
+        install_cancellation_listener(engine)
+        return engine
+
+    def _on_begin(self, connection: Connection) -> None:
+        virtual: Any = connection.connection.dbapi_connection
+        options = connection.get_execution_options()
+        virtual.options = options.get(CONNECTION_OPTIONS) or ConnectionOptions(
+            autocommit=options.get("isolation_level") == "AUTOCOMMIT",
+            read_only=options.get("postgresql_readonly", False),
+        )
+        virtual.borrower = options.get(BORROWER) or self._borrower()
+
+    def _borrower(self) -> Borrower:
+        return Borrower(frozenset(borrower_of(scope) for scope in enclosing_scopes(self._database)))
+
+    @property
+    def pools(self) -> list[Pool]:
+        return [self.primary.pool]
+
+    def abort(self, dbapi_connection: Any) -> None:
+        self._shared.abort(dbapi_connection)
+
+    def abandon(self, *, is_forked: bool) -> None:
+        raise SandboxError("a sandbox must begin and end in one event loop of one process")
+
+    async def abort_all(self) -> None:
+        self._shared.abort_all()
+        await self._shared.wait_for_cleanup()
+
+    async def dispose(self) -> None:
+        await self.primary.dispose()
+        await self._shared.wait_for_cleanup()
+
+
+def _do_nothing(*_: object) -> None: ...

@@ -1,0 +1,228 @@
+"""The open transactions of a sandbox, each a savepoint on its one connection."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from sessionwire._database.driver_errors import IN_FAILED_TRANSACTION, sqlstate
+from sessionwire._database.options import ConnectionOptions
+from sessionwire._shield import run_shielded
+from sessionwire.errors import SandboxError
+
+from ._borrowers import Borrower
+
+logger = logging.getLogger("sessionwire")
+SAVEPOINT_TIMEOUT = 30.0  # seconds to set, release or roll back a savepoint
+
+
+class VirtualConnection:
+    """A connection in the eyes of the code under test."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+        # of its last transaction
+        self.options = ConnectionOptions()
+        self.borrower: Borrower
+        # the task that executes something on it now
+        self.running_task: asyncio.Task[Any] | None = None
+        # whether its transaction is being rolled back in the background
+        self.is_aborted = False
+        # whether its transaction was rolled back together with the enclosing one
+        self.rolled_back_by_outer = False
+        self.last_used = 0.0
+        self.has_written = False
+        # the transactions that were committed inside its own
+        self.committed_call_sites: list[str] = []
+
+    @property
+    def is_idle(self) -> bool:
+        return self.running_task is None and not self.is_aborted
+
+    def commit(self) -> None:
+        raise SandboxError("commit() of the driver's connection would end the sandbox itself: use SQLAlchemy's")
+
+    rollback = commit
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+class SavepointStack:
+    """The savepoints of the virtual connections that are in a transaction.
+
+    The methods that send something must be called in SQLAlchemy's greenlet.
+    """
+
+    def __init__(self, real: Any, dialect: Any) -> None:
+        self._real = real
+        self._dialect = dialect
+        self._changed = asyncio.get_running_loop().create_future()
+        self.open: list[VirtualConnection] = []  # the innermost one is last
+        self.is_sqlite: bool = dialect.name == "sqlite"
+
+    def begin(self, virtual: VirtualConnection) -> None:
+        """Set a savepoint inside the innermost transaction."""
+        access_mode = self._access_mode_on_enter(virtual)
+        enclosing = self._enclosing(virtual)
+        self.open.append(virtual)
+        virtual.has_written, virtual.committed_call_sites = False, []
+        try:
+            self._send(virtual, f"SAVEPOINT {self._name(virtual)}", *access_mode)
+        except Exception as error:
+            self.open.remove(virtual)
+            self.notify()
+            if enclosing is not None and sqlstate(error) == IN_FAILED_TRANSACTION:
+                raise SandboxError(
+                    f"a statement failed in the enclosing transaction, which was begun at "
+                    f"{enclosing.borrower.call_site}; roll it back before starting another one: "
+                    "in a sandbox both share one connection"
+                ) from error
+            raise
+
+    def release(self, virtual: VirtualConnection) -> None:
+        """Commit, as far as the enclosing transaction commits."""
+        release = f"RELEASE SAVEPOINT {self._name(virtual)}"
+        enclosing = self._enclosing(virtual)
+        self._send(
+            virtual,
+            *self._access_mode_on_exit(virtual),
+            release,
+            then=lambda: self.open.remove(virtual),
+        )
+        if enclosing is not None:
+            enclosing.committed_call_sites += virtual.committed_call_sites
+            if virtual.has_written:
+                enclosing.committed_call_sites.append(virtual.borrower.call_site)
+
+    def roll_back(self, virtual: VirtualConnection) -> None:
+        """Roll back its transaction, and those that are open inside it."""
+        _, *nested = self.with_nested(virtual)
+        access_modes = [
+            statement for other in (*reversed(nested), virtual) for statement in self._access_mode_on_exit(other)
+        ]
+        for inner in nested:
+            inner.rolled_back_by_outer = True
+            self.open.remove(inner)
+        if virtual.committed_call_sites:
+            logger.warning(
+                "what was committed at %s is rolled back together with the enclosing transaction, "
+                "which was begun at %s: in a sandbox both share one connection",
+                ", ".join(virtual.committed_call_sites),
+                virtual.borrower.call_site,
+            )
+        name = self._name(virtual)
+        try:
+            if self.is_alive:
+                roll_back = f"ROLLBACK TO SAVEPOINT {name}", f"RELEASE SAVEPOINT {name}"
+                self._send(virtual, *access_modes, *roll_back)
+        finally:
+            self.open.remove(virtual)
+            self.notify()
+
+    def check_deferred_constraints(self, virtual: VirtualConnection) -> None:
+        """Raise the driver's `IntegrityError` if a deferred constraint is violated."""
+        if self.is_sqlite:
+            if self._send(virtual, "PRAGMA foreign_key_check"):
+                raise self._dialect.loaded_dbapi.IntegrityError("FOREIGN KEY constraint failed")
+            return
+        # without the savepoint, constraints would stay immediate until the sandbox ends
+        self._send(
+            virtual,
+            "SAVEPOINT sandbox_check",
+            "SET CONSTRAINTS ALL IMMEDIATE",
+            "ROLLBACK TO SAVEPOINT sandbox_check",
+            "RELEASE SAVEPOINT sandbox_check",
+        )
+
+    def with_nested(self, virtual: VirtualConnection) -> list[VirtualConnection]:
+        """Return `virtual` and those whose transactions are inside its own."""
+        return self.open[self.open.index(virtual) :] if virtual in self.open else []
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the sandbox's own transaction, around all others, is still open."""
+        driver = self._real.driver_connection
+        if self.is_sqlite:
+            return bool(driver.in_transaction)
+        return driver.is_in_transaction() and not driver.is_closed()
+
+    # Waiting for one another
+
+    def mark_idle(self, virtual: VirtualConnection) -> None:
+        virtual.running_task = None
+        virtual.last_used = asyncio.get_running_loop().time()
+        self.notify()
+
+    def notify(self) -> None:
+        """Wake the tasks in `wait_for_change()`."""
+        self._changed.set_result(None)
+        self._changed = asyncio.get_running_loop().create_future()
+
+    async def wait_for_change(self, timeout: float | None = None) -> None:
+        """Wait until a virtual connection becomes idle, at most `timeout` seconds."""
+        # not with asyncio.timeout(): run_shielded() may finish this in another task
+        await asyncio.wait((self._changed,), timeout=timeout)
+
+    # SQL
+
+    def _enclosing(self, virtual: VirtualConnection) -> VirtualConnection | None:
+        """Return the transaction around its own, or around one that would begin now."""
+        position = self.open.index(virtual) if virtual in self.open else len(self.open)
+        return self.open[position - 1] if position else None
+
+    def _name(self, virtual: VirtualConnection) -> str:
+        return f"sandbox_{self.open.index(virtual)}"
+
+    def _access_mode_on_enter(self, virtual: VirtualConnection) -> list[str]:
+        """Return the statements that set the access mode of a new transaction."""
+        read_only = virtual.options.read_only
+        if read_only == self._is_enclosing_read_only(virtual):
+            return []
+        if self.is_sqlite:
+            return [f"PRAGMA query_only={'ON' if read_only else 'OFF'}"]
+        if read_only:
+            return ["SET TRANSACTION READ ONLY"]  # holds until the end of the savepoint
+        raise SandboxError(
+            "a transaction that may write cannot begin inside a read-only one in a sandbox, "
+            "where both share one connection. Test this on a real database: "
+            "use DatabaseTemplate, or sessionwire_isolation = database."
+        )
+
+    def _access_mode_on_exit(self, virtual: VirtualConnection) -> list[str]:
+        """Return the statements that restore the enclosing access mode."""
+        read_only = self._is_enclosing_read_only(virtual)
+        if self.is_sqlite and virtual.options.read_only != read_only:
+            return [f"PRAGMA query_only={'ON' if read_only else 'OFF'}"]
+        return []
+
+    def _is_enclosing_read_only(self, virtual: VirtualConnection) -> bool:
+        enclosing = self._enclosing(virtual)
+        return enclosing is not None and enclosing.options.read_only
+
+    def _send(self, virtual: VirtualConnection, *statements: str, then: Callable[[], None] | None = None) -> list[Any]:
+        """Execute `statements`, then call `then`, shielded from cancellation.
+
+        The record of the open savepoints must stay correct.
+
+        Returns:
+            The rows of the last statement.
+        """
+
+        def send() -> list[Any]:
+            cursor = self._real.cursor()
+            for statement in statements:
+                cursor.execute(statement)
+            if then is not None:
+                then()
+            return list(cursor.fetchall()) if cursor.description else []
+
+        virtual.running_task = asyncio.current_task()
+        try:
+            return await_only(run_shielded(greenlet_spawn(send), SAVEPOINT_TIMEOUT))
+        finally:
+            self.mark_idle(virtual)
