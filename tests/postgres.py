@@ -32,7 +32,9 @@ async def until(condition: Callable[[], Awaitable[object]], seconds: float = 5) 
 
 async def running(server: Postgres, manager: DatabaseSessionManager, query: str) -> bool:
     """Whether a server process of the manager's database is at work on this query (a pattern for LIKE)."""
-    busy = "SELECT 1 FROM pg_stat_activity WHERE datname = $1 AND state = 'active' AND query LIKE $2"
+    busy = (
+        "SELECT 1 FROM pg_stat_activity WHERE datname = $1 AND state = 'active' AND query LIKE $2"
+    )
     return bool(await server.execute(busy, manager.engine.url.database, query))
 
 
@@ -60,8 +62,12 @@ class Network(Proxy):
     def __init__(self) -> None:
         super().__init__()
         self.swallows = False
-        self.cuts_at: bytes | None = None  # closes the connection on which the client sends this, instead of sending it
-        self.cuts_answer_to: bytes | None = None  # sends it on, and closes once the server has answered
+        self.cuts_at: bytes | None = (
+            None  # closes the connection on which the client sends this, instead of sending it
+        )
+        self.cuts_answer_to: bytes | None = (
+            None  # sends it on, and closes once the server has answered
+        )
         self.asked = b""  # what a client has sent last
         self._cut: set[Line] = set()  # once the server answers
         self._dead: set[Line] = set()
@@ -89,7 +95,9 @@ class Network(Proxy):
 
 def at_port(port: int, database_url: str) -> str:
     """The same database by way of a network."""
-    return f"postgresql://postgres@127.0.0.1:{port}/{make_url(database_url).database}?sslmode=disable"
+    return (
+        f"postgresql://postgres@127.0.0.1:{port}/{make_url(database_url).database}?sslmode=disable"
+    )
 
 
 @asynccontextmanager
@@ -99,5 +107,7 @@ async def through(
     """A manager that reaches its database through this network."""
     async with network.open(server.host) as port, asyncio.timeout(30):
         url = at_port(port, database_url)
-        async with DatabaseSessionManager(DatabaseSettings.model_validate({"url": url, **settings})) as manager:
+        async with DatabaseSessionManager(
+            DatabaseSettings.model_validate({"url": url, **settings})
+        ) as manager:
             yield manager

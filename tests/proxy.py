@@ -23,7 +23,9 @@ class Proxy:
     """`delay` seconds are added to each round trip, by holding the question back."""
 
     def __init__(self, delay: float = 0) -> None:
-        self.questions = 0  # that were sent since it was set to 0, each with an answer to wait for: round trips
+        self.questions = (
+            0  # that were sent since it was set to 0, each with an answer to wait for: round trips
+        )
         self.lines: set[Line] = set()
         self._delay = delay
         self._carriers: set[asyncio.Task[None]] = set()
@@ -32,8 +34,12 @@ class Proxy:
     async def open(self, socket_directory: str) -> AsyncIterator[int]:
         """The port of 127.0.0.1 to reach this server by."""
 
-        async def connect(from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
-            from_server, to_server = await asyncio.open_unix_connection(f"{socket_directory}/.s.PGSQL.5432")
+        async def connect(
+            from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter
+        ) -> None:
+            from_server, to_server = await asyncio.open_unix_connection(
+                f"{socket_directory}/.s.PGSQL.5432"
+            )
             line = Line(to_server, to_client)
             self.lines.add(line)
             self._start(self._carry_questions(from_client, line))

@@ -104,7 +104,9 @@ async def test_an_injected_session_has_a_bind_and_an_empty_info_outside_of_a_blo
 
 
 class TestCloseAllSessions:
-    async def test_passes_by_those_whose_block_has_ended(self, manager: DatabaseSessionManager) -> None:
+    async def test_passes_by_those_whose_block_has_ended(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.session() as kept:
             await kept.execute(text("SELECT 1"))
         async with manager.transaction() as committed:
@@ -127,7 +129,9 @@ class TestCloseAllSessions:
             assert checked_out(manager) == 0
             await session.execute(text("SELECT 1"))
 
-    async def test_may_not_end_a_transaction_that_a_block_owns(self, manager: DatabaseSessionManager) -> None:
+    async def test_may_not_end_a_transaction_that_a_block_owns(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.transaction() as session:
             await session.execute(text("SELECT 1"))
             with pytest.raises(ScopeOwnsTransactionError):

@@ -42,7 +42,7 @@ from sessionwire import (
     TransactionTimeoutError,
     UnexpectedRollbackError,
 )
-from sessionwire.asgi import Message, Receive, Scope, Send, TransactionMiddleware
+from sessionwire.asgi import ASGIScope, Message, Receive, Send, TransactionMiddleware
 
 from .conftest import checked_out, notes
 from .services import Notebook, Notes
@@ -182,7 +182,9 @@ def for_each_request(desk: Desk) -> Middleware:
     return Middleware(TransactionMiddleware, transaction=desk.manager.transaction)
 
 
-async def pass_on(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+async def pass_on(
+    request: Request, call_next: Callable[[Request], Awaitable[Response]]
+) -> Response:
     return await call_next(request)
 
 
@@ -220,7 +222,9 @@ def litestar(desk: Desk) -> Litestar:
         reply = await desk.answer(**request.path_params)
         background = LitestarBackgroundTask(reply.background) if reply.background else None
         kind: Any = LitestarResponse if isinstance(reply.body, str) else LitestarStream
-        return kind(reply.body, status_code=reply.status, background=background, media_type="text/plain")
+        return kind(
+            reply.body, status_code=reply.status, background=background, media_type="text/plain"
+        )
 
     @litestar_websocket("/")
     async def chat(socket: LitestarWebSocket[Any, Any, Any]) -> None:
@@ -253,7 +257,9 @@ def on(*stacks: Build) -> pytest.MarkDecorator:
 
 
 class TestEndsBeforeTheResponse:
-    async def test_a_request_is_one_transaction(self, client: httpx.AsyncClient, desk: Desk) -> None:
+    async def test_a_request_is_one_transaction(
+        self, client: httpx.AsyncClient, desk: Desk
+    ) -> None:
         assert (await client.get("/add/a")).status_code == 201
         assert (await client.get("/serve_twice/b")).status_code == 302
         assert await notes(desk.manager) == ["a", "b", "b again"]
@@ -270,19 +276,28 @@ class TestEndsBeforeTheResponse:
 
     @on(*FRAMEWORKS, endpoint_in_a_task)
     async def test_an_error_is_rolled_back(self, client: httpx.AsyncClient, desk: Desk) -> None:
-        for path, status in (("/refuse/400", 400), ("/refuse/503", 503), ("/fail/a", 500), ("/raise_http/a", 409)):
+        for path, status in (
+            ("/refuse/400", 400),
+            ("/refuse/503", 503),
+            ("/fail/a", 500),
+            ("/raise_http/a", 409),
+        ):
             assert (await client.get(path)).status_code == status
         assert await notes(desk.manager) == []
 
     @on(starlette)
-    async def test_what_is_no_error_is_committed(self, client: httpx.AsyncClient, desk: Desk) -> None:
+    async def test_what_is_no_error_is_committed(
+        self, client: httpx.AsyncClient, desk: Desk
+    ) -> None:
         assert (await client.head("/add/a")).status_code == 201
         assert (await client.get("/refuse/304")).status_code == 304
         assert (await client.get("/refuse/399")).status_code == 399
         assert await notes(desk.manager) == ["304", "399", "a"]
 
     @on(*FRAMEWORKS, endpoint_in_a_task)
-    async def test_a_commit_that_fails_is_the_response(self, client: httpx.AsyncClient, desk: Desk) -> None:
+    async def test_a_commit_that_fails_is_the_response(
+        self, client: httpx.AsyncClient, desk: Desk
+    ) -> None:
         assert (await client.get("/add/a")).status_code == 201
         assert (await client.get("/add/a")).status_code == 500
         assert await notes(desk.manager) == ["a"]
@@ -296,7 +311,9 @@ class TestEndsBeforeTheResponse:
         assert await notes(desk.manager) == []
 
     @on(starlette)
-    async def test_an_endpoint_may_ask_for_a_rollback(self, client: httpx.AsyncClient, desk: Desk) -> None:
+    async def test_an_endpoint_may_ask_for_a_rollback(
+        self, client: httpx.AsyncClient, desk: Desk
+    ) -> None:
         assert (await client.get("/change_its_mind/a")).text == "dry run"
         assert await notes(desk.manager) == []
 
@@ -313,12 +330,17 @@ class TestEndsBeforeTheResponse:
 
 class TestHasNoScope:
     @on(*FRAMEWORKS, all_in_a_task)
-    async def test_the_body_of_a_streaming_response(self, client: httpx.AsyncClient, desk: Desk) -> None:
+    async def test_the_body_of_a_streaming_response(
+        self, client: httpx.AsyncClient, desk: Desk
+    ) -> None:
         response = await client.get("/query_in_body/a")
         assert response.text == "the texts: a"
         [error] = desk.seen
         assert isinstance(error, NoSessionError)
-        assert "such as a streaming body or a background task, must open its own session()" in error.__notes__[0]
+        assert (
+            "such as a streaming body or a background task, must open its own session()"
+            in error.__notes__[0]
+        )
 
     @on(endpoint_in_a_task)
     async def test_a_body_that_another_middleware_starts_before_the_response_costs_the_response(
@@ -347,22 +369,30 @@ class TestHasNoScope:
 class TestOptions:
     async def test_are_those_of_a_transaction(self, desk: Desk, backend: str) -> None:
         async def endpoint(request: Request) -> Response:
-            level = "SHOW transaction_isolation" if backend == "postgresql" else "SELECT 'serializable'"
+            level = (
+                "SHOW transaction_isolation" if backend == "postgresql" else "SELECT 'serializable'"
+            )
             await desk.notes.add(str(await desk.session.scalar(text(level))))
             return Response()
 
         app = Starlette(routes=[Route("/", endpoint)])
-        app.add_middleware(TransactionMiddleware, transaction=desk.manager.transaction, isolation="SERIALIZABLE")
+        app.add_middleware(
+            TransactionMiddleware, transaction=desk.manager.transaction, isolation="SERIALIZABLE"
+        )
         async with served(app) as client:
             assert (await client.get("/")).status_code == 200
         assert await notes(desk.manager) == ["serializable"]
 
     async def test_are_checked_before_the_first_request(self, desk: Desk) -> None:
         with pytest.raises(ValueError, match="unknown isolation level 'QUICK'"):
-            TransactionMiddleware(Starlette(), transaction=desk.manager.transaction, isolation="QUICK")
+            TransactionMiddleware(
+                Starlette(), transaction=desk.manager.transaction, isolation="QUICK"
+            )
 
     @pytest.mark.parametrize("swallows", [False, True])
-    async def test_a_timeout_ends_where_the_response_begins(self, desk: Desk, swallows: bool) -> None:
+    async def test_a_timeout_ends_where_the_response_begins(
+        self, desk: Desk, swallows: bool
+    ) -> None:
         async def slow(request: Request) -> Response:
             await desk.notes.add("slow")
             try:
@@ -380,10 +410,18 @@ class TestOptions:
             await desk.notes.add("stream")
             return StreamingResponse(body())
 
-        with_timeout = Middleware(TransactionMiddleware, transaction=desk.manager.transaction, timeout=0.1)
-        app = Starlette(routes=[Route("/slow", slow), Route("/stream", stream)], middleware=[with_timeout])
-        app.add_exception_handler(TransactionTimeoutError, lambda request, error: Response("never asked"))
-        app.add_exception_handler(Exception, lambda request, error: Response(type(error).__name__, 503))
+        with_timeout = Middleware(
+            TransactionMiddleware, transaction=desk.manager.transaction, timeout=0.1
+        )
+        app = Starlette(
+            routes=[Route("/slow", slow), Route("/stream", stream)], middleware=[with_timeout]
+        )
+        app.add_exception_handler(
+            TransactionTimeoutError, lambda request, error: Response("never asked")
+        )
+        app.add_exception_handler(
+            Exception, lambda request, error: Response(type(error).__name__, 503)
+        )
         async with served(app) as client:
             assert (await client.get("/stream")).text == "a"
             response = await client.get("/slow")
@@ -416,7 +454,9 @@ async def never() -> Message:
     raise AssertionError
 
 
-async def call(app: Any, path: str = "/", *, receive: Receive = never, sent: list[Message] | None = None) -> list[int]:
+async def call(
+    app: Any, path: str = "/", *, receive: Receive = never, sent: list[Message] | None = None
+) -> list[int]:
     """The statuses that were sent."""
     sent = [] if sent is None else sent
 
@@ -424,7 +464,14 @@ async def call(app: Any, path: str = "/", *, receive: Receive = never, sent: lis
         sent.append(message)
 
     asgi = {"version": "3.0", "spec_version": "2.3"}
-    scope: Scope = {"type": "http", "asgi": asgi, "method": "GET", "path": path, "query_string": b"", "headers": []}
+    scope: ASGIScope = {
+        "type": "http",
+        "asgi": asgi,
+        "method": "GET",
+        "path": path,
+        "query_string": b"",
+        "headers": [],
+    }
     await app(scope, receive, send)
     return statuses(sent)
 
@@ -438,7 +485,7 @@ def wrap(desk: Desk) -> Callable[[Callable[[Send], Awaitable[None]]], Transactio
     """The application that answers so, with a transaction for each request."""
 
     def wrap(answer: Callable[[Send], Awaitable[None]]) -> TransactionMiddleware:
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def app(scope: ASGIScope, receive: Receive, send: Send) -> None:
             await answer(send)
 
         return TransactionMiddleware(app, transaction=desk.manager.transaction)
@@ -457,7 +504,9 @@ class TestApplicationsThatDoAsTheyLike:
         assert await call(wrap(answer)) == []
         assert await notes(desk.manager) == []
 
-    async def test_what_is_raised_after_the_start_undoes_nothing(self, desk: Desk, wrap: Wrap) -> None:
+    async def test_what_is_raised_after_the_start_undoes_nothing(
+        self, desk: Desk, wrap: Wrap
+    ) -> None:
         async def answer(send: Send) -> None:
             await desk.notes.add("a")
             await send(OK)
@@ -485,7 +534,9 @@ class TestApplicationsThatDoAsTheyLike:
         assert sent == []
         assert await notes(desk.manager) == []
 
-    async def test_who_swallows_the_error_of_the_commit_may_answer_with_an_error(self, desk: Desk, wrap: Wrap) -> None:
+    async def test_who_swallows_the_error_of_the_commit_may_answer_with_an_error(
+        self, desk: Desk, wrap: Wrap
+    ) -> None:
         async def answer(send: Send) -> None:
             desk.session.add_all([Note(text="a"), Note(text="a")])
             try:
@@ -496,13 +547,17 @@ class TestApplicationsThatDoAsTheyLike:
 
         assert await call(wrap(answer)) == [503]
 
-    async def test_the_error_of_the_commit_is_not_hidden_by_a_later_one(self, desk: Desk, wrap: Wrap) -> None:
+    async def test_the_error_of_the_commit_is_not_hidden_by_a_later_one(
+        self, desk: Desk, wrap: Wrap
+    ) -> None:
         async def answer(send: Send) -> None:
             desk.session.add_all([Note(text="a"), Note(text="a")])
             try:
                 await send(OK)
             except IntegrityError as error:
-                raise RuntimeError("Caught handled exception, but response already started.") from error
+                raise RuntimeError(
+                    "Caught handled exception, but response already started."
+                ) from error
 
         with pytest.raises(IntegrityError):
             await call(wrap(answer))
@@ -522,7 +577,9 @@ class TestApplicationsThatDoAsTheyLike:
         assert 200 not in statuses(sent)
         assert await notes(desk.manager) == []
 
-    async def test_an_answer_from_inside_a_block_of_its_own_is_sent(self, desk: Desk, wrap: Wrap) -> None:
+    async def test_an_answer_from_inside_a_block_of_its_own_is_sent(
+        self, desk: Desk, wrap: Wrap
+    ) -> None:
         async def answer(send: Send) -> None:
             await desk.notes.add("a")
             async with desk.manager.session():
@@ -546,13 +603,17 @@ class TestExceptionHandlers:
 
     async def test_one_for_all_exceptions_answers_it(self, desk: Desk) -> None:
         app = starlette(desk)
-        app.add_exception_handler(Exception, lambda request, error: Response(type(error).__name__, 503))
+        app.add_exception_handler(
+            Exception, lambda request, error: Response(type(error).__name__, 503)
+        )
         async with served(app) as client:
             assert (await client.get("/add/a")).status_code == 201
             response = await client.get("/add/a")
         assert (response.status_code, response.text) == (503, "IntegrityError")
 
-    async def test_a_flush_in_the_endpoint_brings_the_error_to_its_handler(self, desk: Desk) -> None:
+    async def test_a_flush_in_the_endpoint_brings_the_error_to_its_handler(
+        self, desk: Desk
+    ) -> None:
         app = starlette(desk)
         app.add_exception_handler(IntegrityError, lambda request, error: Response("conflict", 409))
         async with served(app) as client:
@@ -573,7 +634,9 @@ class TestHooks:
         await call(wrap(answer), sent=sent)
         assert seen == [0]
 
-    async def test_the_error_of_one_takes_the_place_of_the_response(self, desk: Desk, wrap: Wrap) -> None:
+    async def test_the_error_of_one_takes_the_place_of_the_response(
+        self, desk: Desk, wrap: Wrap
+    ) -> None:
         async def answer(send: Send) -> None:
             desk.manager.transaction.on_commit(lambda: 1 // 0)
             await desk.notes.add("a")
@@ -599,7 +662,9 @@ class TestNested:
         assert len(begun) == 4
         assert await notes(desk.manager) == ["a"]
 
-    async def test_what_the_inner_one_refuses_the_outer_cannot_keep(self, desk: Desk, wrap: Wrap) -> None:
+    async def test_what_the_inner_one_refuses_the_outer_cannot_keep(
+        self, desk: Desk, wrap: Wrap
+    ) -> None:
         async def refuse(send: Send) -> None:
             await desk.notes.add("a")
             await send(REFUSED)
@@ -616,7 +681,9 @@ class TestNested:
         assert await notes(desk.manager) == []
 
     async def test_other_options_inside_are_refused(self, desk: Desk) -> None:
-        stricter = Middleware(TransactionMiddleware, transaction=desk.manager.transaction, isolation="SERIALIZABLE")
+        stricter = Middleware(
+            TransactionMiddleware, transaction=desk.manager.transaction, isolation="SERIALIZABLE"
+        )
         with pytest.raises(IncompatibleTransactionError, match="isolation='SERIALIZABLE'"):
             await call(starlette(desk, for_each_request(desk), stricter), "/ignore/a")
 
@@ -630,7 +697,9 @@ class TestNested:
 
 class TestWhoGoesAway:
     @on(fastapi, litestar)
-    async def test_a_client_during_the_endpoint(self, client: httpx.AsyncClient, desk: Desk) -> None:
+    async def test_a_client_during_the_endpoint(
+        self, client: httpx.AsyncClient, desk: Desk
+    ) -> None:
         request = asyncio.create_task(client.get("/linger/a"))
         await desk.arrived.wait()
         request.cancel()
@@ -698,5 +767,7 @@ class TestWhoGoesAway:
 
         async for _ in each_cancellation(request):
             assert checked_out(desk.manager) == 0
-            assert set(kept) <= set(await notes(desk.manager))  # and a connection is there for the next
+            assert set(kept) <= set(
+                await notes(desk.manager)
+            )  # and a connection is there for the next
         assert kept[-1] == f"{texts[-1]} flushed"

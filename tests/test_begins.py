@@ -17,7 +17,9 @@ from .postgres import Network, OnPostgres, at_port
 from .proxy import Line
 from .tables import Note
 
-ONE = PoolSettings(size=1, max_overflow=0)  # so that the next transaction has the connection that is left
+ONE = PoolSettings(
+    size=1, max_overflow=0
+)  # so that the next transaction has the connection that is left
 
 
 async def write(manager: DatabaseSessionManager, note: str) -> None:
@@ -63,7 +65,11 @@ class TestUnanswered(OnPostgres):
 
     @pytest.fixture
     async def one(
-        self, network: SlowBegin, manager: DatabaseSessionManager, postgres: Postgres, database_url: str
+        self,
+        network: SlowBegin,
+        manager: DatabaseSessionManager,
+        postgres: Postgres,
+        database_url: str,
     ) -> AsyncIterator[DatabaseSessionManager]:
         async with network.open(postgres.host) as port:
             url = at_port(port, database_url) + "&command_timeout=0.3"
@@ -96,16 +102,22 @@ class TestUnanswered(OnPostgres):
                 await write_first(one, "lost")
 
 
-async def test_one_that_a_standby_refused_leaves_its_connection_clean_also_after_the_promotion() -> None:
+async def test_one_that_a_standby_refused_leaves_its_connection_clean_also_after_the_promotion() -> (
+    None
+):
     async with cluster() as servers:
         await servers.primary.execute("CREATE TABLE note (id serial PRIMARY KEY, text text)")
         await servers.catch_up()
-        async with DatabaseSessionManager(DatabaseSettings(url=servers.standby.url("postgres"), pool=ONE)) as one:
+        async with DatabaseSessionManager(
+            DatabaseSettings(url=servers.standby.url("postgres"), pool=ONE)
+        ) as one:
             async with one.transaction(read_only=True) as session:
                 pid = await session.scalar(text("SELECT pg_backend_pid()"))
             for read_only in (True, False):
                 with pytest.raises(DBAPIError, match="serializable mode in a hot standby"):
-                    async with one.transaction(isolation="SERIALIZABLE", read_only=read_only) as session:
+                    async with one.transaction(
+                        isolation="SERIALIZABLE", read_only=read_only
+                    ) as session:
                         await session.scalar(text("SELECT 1"))
             assert await notes(one) == []
             await servers.standby.promote()
@@ -122,7 +134,9 @@ class TestByHand(OnPostgres):
     def settings(self, database_url: str) -> DatabaseSettings:
         return DatabaseSettings(url=database_url, pool=ONE)
 
-    async def test_where_it_is_left_open_its_connection_is_gone(self, manager: DatabaseSessionManager) -> None:
+    async def test_where_it_is_left_open_its_connection_is_gone(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.transaction(Propagation.NOT_SUPPORTED) as session:
             await session.execute(text("BEGIN"))
             await session.execute(insert(Note).values(text="lost"))

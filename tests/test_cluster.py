@@ -23,7 +23,9 @@ async def test_a_standby_follows_and_is_promoted() -> None:
 
         standby.pause()
         waiting = asyncio.create_task(primary.execute("INSERT INTO note VALUES ('waited')"))
-        await until(lambda: primary.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"))
+        await until(
+            lambda: primary.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+        )
         standby.resume()
         await waiting
 
@@ -32,9 +34,15 @@ async def test_a_standby_follows_and_is_promoted() -> None:
             await primary.execute("SELECT 1")
         await standby.promote()
         connection = await asyncpg.connect(standby.tcp_url("postgres"))
-        assert await connection.fetch("INSERT INTO note VALUES ('promoted') RETURNING text") == [("promoted",)]
+        assert await connection.fetch("INSERT INTO note VALUES ('promoted') RETURNING text") == [
+            ("promoted",)
+        ]
         await connection.close()
-        assert await standby.execute("SELECT text FROM note") == [("kept",), ("waited",), ("promoted",)]
+        assert await standby.execute("SELECT text FROM note") == [
+            ("kept",),
+            ("waited",),
+            ("promoted",),
+        ]
 
 
 async def test_a_primary_comes_back_and_becomes_a_standby() -> None:

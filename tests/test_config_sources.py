@@ -124,7 +124,8 @@ def test_a_variable_has_the_type_that_it_would_have_in_the_file(
 
 
 @pytest.mark.parametrize(
-    "password", ["a #b", "a: b", "'", '"', "{a", "[a", "*a", "!a", "&a", "- a", "%a", "a\n b", "${X}"]
+    "password",
+    ["a #b", "a: b", "'", '"', "{a", "[a", "*a", "!a", "&a", "- a", "%a", "a\n b", "${X}"],
 )
 def test_what_a_variable_holds_is_never_read_as_yaml(
     password: str, file: Path, monkeypatch: pytest.MonkeyPatch
@@ -163,17 +164,23 @@ def test_yaml_that_is_nested_too_deeply_is_refused(content: str, file: Path) -> 
 
 
 def test_aliases_and_merges_in_moderation_are_read(file: Path) -> None:
-    content = "anything: &a {a: 1, b: 2}\ncache: {<<: {host: x}, max_size: 5}\nby_name: {}\nopen: *a"
+    content = (
+        "anything: &a {a: 1, b: 2}\ncache: {<<: {host: x}, max_size: 5}\nby_name: {}\nopen: *a"
+    )
     loaded = load(file, content)
     assert (loaded.cache.host, loaded.cache.max_size, loaded.anything) == ("x", 5, {"a": 1, "b": 2})
 
 
-@pytest.mark.parametrize("tag", ["!!bool", "!!timestamp", "!!float", "!!int", "!!binary", f"!<it's {SECRET}>", "!it's"])
+@pytest.mark.parametrize(
+    "tag", ["!!bool", "!!timestamp", "!!float", "!!int", "!!binary", f"!<it's {SECRET}>", "!it's"]
+)
 def test_a_tag_that_does_not_suit_its_value_is_an_error(tag: str, file: Path) -> None:
     assert "this is not YAML in UTF-8" in refusal(file, f"greeting: {tag} {SECRET}é")
 
 
-def test_json_in_the_environment_that_is_nested_too_deeply_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_in_the_environment_that_is_nested_too_deeply_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("SHOP_DATABASE", "[" * 100_000)
     for made in (ShopSettings.load, ShopSettings):
         with pytest.raises(ConfigurationError, match="environment variable SHOP_DATABASE"):
@@ -212,7 +219,9 @@ def test_a_variable_with_other_underscores_is_refused(
     name: str, meant: str, made: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, "1")
-    with pytest.raises(ConfigurationError, match=f"^environment variable {name} is not read.* those of {meant}$"):
+    with pytest.raises(
+        ConfigurationError, match=f"^environment variable {name} is not read.* those of {meant}$"
+    ):
         made(database={"url": "sqlite://"})
 
 
@@ -226,12 +235,18 @@ def test_a_secret_with_other_underscores_is_refused(name: str, meant: str, tmp_p
 @pytest.mark.parametrize(
     "variables",
     [
-        {"SHOP_HOME": "/srv", "SHOP_DATABASE_PORT": "tcp://1.2.3.4", "SHOP_DATABASE_SERVICE_HOST": "1.2.3.4"},
+        {
+            "SHOP_HOME": "/srv",
+            "SHOP_DATABASE_PORT": "tcp://1.2.3.4",
+            "SHOP_DATABASE_SERVICE_HOST": "1.2.3.4",
+        },
         {"DATABASE_URL": "of another", "DATABASE__URL": "of another", "SHOPGREETING": "of another"},
         {"SHOP_DATABASE_URL": "of another tool", "SHOP_DATABASE__URL": "sqlite://"},
     ],
 )
-def test_variables_that_may_be_of_others_are_let_be(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_that_may_be_of_others_are_let_be(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert ShopSettings.load(database={"url": "sqlite://"}).greeting == "default"
@@ -267,20 +282,31 @@ MISSPELT = {
 
 
 @pytest.mark.parametrize(("content", "key"), MISSPELT.items(), ids=MISSPELT)
-def test_a_misspelt_key_in_a_section_of_ones_own_is_refused(content: str, key: str, file: Path) -> None:
+def test_a_misspelt_key_in_a_section_of_ones_own_is_refused(
+    content: str, key: str, file: Path
+) -> None:
     assert refusal(file, content) == f"{key} ({file}): there is no such key; did you mean 'host'?"
 
 
 @pytest.mark.parametrize("made", [ShopSettings.load, ShopSettings])
-def test_a_misspelt_key_of_ones_own_is_refused_in_the_environment(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misspelt_key_of_ones_own_is_refused_in_the_environment(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SHOP_CACHE__HOTS", "x")
-    with pytest.raises(ConfigurationError, match=r"SHOP_CACHE__HOTS\): there is no such key; did you mean 'host'\?$"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"SHOP_CACHE__HOTS\): there is no such key; did you mean 'host'\?$",
+    ):
         made(database={"url": "sqlite://"})
 
 
 def test_sections_that_say_what_to_do_with_others_keys_are_asked(file: Path) -> None:
     loaded = load(file, "open: {hots: x}\nconverted: {server: x}\nanything: {a: {hots: x}}")
-    assert (loaded.open.host, loaded.converted.host, loaded.anything) == ("localhost", "x", {"a": {"hots": "x"}})
+    assert (loaded.open.host, loaded.converted.host, loaded.anything) == (
+        "localhost",
+        "x",
+        {"a": {"hots": "x"}},
+    )
 
 
 @pytest.mark.parametrize(
@@ -310,7 +336,11 @@ SETTINGS = DatabaseSettings(url="sqlite://", pool=PoolSettings(size=1))
 
 @pytest.mark.parametrize(
     ("given", "pool"),
-    [("sqlite://", 5), ({"url": "sqlite://", "pool": {"size": 1, "timeout": None}}, 1), (SETTINGS, 1)],
+    [
+        ("sqlite://", 5),
+        ({"url": "sqlite://", "pool": {"size": 1, "timeout": None}}, 1),
+        (SETTINGS, 1),
+    ],
     ids=["a URL", "a dict", "settings"],
 )
 async def test_a_container_takes_settings_a_url_and_a_dict(given: Any, pool: int) -> None:
@@ -323,13 +353,16 @@ async def test_a_container_takes_settings_a_url_and_a_dict(given: Any, pool: int
 
 
 @pytest.mark.parametrize(
-    "make", [DatabaseSessionManager, lambda given: DatabaseContainer(settings=given).sessionmanager()]
+    "make",
+    [DatabaseSessionManager, lambda given: DatabaseContainer(settings=given).sessionmanager()],
 )
 def test_whole_settings_in_place_of_a_section_are_refused_with_the_remedy(make: Any) -> None:
     class Archive(Settings):
         archive: DatabaseSettings = SETTINGS
 
-    with pytest.raises(ConfigurationError, match=r"all of ShopSettings.* settings\.provided\.database$"):
+    with pytest.raises(
+        ConfigurationError, match=r"all of ShopSettings.* settings\.provided\.database$"
+    ):
         make(ShopSettings(database=SETTINGS))
     with pytest.raises(ConfigurationError, match="all of Archive"):
         make(Archive(database=SETTINGS))
@@ -344,16 +377,23 @@ async def test_a_dict_that_is_wrong_is_refused_with_its_keys() -> None:
 @pytest.mark.parametrize(
     ("given", "remedy"),
     [
-        (DatabaseContainer, r"DatabaseContainer is a class: write Lifespan\(DatabaseContainer\(\)\)"),
+        (
+            DatabaseContainer,
+            r"DatabaseContainer is a class: write Lifespan\(DatabaseContainer\(\)\)",
+        ),
         (SETTINGS, "of type DatabaseSettings"),
         (None, "of type NoneType"),
     ],
 )
-def test_a_lifespan_of_what_is_no_container_is_refused_with_the_remedy(given: Any, remedy: str) -> None:
+def test_a_lifespan_of_what_is_no_container_is_refused_with_the_remedy(
+    given: Any, remedy: str
+) -> None:
     with pytest.raises(ConfigurationError, match=remedy):
         Lifespan(given)
 
 
 def test_settings_in_json_are_equal_to_those_in_yaml(file: Path) -> None:
     values = {"greeting": "hi", "cache": {"host": "x"}}
-    assert load(file, json.dumps(values)) == ShopSettings.load(database={"url": "sqlite://"}, **values)
+    assert load(file, json.dumps(values)) == ShopSettings.load(
+        database={"url": "sqlite://"}, **values
+    )

@@ -86,7 +86,10 @@ def test_two_containers_share_nothing() -> None:
 def test_the_tables_are_those_of_base_unless_others_are_given() -> None:
     others = MetaData()
     assert DatabaseContainer(config={"url": "sqlite://"}).sessionmanager().metadata is Base.metadata
-    assert DatabaseContainer(config={"url": "sqlite://"}, metadata=others).sessionmanager().metadata is others
+    assert (
+        DatabaseContainer(config={"url": "sqlite://"}, metadata=others).sessionmanager().metadata
+        is others
+    )
 
 
 async def test_create_all_makes_the_tables_of_the_given_metadata(sqlite: DatabaseSettings) -> None:
@@ -96,13 +99,17 @@ async def test_create_all_makes_the_tables_of_the_given_metadata(sqlite: Databas
         manager = container.sessionmanager()
         await create_tables(manager)
         async with manager.connect() as connection:
-            assert await connection.run_sync(lambda sync: inspect(sync).get_table_names()) == ["other"]
+            assert await connection.run_sync(lambda sync: inspect(sync).get_table_names()) == [
+                "other"
+            ]
 
 
 # The graph is synchronous
 
 
-async def test_services_are_built_synchronously_before_during_and_after_the_start(sqlite: DatabaseSettings) -> None:
+async def test_services_are_built_synchronously_before_during_and_after_the_start(
+    sqlite: DatabaseSettings,
+) -> None:
     container = Container(settings=sqlite)
     built = [container.notebook()]
     for _ in range(2):
@@ -116,7 +123,9 @@ async def test_services_are_built_synchronously_before_during_and_after_the_star
         assert type(notebook.transaction) is TransactionManager
 
 
-async def test_a_service_that_was_built_before_the_start_works_after_it(settings: DatabaseSettings) -> None:
+async def test_a_service_that_was_built_before_the_start_works_after_it(
+    settings: DatabaseSettings,
+) -> None:
     container = Container(settings=settings)
     notebook = container.notebook()
     async with started(container):
@@ -130,11 +139,15 @@ def test_building_the_graph_touches_no_database(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-async def test_before_the_start_and_after_the_end_a_service_says_what_is_missing(sqlite: DatabaseSettings) -> None:
+async def test_before_the_start_and_after_the_end_a_service_says_what_is_missing(
+    sqlite: DatabaseSettings,
+) -> None:
     container = Container(settings=sqlite)
     notebook = container.notebook()
     for _ in range(2):
-        with pytest.raises(NotInitializedError, match="DatabaseSessionManager is not initialized") as refused:
+        with pytest.raises(
+            NotInitializedError, match="DatabaseSessionManager is not initialized"
+        ) as refused:
             await notebook.read()
         assert "Lifespan" in "".join(refused.value.__notes__)
         async with started(container):
@@ -261,7 +274,9 @@ class WaysIn:
     def raw_from_yaml_with_a_variable_in_it(self) -> Any:
         self._monkeypatch.setenv("APP_URL", str(self._values["url"]))
         container = DatabaseContainer()
-        container.config.from_yaml(self._yaml({**self._values, "url": "${APP_URL}", "echo": "${APP_ECHO:false}"}))
+        container.config.from_yaml(
+            self._yaml({**self._values, "url": "${APP_URL}", "echo": "${APP_ECHO:false}"})
+        )
         return container
 
     def raw_from_environment(self) -> Any:
@@ -308,7 +323,9 @@ async def test_each_way_of_configuring_it_leads_to_the_database(
 
 async def test_a_password_from_pydantic_settings_arrives_and_is_not_shown() -> None:
     container = Configured()
-    container.config.from_pydantic(Settings(database=DatabaseSettings(url="postgresql://shop:hunter2@db/shop")))
+    container.config.from_pydantic(
+        Settings(database=DatabaseSettings(url="postgresql://shop:hunter2@db/shop"))
+    )
     assert container.db.settings().url.password == "hunter2"
     assert "hunter2" not in f"{container.config()}"
 
@@ -325,10 +342,26 @@ WRONG_CONFIGS: dict[str, tuple[Any, str, str]] = {
     "no url": ({"echo": True}, "url", "is missing: set it in config"),
     "a variable that is not there": ({"url": None}, "url", "is missing: set it in config"),
     "a misspelt key": ({"url": "sqlite://", "ecco": True}, "ecco (config)", "did you mean 'echo'?"),
-    "a misspelt key, deep": ({"url": "sqlite://", "pool": {"sze": 1}}, "pool.sze (config)", "did you mean 'size'?"),
-    "a wrong type": ({"url": "sqlite://", "pool": {"size": "many"}}, "pool.size (config)", "valid integer"),
-    "a value for a section": ({"url": "sqlite://", "pool": 5}, "pool (config)", "a section, with keys below it: size"),
-    "a URL for all": ("sqlite://", "config", "keys such as url and pool are expected"),
+    "a misspelt key, deep": (
+        {"url": "sqlite://", "pool": {"sze": 1}},
+        "pool.sze (config)",
+        "did you mean 'size'?",
+    ),
+    "a wrong type": (
+        {"url": "sqlite://", "pool": {"size": "many"}},
+        "pool.size (config)",
+        "valid integer",
+    ),
+    "a value for a section": (
+        {"url": "sqlite://", "pool": 5},
+        "pool (config)",
+        "a section, with keys below it: size",
+    ),
+    "a URL for all": (
+        "sqlite://",
+        "config",
+        "expected a mapping with keys such as url and pool, got str",
+    ),
 }
 
 
@@ -383,7 +416,9 @@ class Application(containers.DeclarativeContainer):
     services = providers.Container(Services, db=db)
 
 
-async def test_parts_of_an_application_can_be_given_their_database(sqlite: DatabaseSettings) -> None:
+async def test_parts_of_an_application_can_be_given_their_database(
+    sqlite: DatabaseSettings,
+) -> None:
     async with started(Application(settings=sqlite)) as application:
         await application.services.notebook().write("a")
         assert await application.services.notebook().read() == ["a"]
@@ -448,14 +483,20 @@ async def test_an_error_here_leaves_what_was_committed_there(two: TwoDatabases) 
 
 
 @pytest.mark.parametrize("block", ["session", "transaction"])
-async def test_the_scope_of_one_database_is_no_scope_of_the_other(two: TwoDatabases, block: str) -> None:
+async def test_the_scope_of_one_database_is_no_scope_of_the_other(
+    two: TwoDatabases, block: str
+) -> None:
     async with getattr(two.there.db.sessionmanager(), block)():
-        with pytest.raises(NoSessionError, match="one of another database is, was the right one injected"):
+        with pytest.raises(
+            NoSessionError, match="one of another database is, was the right one injected"
+        ):
             await two.here.notes().texts()
         assert not two.here.db.transaction().active
 
 
-async def test_scopes_of_two_databases_in_any_nesting_each_find_their_own(two: TwoDatabases) -> None:
+async def test_scopes_of_two_databases_in_any_nesting_each_find_their_own(
+    two: TwoDatabases,
+) -> None:
     here, there = two.here.db.sessionmanager(), two.there.db.sessionmanager()
     stand_in_here, stand_in_there = two.here.db.session(), two.there.db.session()
     async with here.session() as outer, there.session() as between:
@@ -466,9 +507,14 @@ async def test_scopes_of_two_databases_in_any_nesting_each_find_their_own(two: T
         assert stand_in_there.sync_session is between.sync_session
 
 
-async def test_scopes_do_not_mix_even_where_both_managers_have_the_same_database(sqlite: DatabaseSettings) -> None:
+async def test_scopes_do_not_mix_even_where_both_managers_have_the_same_database(
+    sqlite: DatabaseSettings,
+) -> None:
     async with AsyncExitStack() as stack:
-        one, other = [await stack.enter_async_context(Lifespan(DatabaseContainer(settings=sqlite))) for _ in "12"]
+        one, other = [
+            await stack.enter_async_context(Lifespan(DatabaseContainer(settings=sqlite)))
+            for _ in "12"
+        ]
         await create_tables(one.sessionmanager())
         with pytest.raises(ZeroDivisionError):
             async with one.sessionmanager().transaction():

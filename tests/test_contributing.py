@@ -39,7 +39,9 @@ def arguments(command: str) -> list[str]:
 def run_python(*words: str) -> None:
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT / "src")}
     command = [sys.executable, *words]
-    finished = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(
+        command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert finished.returncode == 0, finished.stderr or finished.stdout
 
 
@@ -47,7 +49,9 @@ def run_python(*words: str) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_of_contributing_starts_with_an_executable_of_the_checkout(command: str) -> None:
+def test_each_command_of_contributing_starts_with_an_executable_of_the_checkout(
+    command: str,
+) -> None:
     program = next(word for word in shlex.split(command) if "=" not in word)
 
     assert program in {".ci/env", ".ci/run"}
@@ -79,7 +83,9 @@ def test_contributing_and_the_gate_run_all_quick_tests_and_all_long_ones_alike()
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("command", [command for command in COMMANDS if "pytest " in command and "tests/" in command])
+@pytest.mark.parametrize(
+    "command", [command for command in COMMANDS if "pytest " in command and "tests/" in command]
+)
 def test_each_pytest_command_of_contributing_finds_tests(command: str) -> None:
     run_python("-m", *arguments(command), "--collect-only", "-q", "-n", "0")
 
@@ -151,7 +157,9 @@ def hooks() -> dict[str, dict[str, object]]:
 
 def test_the_hook_for_commit_messages_refuses_a_subject_of_more_than_72_characters() -> None:
     hook = hooks()["subject"]
-    pattern = re.compile(str(hook["entry"]), re.MULTILINE | re.DOTALL)  # as pygrep does with --multiline
+    pattern = re.compile(
+        str(hook["entry"]), re.MULTILINE | re.DOTALL
+    )  # as pygrep does with --multiline
 
     assert hook["args"] == ["--multiline"]
     assert hook["stages"] == ["commit-msg"]

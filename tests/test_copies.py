@@ -26,13 +26,17 @@ def test_a_copy_of_a_session_and_of_a_transaction_leads_to_the_same_manager() ->
     assert copy.deepcopy(manager.transaction)._database is database_of(manager)
 
 
-async def test_a_container_is_given_the_manager_that_there_is(manager: DatabaseSessionManager) -> None:
+async def test_a_container_is_given_the_manager_that_there_is(
+    manager: DatabaseSessionManager,
+) -> None:
     class Container(containers.DeclarativeContainer):
         session = providers.Factory(CurrentSession, manager)
         notes = providers.Factory(Notes, session)
         notebook = providers.Factory(Notebook, notes, transaction=manager.transaction)
         another = providers.Factory(
-            Notebook, providers.Factory(Notes, CurrentSession(manager)), transaction=TransactionManager(manager)
+            Notebook,
+            providers.Factory(Notes, CurrentSession(manager)),
+            transaction=TransactionManager(manager),
         )
 
     container = Container()

@@ -62,7 +62,9 @@ async def in_a_block(manager: DatabaseSessionManager, timeout: float | timedelta
         await session.execute(text(sql))
 
 
-async def in_a_method(manager: DatabaseSessionManager, timeout: float | timedelta, sql: str) -> None:
+async def in_a_method(
+    manager: DatabaseSessionManager, timeout: float | timedelta, sql: str
+) -> None:
     class Service:
         transaction = manager.transaction
 
@@ -126,16 +128,22 @@ class TestOfABlock:
         self, manager: DatabaseSessionManager, backend: str
     ) -> None:
         with pytest.raises(TransactionTimeoutError):
-            async with manager.transaction(Propagation.SUPPORTS, read_only=True, timeout=SOON) as session:
+            async with manager.transaction(
+                Propagation.SUPPORTS, read_only=True, timeout=SOON
+            ) as session:
                 await session.execute(text(LONG[backend]))
 
-    async def test_a_block_that_is_done_in_time_is_not_touched(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_block_that_is_done_in_time_is_not_touched(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.transaction(timeout=30) as session:
             session.add(Note(text="kept"))
         assert await notes(manager) == ["kept"]
         assert not_cancelling()
 
-    async def test_another_error_before_it_passes_is_the_error(self, manager: DatabaseSessionManager) -> None:
+    async def test_another_error_before_it_passes_is_the_error(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         with pytest.raises(ZeroDivisionError):
             async with manager.transaction(timeout=30):
                 raise ZeroDivisionError
@@ -161,7 +169,9 @@ class TestOfABlock:
 
 
 class TestABlockThatResists:
-    async def test_it_holds_where_the_cancellation_is_swallowed(self, manager: DatabaseSessionManager) -> None:
+    async def test_it_holds_where_the_cancellation_is_swallowed(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         with pytest.raises(TransactionTimeoutError):
             async with manager.transaction(timeout=SOON) as session:
                 session.add(Note(text="lost"))
@@ -170,7 +180,9 @@ class TestABlockThatResists:
         assert not_cancelling()
         assert await notes(manager) == []
 
-    async def test_and_where_the_block_goes_on_working_after_that(self, manager: DatabaseSessionManager) -> None:
+    async def test_and_where_the_block_goes_on_working_after_that(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         with pytest.raises(TransactionTimeoutError):
             async with manager.transaction(timeout=SOON) as session:
                 with suppress(asyncio.CancelledError):
@@ -181,7 +193,9 @@ class TestABlockThatResists:
         assert not_cancelling()
         assert await notes(manager) == []
 
-    async def test_and_where_the_cancellation_becomes_another_error(self, manager: DatabaseSessionManager) -> None:
+    async def test_and_where_the_cancellation_becomes_another_error(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         with pytest.raises(TransactionTimeoutError) as raised:
             async with manager.transaction(timeout=SOON):
                 try:
@@ -191,7 +205,9 @@ class TestABlockThatResists:
         assert isinstance(raised.value.__cause__, ZeroDivisionError)
         assert not_cancelling()
 
-    async def test_and_where_the_block_did_not_let_anybody_else_run(self, manager: DatabaseSessionManager) -> None:
+    async def test_and_where_the_block_did_not_let_anybody_else_run(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         with pytest.raises(TransactionTimeoutError):
             async with manager.transaction(timeout=0.01) as session:
                 await session.execute(insert(Note).values(text="lost"))
@@ -229,7 +245,9 @@ class TestTheCommit:
                 session.add(Note(text="lost"))
         assert await notes(manager) == []
 
-    async def test_hooks_after_it_have_all_the_time_they_need(self, manager: DatabaseSessionManager) -> None:
+    async def test_hooks_after_it_have_all_the_time_they_need(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         ran: list[str] = []
 
         async def hook() -> None:
@@ -242,7 +260,9 @@ class TestTheCommit:
 
 
 class TestWithinAnother:
-    async def test_a_joined_block_that_is_late_dooms_the_outer_one(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_joined_block_that_is_late_dooms_the_outer_one(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         with pytest.raises(UnexpectedRollbackError, match="TransactionTimeoutError") as raised:
             async with manager.transaction() as session:
                 session.add(Note(text="outer"))
@@ -253,7 +273,9 @@ class TestWithinAnother:
         assert isinstance(raised.value.__cause__, TransactionTimeoutError)
         assert await notes(manager) == []
 
-    async def test_also_where_it_swallows_the_cancellation(self, manager: DatabaseSessionManager) -> None:
+    async def test_also_where_it_swallows_the_cancellation(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         with pytest.raises(TransactionTimeoutError):
             async with manager.transaction() as session:
                 session.add(Note(text="outer"))
@@ -262,9 +284,14 @@ class TestWithinAnother:
                         await asyncio.sleep(60)
         assert await notes(manager) == []
 
-    async def test_the_deadline_of_the_outer_block_holds_in_a_joined_one(self, manager: DatabaseSessionManager) -> None:
+    async def test_the_deadline_of_the_outer_block_holds_in_a_joined_one(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         with pytest.raises(TransactionTimeoutError, match=r"0\.1 s"):
-            async with manager.transaction(timeout=SOON), manager.transaction(timeout=30) as session:
+            async with (
+                manager.transaction(timeout=SOON),
+                manager.transaction(timeout=30) as session,
+            ):
                 session.add(Note(text="lost"))
                 await session.flush()
                 await asyncio.sleep(60)
@@ -283,7 +310,9 @@ class TestWithinAnother:
             session.add(Note(text="kept too"))
         assert await notes(manager) == ["kept", "kept too"]
 
-    async def test_also_where_it_had_to_stop_a_statement(self, manager: DatabaseSessionManager, backend: str) -> None:
+    async def test_also_where_it_had_to_stop_a_statement(
+        self, manager: DatabaseSessionManager, backend: str
+    ) -> None:
         async with manager.transaction() as session:
             session.add(Note(text="outer"))
             with pytest.raises(TransactionTimeoutError):
@@ -300,11 +329,15 @@ class TestWithinAnother:
             session.add(Note(text="outer"))
             await session.flush()
             with pytest.raises(TransactionTimeoutError):
-                async with manager.transaction(Propagation.REQUIRES_NEW, read_only=True, timeout=SOON) as other:
+                async with manager.transaction(
+                    Propagation.REQUIRES_NEW, read_only=True, timeout=SOON
+                ) as other:
                     await other.execute(text(LONG[backend]))
         assert await notes(manager) == ["outer"]
 
-    async def test_in_a_bare_session_it_rolls_that_back(self, manager: DatabaseSessionManager) -> None:
+    async def test_in_a_bare_session_it_rolls_that_back(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.session() as session:
             session.add(Note(text="before"))
             with pytest.raises(TransactionTimeoutError):
@@ -314,14 +347,18 @@ class TestWithinAnother:
             assert await session.scalar(select(1)) == 1
         assert await notes(manager) == []
 
-    async def test_it_does_not_make_a_joined_block_incompatible(self, manager: DatabaseSessionManager) -> None:
+    async def test_it_does_not_make_a_joined_block_incompatible(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.transaction(timeout=30), manager.transaction(timeout=60) as session:
             session.add(Note(text="kept"))
         assert await notes(manager) == ["kept"]
 
 
 class TestWithCancellation:
-    async def test_the_timeout_of_somebody_outside_stays_his(self, manager: DatabaseSessionManager) -> None:
+    async def test_the_timeout_of_somebody_outside_stays_his(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         with pytest.raises(TimeoutError) as raised:
             async with asyncio.timeout(SOON):
                 async with manager.transaction(timeout=30) as session:
@@ -331,7 +368,9 @@ class TestWithCancellation:
         assert not_cancelling()
         assert await notes(manager) == []
 
-    async def test_the_own_one_does_not_reach_the_outside(self, manager: DatabaseSessionManager) -> None:
+    async def test_the_own_one_does_not_reach_the_outside(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with asyncio.timeout(30) as outside:
             with pytest.raises(TransactionTimeoutError):
                 async with manager.transaction(timeout=SOON):
@@ -339,7 +378,9 @@ class TestWithCancellation:
             await asyncio.sleep(0)
         assert not outside.expired()
 
-    async def test_both_at_the_same_moment_are_a_timeout_of_the_outside(self, manager: DatabaseSessionManager) -> None:
+    async def test_both_at_the_same_moment_are_a_timeout_of_the_outside(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.02):
                 async with manager.transaction(timeout=0.02) as session:
@@ -409,13 +450,17 @@ class TestWithCancellation:
 
         task = asyncio.create_task(work())
 
-        event.listen(manager.engine.sync_engine, "rollback", lambda _: task.cancel())  # once done, it has no effect
+        event.listen(
+            manager.engine.sync_engine, "rollback", lambda _: task.cancel()
+        )  # once done, it has no effect
         with pytest.raises(asyncio.CancelledError) as raised:
             await task
         assert isinstance(raised.value.__cause__, TransactionTimeoutError)
         assert await notes(manager) == []
 
-    async def test_a_cancellation_before_the_deadline_is_a_cancellation(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_cancellation_before_the_deadline_is_a_cancellation(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async def work() -> None:
             async with manager.transaction(timeout=30) as session:
                 await session.execute(insert(Note).values(text="lost"))
@@ -431,7 +476,9 @@ class TestWithCancellation:
         assert await notes(manager) == []
 
 
-async def test_many_at_once_leave_the_pool_whole(manager: DatabaseSessionManager, backend: str) -> None:
+async def test_many_at_once_leave_the_pool_whole(
+    manager: DatabaseSessionManager, backend: str
+) -> None:
     async def work(number: int) -> None:
         async with manager.transaction(timeout=SOON + number / 100, read_only=True) as session:
             await session.execute(text(LONG[backend]))
@@ -490,7 +537,9 @@ class TestPostgres(OnPostgres):
         self, manager: DatabaseSessionManager, postgres: Postgres, database_url: str
     ) -> None:
         network = Network()
-        async with through(network, postgres, database_url, commit_timeout=0.3, rollback_timeout=0.2) as remote:
+        async with through(
+            network, postgres, database_url, commit_timeout=0.3, rollback_timeout=0.2
+        ) as remote:
             with pytest.raises(CommitOutcomeUnknownError):
                 async with remote.transaction(timeout=SOON) as session:
                     await session.execute(insert(Note).values(text="who knows"))

@@ -103,7 +103,9 @@ class TestMethods:
         assert not manager.transaction.active
         assert await notes(manager) == ["a", "b"]
 
-    async def test_arguments_by_keyword_only_reach_it(self, manager: DatabaseSessionManager, service: Service) -> None:
+    async def test_arguments_by_keyword_only_reach_it(
+        self, manager: DatabaseSessionManager, service: Service
+    ) -> None:
         assert await service.by_keyword_only(text="a") == "a"
         assert await notes(manager) == ["a"]
 
@@ -115,7 +117,9 @@ class TestMethods:
             assert await Service.bare(Service(manager), "b") == "b"
         assert await notes(manager) == ["a", "b"]
 
-    async def test_a_subclass_inherits_it_and_may_call_it_from_its_own(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_subclass_inherits_it_and_may_call_it_from_its_own(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         class Careful(Service):
             @transactional
             async def bare(self, text: str) -> str:
@@ -165,9 +169,15 @@ class TestMethods:
         self, manager: DatabaseSessionManager, service: Service
     ) -> None:
         results = await asyncio.gather(
-            *(service.bare(name) for name in ("a", "wrong", "b", "wrong again")), return_exceptions=True
+            *(service.bare(name) for name in ("a", "wrong", "b", "wrong again")),
+            return_exceptions=True,
         )
-        assert [type(result) for result in results] == [str, ZeroDivisionError, str, ZeroDivisionError]
+        assert [type(result) for result in results] == [
+            str,
+            ZeroDivisionError,
+            str,
+            ZeroDivisionError,
+        ]
         assert await notes(manager) == ["a", "b"]
 
     async def test_a_method_may_call_itself(self, manager: DatabaseSessionManager) -> None:
@@ -196,7 +206,9 @@ class TestReadOnly:
             manager.transaction.set_rollback_only()
         assert await service.read() == []
 
-    async def test_it_joins_a_session(self, manager: DatabaseSessionManager, service: Service) -> None:
+    async def test_it_joins_a_session(
+        self, manager: DatabaseSessionManager, service: Service
+    ) -> None:
         async with manager.session() as session:
             session.add(Note(text="not yet committed"))
             assert await service.read() == ["not yet committed"]
@@ -216,7 +228,9 @@ class TestReadOnly:
             await service.write_through_another_method()
         assert await notes(manager) == []
 
-    async def test_many_at_once_read_at_once(self, manager: DatabaseSessionManager, service: Service) -> None:
+    async def test_many_at_once_read_at_once(
+        self, manager: DatabaseSessionManager, service: Service
+    ) -> None:
         await service.bare("a")
 
         class Report(Service):
@@ -228,7 +242,9 @@ class TestReadOnly:
 
 
 class TestFunctions:
-    async def test_the_manager_is_the_parameter_wherever_it_stands(self, manager: DatabaseSessionManager) -> None:
+    async def test_the_manager_is_the_parameter_wherever_it_stands(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         @transactional
         async def first(transaction: TransactionManager, text: str) -> bool:
             return manager.transaction.active
@@ -269,8 +285,12 @@ class TestFunctions:
         async with DatabaseSessionManager(settings) as other:
             assert await Both().work(other.transaction) == (False, True)
 
-    async def test_a_function_that_was_decorated_by_others_still_works(self, manager: DatabaseSessionManager) -> None:
-        def loud(function: Callable[..., Coroutine[Any, Any, str]]) -> Callable[..., Coroutine[Any, Any, str]]:
+    async def test_a_function_that_was_decorated_by_others_still_works(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        def loud(
+            function: Callable[..., Coroutine[Any, Any, str]],
+        ) -> Callable[..., Coroutine[Any, Any, str]]:
             @functools.wraps(function)
             async def wrapper(*args: Any, **kwargs: Any) -> str:
                 return (await function(*args, **kwargs)).upper()
@@ -294,12 +314,18 @@ class TestFunctions:
 
 
 class TestOptions:
-    async def test_they_reach_the_transaction(self, manager: DatabaseSessionManager, backend: str) -> None:
+    async def test_they_reach_the_transaction(
+        self, manager: DatabaseSessionManager, backend: str
+    ) -> None:
         class Strict(Service):
             @transactional(isolation="serializable", execution_options={"answer": 42})
             async def look(self) -> tuple[object, object]:
                 connection = await self.session.connection()
-                level = await self.session.scalar(text("SHOW transaction_isolation")) if backend != "sqlite" else None
+                level = (
+                    await self.session.scalar(text("SHOW transaction_isolation"))
+                    if backend != "sqlite"
+                    else None
+                )
                 return level, connection.engine.get_execution_options()["answer"]
 
             @transactional(read_only=True)
@@ -338,13 +364,21 @@ class TestOptions:
             @transactional(isolation_level="SERIALIZABLE")  # type: ignore[call-overload, untyped-decorator]
             async def work(transaction: TransactionManager) -> None: ...
 
-    @pytest.mark.parametrize("mode", [Propagation.SUPPORTS, Propagation.NOT_SUPPORTED, Propagation.NEVER])
-    def test_so_is_an_isolation_level_where_there_may_be_no_transaction(self, mode: Propagation) -> None:
-        with pytest.raises(ValueError, match=f"{mode.name} may run without a transaction.*use REQUIRED"):
+    @pytest.mark.parametrize(
+        "mode", [Propagation.SUPPORTS, Propagation.NOT_SUPPORTED, Propagation.NEVER]
+    )
+    def test_so_is_an_isolation_level_where_there_may_be_no_transaction(
+        self, mode: Propagation
+    ) -> None:
+        with pytest.raises(
+            ValueError, match=f"{mode.name} may run without a transaction.*use REQUIRED"
+        ):
             transactional(mode, isolation="SERIALIZABLE")
 
     def test_so_is_an_isolation_level_that_does_not_exist(self) -> None:
-        with pytest.raises(ValueError, match="unknown isolation level 'SERIALISABLE'; choose one of"):
+        with pytest.raises(
+            ValueError, match="unknown isolation level 'SERIALISABLE'; choose one of"
+        ):
 
             @transactional(isolation="SERIALISABLE")
             async def work(transaction: TransactionManager) -> None: ...
@@ -379,7 +413,9 @@ class TestSecondDatabase:
 
             @read_only(of="archive")
             async def look(self) -> list[str]:
-                return list(await CurrentSession(archive).scalars(select(Note.text).order_by(Note.text)))
+                return list(
+                    await CurrentSession(archive).scalars(select(Note.text).order_by(Note.text))
+                )
 
         @transactional(of="second")
         async def store(text: str, *, second: TransactionManager) -> tuple[bool, bool]:
@@ -394,7 +430,9 @@ class TestSecondDatabase:
         assert await notes(archive) == ["a", "b", "c"]
         assert await notes(manager) == ["moved c"]
 
-    async def test_both_may_be_stacked(self, manager: DatabaseSessionManager, archive: DatabaseSessionManager) -> None:
+    async def test_both_may_be_stacked(
+        self, manager: DatabaseSessionManager, archive: DatabaseSessionManager
+    ) -> None:
         class Archivist:
             transaction = manager.transaction
             archive = manager.transaction
@@ -495,7 +533,9 @@ class TestWired:
 
     async def test_what_was_injected_can_be_given_too(self, container: TwoDatabases) -> None:
         archive = container.archive.sessionmanager()
-        assert await wired_over("a", notes=Notes(container.archive.session()), transaction=archive.transaction)
+        assert await wired_over(
+            "a", notes=Notes(container.archive.session()), transaction=archive.transaction
+        )
         assert await notes(archive) == ["a"]
 
     @pytest.mark.parametrize("name", ["wired_over", "wired_under"])
@@ -506,20 +546,28 @@ class TestWired:
 
     async def test_not_wired_it_says_what_to_do(self) -> None:
         @transactional
-        async def work(transaction: TransactionManager = Provide[TwoDatabases.db.transaction]) -> None: ...
+        async def work(
+            transaction: TransactionManager = Provide[TwoDatabases.db.transaction],
+        ) -> None: ...
 
         with pytest.raises(
-            TypeError, match=r"the argument 'transaction' is Provide, not a TransactionManager.*@inject"
+            TypeError,
+            match=r"the argument 'transaction' is Provide, not a TransactionManager.*@inject",
         ):
             await work()
 
 
 class TestIdentity:
     @pytest.mark.parametrize(
-        "decorate", [transactional, transactional(), transactional(retries=2), read_only, read_only()]
+        "decorate",
+        [transactional, transactional(), transactional(retries=2), read_only, read_only()],
     )
-    def test_name_docstring_signature_and_annotations_are_kept(self, decorate: Callable[[Any], Any]) -> None:
-        async def write(self: object, text: str, *more: str, strict: bool = False, **options: int) -> list[int]:
+    def test_name_docstring_signature_and_annotations_are_kept(
+        self, decorate: Callable[[Any], Any]
+    ) -> None:
+        async def write(
+            self: object, text: str, *more: str, strict: bool = False, **options: int
+        ) -> list[int]:
             """Write it down."""
             raise NotImplementedError
 
@@ -536,8 +584,12 @@ class TestIdentity:
 class TestRefusals:
     """When it is decorated where that can be seen, else at the first call."""
 
-    @pytest.mark.parametrize("decorate", [transactional, transactional(), read_only, read_only(of="archive")])
-    def test_what_is_no_coroutine_function_is_refused_when_decorated(self, decorate: Callable[[Any], Any]) -> None:
+    @pytest.mark.parametrize(
+        "decorate", [transactional, transactional(), read_only, read_only(of="archive")]
+    )
+    def test_what_is_no_coroutine_function_is_refused_when_decorated(
+        self, decorate: Callable[[Any], Any]
+    ) -> None:
         def sync(self: object) -> None: ...
 
         async def generator(self: object) -> AsyncIterator[int]:
@@ -547,7 +599,9 @@ class TestRefusals:
             async def __call__(self) -> None: ...
 
         for wrong in (sync, generator, Callable_, Callable_(), 42, "name", len):
-            with pytest.raises(TypeError, match=r"takes a coroutine function|'name' is not a Propagation"):
+            with pytest.raises(
+                TypeError, match=r"takes a coroutine function|'name' is not a Propagation"
+            ):
                 decorate(wrong)
 
     def test_the_error_names_decorator_and_function(self) -> None:
@@ -556,7 +610,9 @@ class TestRefusals:
             @transactional  # type: ignore[arg-type]
             def sync(self: object) -> None: ...
 
-        with pytest.raises(TypeError, match=r"@read_only .*stream\(\) would keep .* open between its items"):
+        with pytest.raises(
+            TypeError, match=r"@read_only .*stream\(\) would keep .* open between its items"
+        ):
 
             @read_only  # type: ignore[arg-type]
             async def stream(self: object) -> AsyncIterator[int]:
@@ -574,7 +630,9 @@ class TestRefusals:
         async def work() -> None: ...
 
         for decorate in (transactional, read_only):
-            with pytest.raises(TypeError, match=r"work\(\) has neither a parameter 'transaction' nor a self"):
+            with pytest.raises(
+                TypeError, match=r"work\(\) has neither a parameter 'transaction' nor a self"
+            ):
                 decorate(work)
         with pytest.raises(TypeError, match="'archive'"):
             transactional(of="archive")(work)
@@ -587,12 +645,18 @@ class TestRefusals:
             @read_only
             async def read(self) -> None: ...
 
-        with pytest.raises(TypeError, match=r"write\(\) is @transactional.*attribute 'transaction' of Incomplete"):
+        with pytest.raises(
+            TypeError, match=r"write\(\) is @transactional.*attribute 'transaction' of Incomplete"
+        ):
             await Incomplete().write()
-        with pytest.raises(TypeError, match=r"read\(\) is @read_only.*attribute 'transaction' of Incomplete"):
+        with pytest.raises(
+            TypeError, match=r"read\(\) is @read_only.*attribute 'transaction' of Incomplete"
+        ):
             await Incomplete().read()
 
-    async def test_an_attribute_of_another_type_is_named_with_its_type(self, manager: DatabaseSessionManager) -> None:
+    async def test_an_attribute_of_another_type_is_named_with_its_type(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         class Confused:
             def __init__(self, transaction: object) -> None:
                 self.transaction = transaction
@@ -605,7 +669,9 @@ class TestRefusals:
         with pytest.raises(TypeError, match="is TransactionBlock, not a TransactionManager"):
             await Confused(manager.transaction()).write()
 
-    async def test_an_argument_that_is_missing_is_named_at_the_call(self, manager: DatabaseSessionManager) -> None:
+    async def test_an_argument_that_is_missing_is_named_at_the_call(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         @transactional
         async def write(text: str, transaction: TransactionManager | None = None) -> bool:
             return manager.transaction.active

@@ -40,7 +40,9 @@ def other_python(tmp_path: Path) -> str:
 
 
 def env(project: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "VENV")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHON", "VENV")
+    }
     return subprocess.run(
         [project / ".ci" / "env", "python", "-c", "import sys; print(sys.prefix)"],
         env=environment | variables,
@@ -55,10 +57,14 @@ def test_an_environment_of_that_interpreter_is_used_as_it_is(project: Path) -> N
     assert ended.stdout == f"{project / '.venv'}\n", ended.stderr
 
 
-def test_an_environment_of_another_interpreter_is_made_anew(project: Path, other_python: str) -> None:
+def test_an_environment_of_another_interpreter_is_made_anew(
+    project: Path, other_python: str
+) -> None:
     ended = env(project, PYTHON=other_python)
 
-    assert (ended.returncode, ended.stdout) == (3, f"anew: .venv with {other_python}\n"), ended.stderr
+    assert (ended.returncode, ended.stdout) == (3, f"anew: .venv with {other_python}\n"), (
+        ended.stderr
+    )
 
 
 def test_an_environment_made_from_another_project_file_is_made_anew(project: Path) -> None:
@@ -66,13 +72,17 @@ def test_an_environment_made_from_another_project_file_is_made_anew(project: Pat
 
     ended = env(project, PYTHON=sys.executable)
 
-    assert (ended.returncode, ended.stdout) == (3, f"anew: .venv with {sys.executable}\n"), ended.stderr
+    assert (ended.returncode, ended.stdout) == (3, f"anew: .venv with {sys.executable}\n"), (
+        ended.stderr
+    )
 
 
 def test_each_directory_is_an_environment_of_its_own(project: Path) -> None:
     ended = env(project, PYTHON=sys.executable, VENV=".venv-other")
 
-    assert (ended.returncode, ended.stdout) == (3, f"anew: .venv-other with {sys.executable}\n"), ended.stderr
+    assert (ended.returncode, ended.stdout) == (3, f"anew: .venv-other with {sys.executable}\n"), (
+        ended.stderr
+    )
 
 
 def test_an_interpreter_that_is_not_there_leaves_the_environment_alone(project: Path) -> None:
@@ -84,7 +94,11 @@ def test_an_interpreter_that_is_not_there_leaves_the_environment_alone(project: 
 
 
 def test_each_place_names_the_pythons_that_are_supported() -> None:
-    supported = [match[1] for line in PROJECT["classifiers"] if (match := re.search(r"Python :: (3\.\d+)$", line))]
+    supported = [
+        match[1]
+        for line in PROJECT["classifiers"]
+        if (match := re.search(r"Python :: (3\.\d+)$", line))
+    ]
     lowest, *newer = supported
     assert PROJECT["requires-python"] == f">={lowest}"
     for file, words in (

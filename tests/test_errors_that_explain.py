@@ -30,7 +30,9 @@ async def test_a_session_that_close_has_aborted(database_url: str) -> None:
         async with manager.transaction():
             await session.execute(text("SELECT 1"))
             await asyncio.create_task(manager.transaction.detached(manager.close()))
-            with pytest.raises(NoSessionError, match=r"close\(\) of the manager has rolled it back"):
+            with pytest.raises(
+                NoSessionError, match=r"close\(\) of the manager has rolled it back"
+            ):
                 await session.execute(text("SELECT 1"))
 
 
@@ -70,7 +72,9 @@ class TestLostConnections(OnPostgres):
             assert pending.value.__cause__ is first.value
             await session.rollback()
 
-    async def test_so_does_a_connection(self, manager: DatabaseSessionManager, postgres: Postgres) -> None:
+    async def test_so_does_a_connection(
+        self, manager: DatabaseSessionManager, postgres: Postgres
+    ) -> None:
         with pytest.raises(PendingRollbackError) as pending:
             async with manager.connect() as connection:
                 await connection.execute(insert(Note).values(text="a"))
@@ -86,18 +90,26 @@ class TestTablesOfManyProcesses(OnPostgres):
         """Without turns, all but one of them would meet tables that the first is making."""
 
         async def start() -> None:
-            async with DatabaseSessionManager(database_url) as manager, manager.connect() as connection:
+            async with (
+                DatabaseSessionManager(database_url) as manager,
+                manager.connect() as connection,
+            ):
                 await manager.create_all(connection)
                 await asyncio.sleep(0.01)
 
         for _ in range(3):
             await asyncio.gather(*(start() for _ in range(5)))
-            async with DatabaseSessionManager(database_url) as manager, manager.connect() as connection:
+            async with (
+                DatabaseSessionManager(database_url) as manager,
+                manager.connect() as connection,
+            ):
                 await manager.drop_all(connection)
 
     async def test_the_lock_has_the_documented_key(self, manager: DatabaseSessionManager) -> None:
         key = "classid::bigint << 32 | objid::bigint"
-        held = text(f"SELECT {key} FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()")
+        held = text(
+            f"SELECT {key} FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
+        )
         async with manager.connect() as connection:
             await manager.create_all(connection)
             assert await connection.scalar(held) == 8315179226536832631

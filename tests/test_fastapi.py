@@ -81,7 +81,9 @@ class Container(containers.DeclarativeContainer):
 def container() -> Iterator[Container]:
     """Wired to nothing yet."""
     container = Container()
-    container.config.from_dict({"limit": "7", "price": "1.50", "greetings": {"fr": "salut", "de": "hallo"}})
+    container.config.from_dict(
+        {"limit": "7", "price": "1.50", "greetings": {"fr": "salut", "de": "hallo"}}
+    )
     yield container
     container.unwire()
 
@@ -137,7 +139,9 @@ async def string(name: str, greeter: Annotated[Greeter, Provide["greeter"]]) -> 
 
 
 @inject
-async def annotated_depends(name: str, greeter: Annotated[Greeter, Depends(Provide[Container.greeter])]) -> str:
+async def annotated_depends(
+    name: str, greeter: Annotated[Greeter, Depends(Provide[Container.greeter])]
+) -> str:
     return greeter.greet(name)
 
 
@@ -147,12 +151,16 @@ async def default_depends(name: str, greeter: Greeter = Depends(Provide[Containe
 
 
 @wiring.inject
-async def with_the_other_inject(name: str, greeter: Greeter = Depends(Provide[Container.greeter])) -> str:
+async def with_the_other_inject(
+    name: str, greeter: Greeter = Depends(Provide[Container.greeter])
+) -> str:
     return greeter.greet(name)
 
 
 @inject
-async def with_the_other_marker(name: str, greeter: Annotated[Greeter, wiring.Provide[Container.greeter]]) -> str:
+async def with_the_other_marker(
+    name: str, greeter: Annotated[Greeter, wiring.Provide[Container.greeter]]
+) -> str:
     return greeter.greet(name)
 
 
@@ -204,7 +212,9 @@ class TestForms:
         assert "requestBody" not in operation
 
     @pytest.mark.parametrize("endpoint", FORMS)
-    async def test_each_follows_an_override(self, endpoint: Callable[..., Any], wired: Container) -> None:
+    async def test_each_follows_an_override(
+        self, endpoint: Callable[..., Any], wired: Container
+    ) -> None:
         app = app_with(endpoint)
         with wired.greeter.override(Greeter("bye")):
             assert await get(app, f"/{endpoint.__name__}?name=Ada") == "bye, Ada"
@@ -213,7 +223,9 @@ class TestForms:
     async def test_an_argument_goes_before_what_would_be_injected(self, wired: Container) -> None:
         assert await short("Ada", greeter=Greeter("hey")) == "hey, Ada"
 
-    async def test_an_annotation_that_only_type_checkers_know_hides_no_other(self, wired: Container) -> None:
+    async def test_an_annotation_that_only_type_checkers_know_hides_no_other(
+        self, wired: Container
+    ) -> None:
         assert await beside_what_only_type_checkers_know(2) == 10
 
     def test_nothing_to_inject_is_warned_of_where_it_was_written(self) -> None:
@@ -243,7 +255,9 @@ MARKERS = {
 
 class TestMarkers:
     @pytest.mark.parametrize("name", MARKERS)
-    async def test_each_feature_of_the_original_is_there(self, name: str, container: Container) -> None:
+    async def test_each_feature_of_the_original_is_there(
+        self, name: str, container: Container
+    ) -> None:
         marker, expected = MARKERS[name]
 
         @inject
@@ -316,7 +330,8 @@ async def original(third: int = Depends(wiring.Provide["config.limit", as_int()]
 
 class TestThreads:
     @pytest.mark.parametrize(
-        ("endpoint", "takes_a_thread"), [(three_depends, False), (three_short, False), (original, True)]
+        ("endpoint", "takes_a_thread"),
+        [(three_depends, False), (three_short, False), (original, True)],
     )
     async def test_only_the_original_marker_takes_one(
         self, endpoint: Callable[..., Any], takes_a_thread: bool, wired: Container
@@ -331,13 +346,17 @@ class TestThreads:
 
 class Page:
     @inject
-    def __init__(self, greeter: Annotated[Greeter, Provide[Container.greeter]], size: int = 10) -> None:
+    def __init__(
+        self, greeter: Annotated[Greeter, Provide[Container.greeter]], size: int = 10
+    ) -> None:
         self.text = f"{greeter.greeting} {size}"
 
 
 class Check:
     @inject
-    async def __call__(self, name: str, greeter: Annotated[Greeter, Provide[Container.greeter]]) -> str:
+    async def __call__(
+        self, name: str, greeter: Annotated[Greeter, Provide[Container.greeter]]
+    ) -> str:
         return greeter.greet(name)
 
 
@@ -346,7 +365,9 @@ LOG: list[str] = []
 
 
 @inject
-async def generator(greeter: Annotated[Greeter, Provide[Container.greeter]]) -> AsyncIterator[Greeter]:
+async def generator(
+    greeter: Annotated[Greeter, Provide[Container.greeter]],
+) -> AsyncIterator[Greeter]:
     LOG.append("begin")
     try:
         yield greeter
@@ -361,7 +382,9 @@ async def fails_beside_generator(greeter: Annotated[Greeter, Depends(generator)]
 
 
 @inject
-async def letters(greeter: Annotated[Greeter, Provide[Container.greeter]] = Greeter("")) -> AsyncGenerator[str]:
+async def letters(
+    greeter: Annotated[Greeter, Provide[Container.greeter]] = Greeter(""),
+) -> AsyncGenerator[str]:
     try:
         for letter in greeter.greeting:
             yield letter
@@ -370,7 +393,9 @@ async def letters(greeter: Annotated[Greeter, Provide[Container.greeter]] = Gree
 
 
 @inject
-def synchronous_generator(greeter: Annotated[Greeter, Provide[Container.greeter]]) -> Iterator[Greeter]:
+def synchronous_generator(
+    greeter: Annotated[Greeter, Provide[Container.greeter]],
+) -> Iterator[Greeter]:
     LOG.append("begin")
     yield greeter
     LOG.append("end")
@@ -388,7 +413,9 @@ async def of_generator(greeter: Annotated[Greeter, Depends(generator)]) -> str:
     return greeter.greeting
 
 
-async def of_synchronous_generator(greeter: Annotated[Greeter, Depends(synchronous_generator)]) -> str:
+async def of_synchronous_generator(
+    greeter: Annotated[Greeter, Depends(synchronous_generator)],
+) -> str:
     return greeter.greeting
 
 
@@ -412,18 +439,24 @@ class TestDependencies:
         assert await get(app_with(endpoint), f"/{endpoint.__name__}{query}") == expected
 
     @pytest.mark.parametrize("endpoint", [of_generator, of_synchronous_generator])
-    async def test_generators_go_on_after_the_endpoint(self, endpoint: Callable[..., Any], wired: Container) -> None:
+    async def test_generators_go_on_after_the_endpoint(
+        self, endpoint: Callable[..., Any], wired: Container
+    ) -> None:
         LOG.clear()
         assert await get(app_with(endpoint), f"/{endpoint.__name__}") == "hello"
         assert LOG == ["begin", "end"]
 
-    async def test_an_async_generator_sees_the_error_of_the_endpoint(self, wired: Container) -> None:
+    async def test_an_async_generator_sees_the_error_of_the_endpoint(
+        self, wired: Container
+    ) -> None:
         LOG.clear()
         app = app_with(fails_beside_generator)
         assert await get(app, "/fails_beside_generator") == 409
         assert LOG == ["begin", "HTTPException"]
 
-    async def test_an_async_generator_is_iterated_and_closed_as_any_other(self, wired: Container) -> None:
+    async def test_an_async_generator_is_iterated_and_closed_as_any_other(
+        self, wired: Container
+    ) -> None:
         assert [letter async for letter in letters()] == ["h", "e", "l", "l", "o"]
         LOG.clear()
         some = letters()
@@ -433,7 +466,9 @@ class TestDependencies:
 
     async def test_one_of_a_whole_router_is_injected(self, wired: Container) -> None:
         @inject
-        async def refuse(limit: int = Provide["config.limit", as_int()], page: Annotated[int, Query()] = 1) -> None:
+        async def refuse(
+            limit: int = Provide["config.limit", as_int()], page: Annotated[int, Query()] = 1
+        ) -> None:
             if page > limit:
                 raise HTTPException(403)
 
@@ -496,7 +531,9 @@ def app_of(module: str) -> FastAPI:
 
 
 class TestWiring:
-    async def test_may_come_before_the_routes_are_in_the_application(self, module: str, container: Container) -> None:
+    async def test_may_come_before_the_routes_are_in_the_application(
+        self, module: str, container: Container
+    ) -> None:
         container.wire(modules=[module])
         app = app_of(module)
         assert [await get(app, path) for path in ("/short", "/depends")] == ["hello", "hello"]
@@ -506,7 +543,9 @@ class TestWiring:
         container.wire(modules=[module])
         assert [await get(app, path) for path in ("/short", "/depends")] == ["hello", "hello"]
 
-    async def test_may_be_taken_back_and_given_to_another_container(self, module: str, container: Container) -> None:
+    async def test_may_be_taken_back_and_given_to_another_container(
+        self, module: str, container: Container
+    ) -> None:
         app = app_of(module)
         container.wire(modules=[module])
         container.unwire()
@@ -517,7 +556,10 @@ class TestWiring:
 
     async def test_that_is_missing_says_so(self, module: str) -> None:
         app = app_of(module)
-        with pytest.raises(AttributeError, match=r"'greeting' .* instead of what that provides: .* wire the container"):
+        with pytest.raises(
+            AttributeError,
+            match=r"'greeting' .* instead of what that provides: .* wire the container",
+        ):
             await get(app, "/depends")
         with pytest.raises(TypeError, match="missing 1 required positional argument: 'greeter'"):
             await get(app, "/short")
@@ -532,13 +574,17 @@ class TestWiring:
 
 
 @inject
-async def write(text: str, notebook: Annotated[Notebook, Provide[NotebookContainer.notebook]]) -> list[str]:
+async def write(
+    text: str, notebook: Annotated[Notebook, Provide[NotebookContainer.notebook]]
+) -> list[str]:
     await notebook.write(text)
     return await notebook.read()
 
 
 @wiring.inject
-async def write_depends(text: str, notebook: Notebook = Depends(Provide[NotebookContainer.notebook])) -> list[str]:
+async def write_depends(
+    text: str, notebook: Notebook = Depends(Provide[NotebookContainer.notebook])
+) -> list[str]:
     await notebook.write(text, "wrong", "wrong")
     return await notebook.read()
 
@@ -569,4 +615,7 @@ def run(code: str) -> str:
 
 def test_without_fastapi_the_import_says_what_to_install() -> None:
     said = run("import sys; sys.modules['fastapi'] = None; import sessionwire.fastapi")
-    assert said.splitlines()[-1] == "ImportError: sessionwire.fastapi needs FastAPI: pip install 'sessionwire[fastapi]'"
+    assert (
+        said.splitlines()[-1]
+        == "ImportError: sessionwire.fastapi needs FastAPI: pip install 'sessionwire[fastapi]'"
+    )

@@ -35,14 +35,22 @@ Rows = AsyncGenerator[int, None]
 
 class Notes:
     def __init__(self, manager: DatabaseSessionManager) -> None:
-        self.manager, self.transaction, self.session = manager, manager.transaction, CurrentSession(manager)
+        self.manager, self.transaction, self.session = (
+            manager,
+            manager.transaction,
+            CurrentSession(manager),
+        )
 
-    async def numbers(self, propagation: Propagation = Propagation.REQUIRED, **options: Any) -> Rows:
+    async def numbers(
+        self, propagation: Propagation = Propagation.REQUIRED, **options: Any
+    ) -> Rows:
         async with self.transaction(propagation, **options):
             for number in (1, 2, 3):
                 yield int(await self.session.scalar(select(number)) or 0)
 
-    async def in_session(self, work: Callable[[AsyncSession], Awaitable[object]] | None = None) -> Rows:
+    async def in_session(
+        self, work: Callable[[AsyncSession], Awaitable[object]] | None = None
+    ) -> Rows:
         async with self.manager.session() as session:
             for number in (1, 2, 3):
                 if work is not None:
@@ -94,15 +102,22 @@ async def add_note(session: AsyncSession) -> None:
 class TestLeftEarly:
     """No block whose generator is left ends quietly with something lost."""
 
-    async def test_what_joined_it_is_not_lost_quietly(self, manager: DatabaseSessionManager, service: Notes) -> None:
-        with pytest.raises(UnexpectedRollbackError, match=r"left before its end.* let the generator only read"):
+    async def test_what_joined_it_is_not_lost_quietly(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
+        with pytest.raises(
+            UnexpectedRollbackError, match=r"left before its end.* let the generator only read"
+        ):
             await first_of(service.numbers(), lambda: service.add("lost"))
         assert await notes(manager) == []
         assert checked_out(manager) == 0
 
     @pytest.mark.parametrize("write", [insert_note, add_note])
     async def test_nor_what_the_loop_wrote_itself(
-        self, manager: DatabaseSessionManager, service: Notes, write: Callable[[AsyncSession], Awaitable[object]]
+        self,
+        manager: DatabaseSessionManager,
+        service: Notes,
+        write: Callable[[AsyncSession], Awaitable[object]],
     ) -> None:
         with pytest.raises(UnexpectedRollbackError):
             await first_of(service.numbers(), lambda: write(service.session))
@@ -123,24 +138,33 @@ class TestLeftEarly:
 
     @pytest.mark.parametrize("write", [insert_note, add_note])
     async def test_nor_what_a_session_did_not_commit(
-        self, manager: DatabaseSessionManager, service: Notes, write: Callable[[AsyncSession], Awaitable[object]]
+        self,
+        manager: DatabaseSessionManager,
+        service: Notes,
+        write: Callable[[AsyncSession], Awaitable[object]],
     ) -> None:
         with pytest.raises(UnexpectedRollbackError):
             await first_of(service.in_session(write))
         assert await notes(manager) == []
 
-    async def test_nor_what_a_connection_did(self, manager: DatabaseSessionManager, service: Notes) -> None:
+    async def test_nor_what_a_connection_did(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
         with pytest.raises(UnexpectedRollbackError):
             await first_of(service.in_connection("INSERT INTO note (text) VALUES ('lost')"))
         assert await notes(manager) == []
         assert checked_out(manager) == 0
 
-    async def test_nor_what_is_pending_in_autocommit(self, manager: DatabaseSessionManager, service: Notes) -> None:
+    async def test_nor_what_is_pending_in_autocommit(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
         with pytest.raises(UnexpectedRollbackError):
             await first_of(service.numbers(Propagation.SUPPORTS), lambda: add_note(service.session))
         assert await notes(manager) == []
 
-    async def test_a_savepoint_takes_nothing_else_along(self, manager: DatabaseSessionManager, service: Notes) -> None:
+    async def test_a_savepoint_takes_nothing_else_along(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
         async with manager.transaction():
             await service.add("kept")
             with pytest.raises(UnexpectedRollbackError):
@@ -212,7 +236,9 @@ class TestLeftEarly:
         self, manager: DatabaseSessionManager, service: Notes, kind: str
     ) -> None:
         told: list[BaseException] = []
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: told.append(context["exception"])
+        )
         try:
             if kind == "transaction":
                 async for _ in service.numbers():
@@ -256,7 +282,9 @@ class TestLeftEarlyWithNothingLost:
         await first_of(rows(service), service.count)
         assert checked_out(manager) == 0
 
-    async def test_what_a_session_has_committed_is_kept(self, manager: DatabaseSessionManager, service: Notes) -> None:
+    async def test_what_a_session_has_committed_is_kept(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
         async def work(session: AsyncSession) -> None:
             session.add(Note(text="kept"))
             await session.commit()
@@ -264,12 +292,16 @@ class TestLeftEarlyWithNothingLost:
         await first_of(service.in_session(work))
         assert await notes(manager) == ["kept"]
 
-    async def test_what_autocommit_has_done_is_kept(self, manager: DatabaseSessionManager, service: Notes) -> None:
+    async def test_what_autocommit_has_done_is_kept(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
         kept = insert(Note).values(text="kept")
         await first_of(service.numbers(Propagation.SUPPORTS), lambda: service.session.execute(kept))
         assert await notes(manager) == ["kept"]
 
-    @pytest.mark.parametrize("propagation", [Propagation.REQUIRED, Propagation.NESTED, Propagation.SUPPORTS])
+    @pytest.mark.parametrize(
+        "propagation", [Propagation.REQUIRED, Propagation.NESTED, Propagation.SUPPORTS]
+    )
     async def test_one_that_reads_inside_a_transaction_leaves_that_alone(
         self, manager: DatabaseSessionManager, service: Notes, propagation: Propagation
     ) -> None:
@@ -293,7 +325,9 @@ class TestLeftEarlyWithNothingLost:
         await first_of(service.numbers(), nested)
         assert await notes(manager) == ["there"]
 
-    async def test_one_that_runs_to_its_end_commits(self, manager: DatabaseSessionManager, service: Notes) -> None:
+    async def test_one_that_runs_to_its_end_commits(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
         async for number in service.numbers():
             await service.add(str(number))
         assert await notes(manager) == ["1", "2", "3"]
@@ -331,7 +365,9 @@ class TestLeftByAnError:
         assert "left before its end" in raised.value.__notes__[0]
         assert await notes(manager) == []
 
-    async def test_also_through_a_generator_around_it(self, manager: DatabaseSessionManager, service: Notes) -> None:
+    async def test_also_through_a_generator_around_it(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
         async def doubled() -> Rows:
             async with aclosing(service.numbers()) as rows:
                 async for number in rows:
@@ -389,12 +425,16 @@ class TestWritesInsideATransaction:
         lambda service: service.add("lost"),
         lambda service: service.session.execute(insert(Note).values(text="lost")),
         lambda service: service.session.execute(text("INSERT INTO note (text) VALUES ('lost')")),
-        lambda service: service.session.scalars(insert(Note).values(text="lost").returning(Note.id)),
+        lambda service: service.session.scalars(
+            insert(Note).values(text="lost").returning(Note.id)
+        ),
         lambda service: add_note(service.session),
         lambda service: asyncio.sleep(0, service.session.add_all([Note(text="lost")])),
         lambda service: service.session.merge(Note(id=1, text="lost")),
         lambda service: service.session.delete(Note(id=1, text="lost")),
-        lambda service: service.session.run_sync(lambda session: session.execute(insert(Note).values(text="lost"))),
+        lambda service: service.session.run_sync(
+            lambda session: session.execute(insert(Note).values(text="lost"))
+        ),
         lambda service: TestWritesInsideATransaction.join(service, Propagation.NESTED),
         lambda service: TestWritesInsideATransaction.join(service, Propagation.SUPPORTS),
         lambda service: asyncio.create_task(service.add("lost")),  # type: ignore[arg-type]
@@ -402,11 +442,16 @@ class TestWritesInsideATransaction:
 
     @pytest.mark.parametrize("write", WRITES)
     async def test_they_are_refused(
-        self, manager: DatabaseSessionManager, service: Notes, write: Callable[[Notes], Awaitable[object]]
+        self,
+        manager: DatabaseSessionManager,
+        service: Notes,
+        write: Callable[[Notes], Awaitable[object]],
     ) -> None:
         async with manager.transaction() as session:
             async for _ in service.in_session():
-                with pytest.raises(IncompatibleTransactionError, match="not to the transaction around the loop"):
+                with pytest.raises(
+                    IncompatibleTransactionError, match="not to the transaction around the loop"
+                ):
                     await write(service)
             session.add(Note(text="kept"))  # what was refused has done nothing to the transaction
         assert await notes(manager) == ["kept"]
@@ -443,7 +488,9 @@ class TestWritesInsideATransaction:
             await service.add("behind")
         assert await notes(manager) == ["1", "2", "3", "behind"]
 
-    async def test_one_that_joins_is_the_transaction(self, manager: DatabaseSessionManager, service: Notes) -> None:
+    async def test_one_that_joins_is_the_transaction(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
         async with manager.transaction():
             async for number in service.numbers():
                 await service.add(str(number))
@@ -457,7 +504,9 @@ class TestWritesInsideATransaction:
                 await service.add(str(number))
         assert await notes(manager) == ["1", "2", "3"]
 
-    async def test_a_session_that_the_loop_is_given_is_its_own(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_session_that_the_loop_is_given_is_its_own(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async def sessions() -> AsyncGenerator[AsyncSession, None]:
             async with manager.session() as session:
                 yield session
@@ -477,7 +526,9 @@ class TestWritesInsideATransaction:
             await service.add("second")
         assert await notes(manager) == ["first", "second"]
 
-    async def test_so_does_the_generator(self, manager: DatabaseSessionManager, service: Notes) -> None:
+    async def test_so_does_the_generator(
+        self, manager: DatabaseSessionManager, service: Notes
+    ) -> None:
         async def rows() -> Rows:
             async with manager.session() as session:
                 await service.session.execute(insert(Note).values(text="itself"))
@@ -532,7 +583,11 @@ class TestWritesInsideATransaction:
     ) -> None:
         async with manager.transaction():
             async for _ in service.in_session():
-                (scope,) = [scope for scope in database_of(manager).open_units if getattr(scope, "generator", None)]
+                (scope,) = [
+                    scope
+                    for scope in database_of(manager).open_units
+                    if getattr(scope, "generator", None)
+                ]
                 break
             gc.collect()
             async with asyncio.timeout(5):

@@ -111,7 +111,9 @@ class TestAfterTheEnd:
                     await session.execute(insert(Note), [{"text": "twice"}, {"text": "twice"}])
         assert diary.entries == ["failed flush rolled back", "swallowed failure rolled back"]
 
-    async def test_set_rollback_only_is_a_rollback(self, manager: DatabaseSessionManager, diary: Diary) -> None:
+    async def test_set_rollback_only_is_a_rollback(
+        self, manager: DatabaseSessionManager, diary: Diary
+    ) -> None:
         async with manager.transaction():
             diary.register(manager.transaction, "it")
             manager.transaction.set_rollback_only()
@@ -133,7 +135,9 @@ class TestAfterTheEnd:
         async with manager.session() as session:
             async with manager.transaction():
                 diary.register(manager.transaction, "inside")
-                manager.transaction.on_commit(lambda: diary.note(f"active: {manager.transaction.active}"))
+                manager.transaction.on_commit(
+                    lambda: diary.note(f"active: {manager.transaction.active}")
+                )
                 session.add(Note(text="a"))
             assert diary.entries == ["inside committed", "active: False"]
             with pytest.raises(ZeroDivisionError):
@@ -144,7 +148,9 @@ class TestAfterTheEnd:
             await session.rollback()
         assert len(diary.entries) == 3
 
-    async def test_they_run_in_the_task_and_context_of_the_caller(self, manager: DatabaseSessionManager) -> None:
+    async def test_they_run_in_the_task_and_context_of_the_caller(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         seen: ContextVar[object] = ContextVar("seen")
 
         async def look() -> None:
@@ -155,14 +161,18 @@ class TestAfterTheEnd:
             manager.transaction.on_commit(look)
         assert seen.get() is asyncio.current_task()
 
-    async def test_they_see_no_scope_of_the_transaction_that_has_ended(self, manager: DatabaseSessionManager) -> None:
+    async def test_they_see_no_scope_of_the_transaction_that_has_ended(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         refused: list[str] = []
 
         def look() -> None:
             assert not manager.transaction.active
             for ended in (session, CurrentSession(manager)):
                 with pytest.raises(NoSessionError) as raised:
-                    ended.add(Note(text="late")) if ended is not session else ended.sync_session.connection()
+                    ended.add(
+                        Note(text="late")
+                    ) if ended is not session else ended.sync_session.connection()
                 refused.append(str(raised.value))
 
         async with manager.transaction() as session:
@@ -252,7 +262,9 @@ class TestTransactionsOfTheirOwn:
     ) -> None:
         async with manager.transaction() as outer:
             async with manager.transaction(Propagation.REQUIRES_NEW, read_only=True):
-                manager.transaction.on_commit(lambda: CurrentSession(manager).add(Note(text="from the hook")))
+                manager.transaction.on_commit(
+                    lambda: CurrentSession(manager).add(Note(text="from the hook"))
+                )
             assert len(outer.new) == 1
         assert await notes(manager) == ["from the hook"]
 
@@ -273,7 +285,9 @@ class TestTransactionsOfTheirOwn:
             if end == "on_rollback":
                 manager.transaction.set_rollback_only()
         assert diary.entries == ["follow-up committed", "hook done", "next"]
-        assert await notes(manager) == (["follow-up", "it"] if end == "on_commit" else ["follow-up"])
+        assert await notes(manager) == (
+            ["follow-up", "it"] if end == "on_commit" else ["follow-up"]
+        )
 
     async def test_a_hook_that_is_given_in_a_hook_finds_no_transaction(
         self, manager: DatabaseSessionManager, diary: Diary
@@ -301,9 +315,13 @@ class TestWithoutATransaction:
         async with manager.transaction(), manager.transaction(Propagation.NOT_SUPPORTED):
             diary.register(manager.transaction, "not supported")
             assert len(diary.entries) == 3
-        assert diary.entries == [f"{name} committed" for name in ("nothing open", "supports", "not supported")]
+        assert diary.entries == [
+            f"{name} committed" for name in ("nothing open", "supports", "not supported")
+        ]
 
-    async def test_what_a_sync_on_commit_raises_reaches_the_caller(self, manager: DatabaseSessionManager) -> None:
+    async def test_what_a_sync_on_commit_raises_reaches_the_caller(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         with pytest.raises(ZeroDivisionError):
             manager.transaction.on_commit(lambda: 1 / 0)
 
@@ -356,7 +374,10 @@ class TestErrors:
                 manager.transaction.on_rollback(partial(fail, "second"))
                 manager.transaction.on_rollback(partial(diary.note, "still called"))
                 raise ValueError("mine")
-        assert ["first" in raised.value.__notes__[0], "second" in raised.value.__notes__[1]] == [True, True]
+        assert ["first" in raised.value.__notes__[0], "second" in raised.value.__notes__[1]] == [
+            True,
+            True,
+        ]
         assert diary.entries == ["still called"]
 
     async def test_an_exit_that_one_asks_for_is_not_lost_behind_the_error_of_an_earlier_one(
@@ -482,7 +503,9 @@ class TestUnknownOutcome(OnPostgres):
 
 
 class TestOnBegin:
-    async def test_a_sync_one_may_send_statements_in_every_kind_of_block(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_sync_one_may_send_statements_in_every_kind_of_block(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         def look(connection: AsyncConnection) -> None:
             found.append(connection.sync_connection.scalar(select(1)))
 
@@ -529,7 +552,9 @@ class TestOnBegin:
             assert len(begun) == 5
             assert begun[4].sync_connection is connection.sync_connection
 
-    async def test_it_is_called_again_for_every_attempt(self, manager: DatabaseSessionManager) -> None:
+    async def test_it_is_called_again_for_every_attempt(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         begun: list[AsyncConnection] = []
         attempts = 0
         manager.transaction.on_begin(begun.append)
@@ -561,7 +586,9 @@ class TestOnBegin:
         database_of(manager).begin_hooks.clear()
         assert await notes(manager) == []
 
-    async def test_where_one_is_set_reads_run_in_a_transaction_too(self, manager: DatabaseSessionManager) -> None:
+    async def test_where_one_is_set_reads_run_in_a_transaction_too(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         class Reader:
             transaction = manager.transaction
 
@@ -577,7 +604,9 @@ class TestOnBegin:
         assert await Reader().count() == 0
         assert len(begun) == 1
 
-    async def test_one_that_fails_lets_nothing_through(self, manager: DatabaseSessionManager) -> None:
+    async def test_one_that_fails_lets_nothing_through(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         @manager.transaction.on_begin
         async def fail(connection: AsyncConnection) -> None:
             await connection.execute(text("SELECT 1"))
@@ -649,7 +678,9 @@ class TestRowLevelSecurity(OnPostgres):
         tenant: ContextVar[str] = ContextVar("tenant")
 
         async def set_tenant(connection: AsyncConnection) -> None:
-            await connection.execute(text("SELECT set_config('app.tenant', :tenant, true)"), {"tenant": tenant.get()})
+            await connection.execute(
+                text("SELECT set_config('app.tenant', :tenant, true)"), {"tenant": tenant.get()}
+            )
 
         async def serve(name: str) -> list[list[str]]:
             tenant.set(name)

@@ -35,7 +35,11 @@ WITHOUT = [Propagation.SUPPORTS, Propagation.NOT_SUPPORTED, Propagation.NEVER]
 def in_mode(mode: Propagation, *, read_only: bool = False) -> Way:
     @asynccontextmanager
     async def way(manager: DatabaseSessionManager) -> AsyncIterator[Execute]:
-        around = manager.transaction(read_only=read_only) if mode is Propagation.MANDATORY else nullcontext()
+        around = (
+            manager.transaction(read_only=read_only)
+            if mode is Propagation.MANDATORY
+            else nullcontext()
+        )
         async with around, manager.transaction(mode, read_only=read_only) as session:
             yield session.scalar
 
@@ -113,7 +117,9 @@ async def a_savepoint_of_the_engine(manager: DatabaseSessionManager) -> AsyncIte
 
 @asynccontextmanager
 async def a_derived_engine(manager: DatabaseSessionManager) -> AsyncIterator[Execute]:
-    derived = manager.engine.execution_options(isolation_level="SERIALIZABLE").execution_options(answer=42)
+    derived = manager.engine.execution_options(isolation_level="SERIALIZABLE").execution_options(
+        answer=42
+    )
     async with derived.connect() as connection:
         yield connection.scalar
 
@@ -147,7 +153,11 @@ WAYS = [
     run_sync,
     a_session_on_the_engine,
 ]
-SENDING_BEFORE = (without_inside_a_transaction, a_session_after_its_commit, a_connection_after_its_commit)
+SENDING_BEFORE = (
+    without_inside_a_transaction,
+    a_session_after_its_commit,
+    a_connection_after_its_commit,
+)
 
 
 class TestEveryWay(OnPostgres):
@@ -158,7 +168,9 @@ class TestEveryWay(OnPostgres):
     ) -> None:
         @manager.transaction.on_begin
         async def limit(connection: AsyncConnection) -> None:
-            await connection.execute(text("SELECT set_config('app.begun', :id, true)"), {"id": str(uuid.uuid4())})
+            await connection.execute(
+                text("SELECT set_config('app.begun', :id, true)"), {"id": str(uuid.uuid4())}
+            )
 
         ask = select(text("current_setting('app.begun', true)"))
         async with sandbox(manager) if in_sandbox else nullcontext(), way(manager) as execute:
@@ -166,7 +178,9 @@ class TestEveryWay(OnPostgres):
             assert await execute(ask)
 
     @pytest.mark.parametrize("way", WAYS)
-    async def test_where_it_fails_nothing_is_sent(self, manager: DatabaseSessionManager, way: Way) -> None:
+    async def test_where_it_fails_nothing_is_sent(
+        self, manager: DatabaseSessionManager, way: Way
+    ) -> None:
         failures: list[Exception] = []
 
         @manager.transaction.on_begin
@@ -273,7 +287,9 @@ class TestEachStatementAlone:
         database_of(manager).begin_hooks.clear()
         assert await notes(manager) == ["a"]
 
-    async def test_the_hook_itself_may_set_a_savepoint(self, manager: DatabaseSessionManager) -> None:
+    async def test_the_hook_itself_may_set_a_savepoint(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         @manager.transaction.on_begin
         async def try_it(connection: AsyncConnection) -> None:
             with pytest.raises(ZeroDivisionError):
@@ -303,9 +319,13 @@ class TestEachStatementAlone:
                 own.add(Note(text="a"))
         assert len(begun) == 2
 
-    async def test_a_block_that_was_open_before_the_hook_is_refused(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_block_that_was_open_before_the_hook_is_refused(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         for read_only in (False, True):
-            async with manager.transaction(Propagation.NOT_SUPPORTED, read_only=read_only) as session:
+            async with manager.transaction(
+                Propagation.NOT_SUPPORTED, read_only=read_only
+            ) as session:
                 manager.transaction.on_begin(lambda _: None)
                 if not database_of(manager).is_sqlite or read_only:
                     with pytest.raises(IncompatibleTransactionError, match="AUTOCOMMIT"):
@@ -322,7 +342,9 @@ class TestAutocommitOnTheEngine:
         manager.transaction.on_begin(begun.append)
         async with engine.connect() as connection:
             for _ in range(2):
-                with pytest.raises(IncompatibleTransactionError, match="sessionwire_without_hooks=True"):
+                with pytest.raises(
+                    IncompatibleTransactionError, match="sessionwire_without_hooks=True"
+                ):
                     await connection.execute(insert(Note).values(text="never"))
         async with manager.engine.connect() as connection:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
@@ -343,7 +365,9 @@ class TestAutocommitOnTheEngine:
         manager.transaction.on_begin(begun.append)
         for mode in MODES:
             if mode is not Propagation.MANDATORY:
-                async with manager.transaction(mode, execution_options={"sessionwire_without_hooks": True}) as session:
+                async with manager.transaction(
+                    mode, execution_options={"sessionwire_without_hooks": True}
+                ) as session:
                     await session.scalar(select(1))
         assert begun == []
 
@@ -354,12 +378,16 @@ class TestVacuum(OnPostgres):
     ) -> None:
         manager.transaction.on_begin(lambda _: None)
         marked = {"sessionwire_without_hooks": True}
-        async with manager.transaction(Propagation.NOT_SUPPORTED, execution_options=marked) as session:
+        async with manager.transaction(
+            Propagation.NOT_SUPPORTED, execution_options=marked
+        ) as session:
             await session.execute(text("VACUUM"))
 
 
 class TestOpening:
-    async def test_the_check_of_open_and_the_sandbox_itself_go_without(self, manager: DatabaseSessionManager) -> None:
+    async def test_the_check_of_open_and_the_sandbox_itself_go_without(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         begun: list[object] = []
         await manager.close()
         manager.transaction.on_begin(begun.append)
@@ -382,14 +410,18 @@ class TestOpening:
 
 
 class TestBatches(OnPostgres):
-    async def test_each_batch_of_a_large_insert_has_it(self, manager: DatabaseSessionManager) -> None:
+    async def test_each_batch_of_a_large_insert_has_it(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         @manager.transaction.on_begin
         async def limit(connection: AsyncConnection) -> None:
             await connection.execute(text("SELECT set_config('app.begun', 'yes', true)"))
 
         async with manager.connect() as connection:
             # refuses what comes without the hook
-            await connection.execute(text("ALTER TABLE note ADD CHECK (current_setting('app.begun') = 'yes')"))
+            await connection.execute(
+                text("ALTER TABLE note ADD CHECK (current_setting('app.begun') = 'yes')")
+            )
         async with manager.transaction(Propagation.NOT_SUPPORTED) as session:
             rows = [{"text": str(n)} for n in range(2500)]
             assert len((await session.scalars(insert(Note).returning(Note.id), rows)).all()) == 2500
@@ -418,7 +450,9 @@ class TestCancellation(OnPostgres):
     ) -> None:
         async def work() -> None:
             async with manager.transaction(Propagation.NOT_SUPPORTED) as session:
-                await session.execute(text("INSERT INTO note (text) SELECT 'never' FROM pg_sleep(60)"))
+                await session.execute(
+                    text("INSERT INTO note (text) SELECT 'never' FROM pg_sleep(60)")
+                )
 
         manager.transaction.on_begin(lambda _: None)
         task = asyncio.create_task(work())

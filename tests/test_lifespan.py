@@ -202,7 +202,9 @@ def layers_of(kind: Callable[..., Any]) -> Layers:
 
 
 @named(ASYNC_KINDS + SYNC_KINDS)
-async def test_all_kinds_of_resources_start_and_end_in_order_and_start_again(kind: Callable[..., Any]) -> None:
+async def test_all_kinds_of_resources_start_and_end_in_order_and_start_again(
+    kind: Callable[..., Any],
+) -> None:
     layers = layers_of(kind)
     for _ in range(3):
         async with Lifespan(layers):
@@ -214,7 +216,9 @@ async def test_all_kinds_of_resources_start_and_end_in_order_and_start_again(kin
 
 
 @named(KINDS_WITHOUT_END)
-async def test_resources_without_an_end_are_made_anew_at_each_start(kind: Callable[..., Any]) -> None:
+async def test_resources_without_an_end_are_made_anew_at_each_start(
+    kind: Callable[..., Any],
+) -> None:
     layers = layers_of(kind)
     for _ in range(3):
         async with Lifespan(layers):
@@ -279,7 +283,9 @@ class Application(containers.DeclarativeContainer):
     diary.add_kwargs(name=providers.Callable(lambda _: "diary", tables))
 
 
-async def test_the_database_is_open_while_the_resources_start_and_end_that_use_it(settings: DatabaseSettings) -> None:
+async def test_the_database_is_open_while_the_resources_start_and_end_that_use_it(
+    settings: DatabaseSettings,
+) -> None:
     async with Lifespan(Application(settings=settings)) as application:
         assert await application.notebook().read() == ["+diary"]
     assert not is_open(application.db.sessionmanager())
@@ -404,7 +410,9 @@ async def test_what_fails_while_a_failed_start_is_unwound_is_noted_on_its_error(
 async def test_a_database_that_does_not_answer_ends_what_had_started() -> None:
     class WithDatabase(Layers):
         db = providers.Container(DatabaseContainer)
-        last = providers.Resource(Layers.third.provides, Layers.log, "last", Layers.third, db.sessionmanager)
+        last = providers.Resource(
+            Layers.third.provides, Layers.log, "last", Layers.third, db.sessionmanager
+        )
 
     container = WithDatabase()
     container.db.config.from_dict({"url": "postgresql://nobody@127.0.0.1:1/nowhere"})
@@ -416,7 +424,9 @@ async def test_a_database_that_does_not_answer_ends_what_had_started() -> None:
     assert entries == up + [f"-{entry[1:]}" for entry in reversed(up)]
 
 
-async def test_a_database_is_closed_where_a_later_resource_fails_to_start(sqlite: DatabaseSettings) -> None:
+async def test_a_database_is_closed_where_a_later_resource_fails_to_start(
+    sqlite: DatabaseSettings,
+) -> None:
     async def failing(notebook: Notebook) -> None:
         await create_tables(container.db.sessionmanager())
         await notebook.write("started")
@@ -430,7 +440,9 @@ async def test_a_database_is_closed_where_a_later_resource_fails_to_start(sqlite
 
 
 @named(ASYNC_KINDS + SYNC_KINDS)
-async def test_where_resources_fail_to_end_the_rest_ends_all_the_same(kind: Callable[..., Any]) -> None:
+async def test_where_resources_fail_to_end_the_rest_ends_all_the_same(
+    kind: Callable[..., Any],
+) -> None:
     layers = layers_of(kind)
     layers.log().fails_at = {"-third", "-second"}
     with pytest.raises(RuntimeError, match="-third") as failed:
@@ -458,7 +470,9 @@ async def test_the_error_of_the_block_goes_before_those_of_the_end() -> None:
 
 
 @pytest.mark.parametrize("way_out", [KeyboardInterrupt, SystemExit])
-async def test_a_resource_that_leaves_the_program_lets_the_others_end_first(way_out: type[BaseException]) -> None:
+async def test_a_resource_that_leaves_the_program_lets_the_others_end_first(
+    way_out: type[BaseException],
+) -> None:
     layers = layers_of(generator)
     layers.log().fails_with, layers.log().fails_at = way_out, {"-second"}
     with pytest.raises(way_out):
@@ -467,7 +481,9 @@ async def test_a_resource_that_leaves_the_program_lets_the_others_end_first(way_
     assert layers.log().take() == ALL_DOWN
 
 
-async def test_a_database_is_closed_where_what_uses_it_fails_to_end(sqlite: DatabaseSettings) -> None:
+async def test_a_database_is_closed_where_what_uses_it_fails_to_end(
+    sqlite: DatabaseSettings,
+) -> None:
     async def failing(notebook: Notebook) -> AsyncIterator[None]:
         yield
         raise RuntimeError("at the end")
@@ -486,7 +502,9 @@ async def test_an_undefined_dependency_is_an_error_before_anything_starts() -> N
         db = providers.Container(DatabaseContainer, settings=settings)
 
     undefined = Undefined()
-    with pytest.raises(DependencyInjectorError, match=r'undefined dependencies: "Undefined\.settings"'):
+    with pytest.raises(
+        DependencyInjectorError, match=r'undefined dependencies: "Undefined\.settings"'
+    ):
         await Lifespan(undefined).__aenter__()
     assert undefined.log().take() == []
 
@@ -494,7 +512,9 @@ async def test_an_undefined_dependency_is_an_error_before_anything_starts() -> N
 # Cancellation
 
 
-async def cancelled_at(entry: str, layers: Layers, block: Callable[[], None] = lambda: None) -> BaseException:
+async def cancelled_at(
+    entry: str, layers: Layers, block: Callable[[], None] = lambda: None
+) -> BaseException:
     """Cancel a task that lives through the layers while it hangs there."""
 
     async def live() -> None:
@@ -513,7 +533,9 @@ async def cancelled_at(entry: str, layers: Layers, block: Callable[[], None] = l
 
 @pytest.mark.parametrize("starting", [0, 1, 2])
 @named([async_generator, Async])
-async def test_a_cancelled_start_ends_what_had_started(kind: Callable[..., Any], starting: int) -> None:
+async def test_a_cancelled_start_ends_what_had_started(
+    kind: Callable[..., Any], starting: int
+) -> None:
     layers = layers_of(kind)
     await cancelled_at(ALL_UP[starting], layers)
     begun, ended = ALL_UP[:starting], ALL_DOWN[len(ALL_DOWN) - starting :]
@@ -558,7 +580,9 @@ async def test_a_database_whose_opening_is_cancelled_is_closed() -> None:
 
     async with await asyncio.start_server(never_answer, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        container = DatabaseContainer(config={"url": f"postgresql://nobody@127.0.0.1:{port}/x?sslmode=disable"})
+        container = DatabaseContainer(
+            config={"url": f"postgresql://nobody@127.0.0.1:{port}/x?sslmode=disable"}
+        )
         starting = asyncio.create_task(Lifespan(container).__aenter__())
         await asyncio.wait_for(connected.wait(), 5)
         starting.cancel()
@@ -570,7 +594,9 @@ async def test_a_database_whose_opening_is_cancelled_is_closed() -> None:
 # Again
 
 
-async def test_a_container_can_be_started_again_with_all_that_was_built_of_it(settings: DatabaseSettings) -> None:
+async def test_a_container_can_be_started_again_with_all_that_was_built_of_it(
+    settings: DatabaseSettings,
+) -> None:
     container = Container(settings=settings)
     notebook = container.notebook()
     for text in ("a", "b"):
@@ -629,13 +655,27 @@ async def served(app: Any) -> AsyncIterator[Callable[[str], Any]]:
         async def send(message: dict[str, Any]) -> None:
             sent.append(message)
 
-        address = {"path": path, "raw_path": path.encode(), "root_path": "", "query_string": b"", "scheme": "http"}
-        scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "headers": []}
+        address = {
+            "path": path,
+            "raw_path": path.encode(),
+            "root_path": "",
+            "query_string": b"",
+            "scheme": "http",
+        }
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "GET",
+            "headers": [],
+        }
         await app({**scope, **address}, receive, send)
         assert sent[0]["status"] == 200
         return json.loads(b"".join(message.get("body", b"") for message in sent))
 
-    life = asyncio.create_task(app({"type": "lifespan", "asgi": {"version": "3.0"}}, to_app.get, from_app.put))
+    life = asyncio.create_task(
+        app({"type": "lifespan", "asgi": {"version": "3.0"}}, to_app.get, from_app.put)
+    )
     await say("startup", StartupFailed)
     try:
         yield get
@@ -660,7 +700,9 @@ class Web(containers.DeclarativeContainer):
 
 
 @inject
-async def starlette_endpoint(request: Request, notebook: Notebook = Provide[Web.notebook]) -> JSONResponse:
+async def starlette_endpoint(
+    request: Request, notebook: Notebook = Provide[Web.notebook]
+) -> JSONResponse:
     await notebook.write(request.path_params["text"])
     return JSONResponse(await notebook.read())
 
@@ -696,7 +738,9 @@ web_frameworks = pytest.mark.parametrize("framework", [starlette_app, fastapi_ap
 
 
 @web_frameworks
-async def test_a_web_application_lives_with_its_container(framework: Callable[[Web], Any], web: Web) -> None:
+async def test_a_web_application_lives_with_its_container(
+    framework: Callable[[Web], Any], web: Web
+) -> None:
     app = framework(web)
     for round_ in ("1", "2"):
         async with served(app) as get:

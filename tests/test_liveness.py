@@ -43,15 +43,23 @@ class TestMessages(OnPostgres):
 
     @pytest.fixture
     async def counted(
-        self, network: Network, postgres: Postgres, manager: DatabaseSessionManager, database_url: str
+        self,
+        network: Network,
+        postgres: Postgres,
+        manager: DatabaseSessionManager,
+        database_url: str,
     ) -> AsyncIterator[DatabaseSessionManager]:
-        async with through(network, postgres, database_url, pool=PoolSettings(ping_after=0.05)) as counted:
+        async with through(
+            network, postgres, database_url, pool=PoolSettings(ping_after=0.05)
+        ) as counted:
             for _ in range(2):  # so that statements are prepared
                 await read(counted)
                 await write(counted)
             yield counted
 
-    @pytest.mark.parametrize(("work", "questions"), [(read, 1), (write, 3)], ids=["a read", "a write of one row"])
+    @pytest.mark.parametrize(
+        ("work", "questions"), [(read, 1), (write, 3)], ids=["a read", "a write of one row"]
+    )
     async def test_there_are_no_more_than_needed_and_one_more_after_idling(
         self,
         network: Network,
@@ -72,7 +80,11 @@ class TestMessages(OnPostgres):
     ) -> None:
         await idle()
         network.questions = 0
-        async with counted.transaction(), counted.session(), counted.transaction(Propagation.REQUIRES_NEW):
+        async with (
+            counted.transaction(),
+            counted.session(),
+            counted.transaction(Propagation.REQUIRES_NEW),
+        ):
             pass
         assert network.questions == 0
 
@@ -123,7 +135,9 @@ class TestPing(OnPostgres):
             assert checked_out(pinging) == 0
             async with asyncio.timeout(5):
                 while asyncio.all_tasks() != tasks:
-                    await asyncio.sleep(0)  # a connection that was given up is closed in the background
+                    await asyncio.sleep(
+                        0
+                    )  # a connection that was given up is closed in the background
             await write(pinging)
 
 
@@ -141,7 +155,9 @@ class TestAge(OnPostgres):
 
             await until(is_another)
 
-    async def test_not_all_of_them_at_once(self, manager: DatabaseSessionManager, settings: DatabaseSettings) -> None:
+    async def test_not_all_of_them_at_once(
+        self, manager: DatabaseSessionManager, settings: DatabaseSettings
+    ) -> None:
         pool = PoolSettings(size=12, max_overflow=0, max_lifetime=1)
 
         async def all_pids() -> set[object]:
@@ -194,7 +210,9 @@ class TestReadOnlyTransactions(OnPostgres):
 
 
 class TestStreams:
-    async def test_in_a_read_only_transaction_a_stream_flows(self, manager: DatabaseSessionManager) -> None:
+    async def test_in_a_read_only_transaction_a_stream_flows(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.transaction() as session:
             session.add_all([Note(text=f"{number}") for number in range(10)])
         async with manager.transaction(read_only=True) as session:

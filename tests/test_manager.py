@@ -47,7 +47,9 @@ async def use_connection(manager: DatabaseSessionManager) -> None:
 
 USES = [use_session, use_transaction, use_connection]
 every_use = pytest.mark.parametrize("use", USES)
-SLEEP = {"sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"}
+SLEEP = {
+    "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+}
 
 
 def long_statement(backend: str) -> str:
@@ -63,7 +65,9 @@ class TestInit:
         await sessionmanager.close()
 
     @pytest.mark.parametrize("kind", [str, make_url, lambda url: DatabaseSettings(url=url)])
-    async def test_it_takes_a_string_a_url_and_settings(self, database_url: str, kind: object) -> None:
+    async def test_it_takes_a_string_a_url_and_settings(
+        self, database_url: str, kind: object
+    ) -> None:
         manager = DatabaseSessionManager()
         manager.init(kind(database_url))  # type: ignore[operator]
         await use_session(manager)
@@ -76,7 +80,9 @@ class TestInit:
         manager.init("postgresql://nobody@nowhere.invalid/nothing")
         assert list(tmp_path.iterdir()) == []
 
-    async def test_it_is_refused_while_there_is_an_engine(self, manager: DatabaseSessionManager) -> None:
+    async def test_it_is_refused_while_there_is_an_engine(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         engine = manager.engine
         with pytest.raises(AlreadyInitializedError, match="already initialized") as raised:
             manager.init("sqlite://")
@@ -120,7 +126,9 @@ class TestNotInitialized:
 
 
 class TestOpen:
-    async def test_it_opens_and_closes_as_a_context_manager_again_and_again(self, settings: DatabaseSettings) -> None:
+    async def test_it_opens_and_closes_as_a_context_manager_again_and_again(
+        self, settings: DatabaseSettings
+    ) -> None:
         manager = DatabaseSessionManager(settings)
         for _ in range(2):
             async with manager as opened:
@@ -149,7 +157,9 @@ class TestOpen:
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             port = unused.getsockname()[1]
-        manager = DatabaseSessionManager(DatabaseSettings(url=f"postgresql://alice:s3cret@127.0.0.1:{port}/shop"))
+        manager = DatabaseSessionManager(
+            DatabaseSettings(url=f"postgresql://alice:s3cret@127.0.0.1:{port}/shop")
+        )
         with pytest.raises(ConnectionFailedError) as raised:
             await manager.open()
         message = str(raised.value)
@@ -169,13 +179,17 @@ class TestOpen:
 
         async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
             port = server.sockets[0].getsockname()[1]
-            settings = DatabaseSettings(url=f"postgresql://a@127.0.0.1:{port}/b", connect_timeout=0.2)
+            settings = DatabaseSettings(
+                url=f"postgresql://a@127.0.0.1:{port}/b", connect_timeout=0.2
+            )
             with pytest.raises(ConnectionFailedError, match=r"0\.2 s"):
                 await DatabaseSessionManager(settings).open()
             await asyncio.wait_for(hung_up.wait(), timeout=5)
 
     async def test_it_can_be_tried_again_after_it_failed(self, tmp_path: Path) -> None:
-        (tmp_path / "taken").write_text("this is no database, and long enough for SQLite to see that it is none")
+        (tmp_path / "taken").write_text(
+            "this is no database, and long enough for SQLite to see that it is none"
+        )
         manager = DatabaseSessionManager()
         manager.init(f"sqlite:///{tmp_path / 'taken'}")
         with pytest.raises(ConnectionFailedError, match="not a database"):
@@ -185,7 +199,9 @@ class TestOpen:
         await use_session(manager)
         await manager.close()
 
-    async def test_a_cancelled_one_leaves_nothing_open_and_can_be_repeated(self, settings: DatabaseSettings) -> None:
+    async def test_a_cancelled_one_leaves_nothing_open_and_can_be_repeated(
+        self, settings: DatabaseSettings
+    ) -> None:
         manager = DatabaseSessionManager(settings)
         for suspensions in range(3):
             task = asyncio.create_task(manager.open())
@@ -201,7 +217,9 @@ class TestOpen:
 
 
 class TestClose:
-    async def test_it_waits_for_open_scopes_and_serves_those_within(self, manager: DatabaseSessionManager) -> None:
+    async def test_it_waits_for_open_scopes_and_serves_those_within(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         inside, go_on = asyncio.Event(), asyncio.Event()
 
         async def work() -> None:
@@ -255,7 +273,9 @@ class TestClose:
         async with asyncio.timeout(5):
             await manager.close()
         go_on.set()
-        with pytest.raises(UnexpectedRollbackError if where == "between statements" else DBAPIError):
+        with pytest.raises(
+            UnexpectedRollbackError if where == "between statements" else DBAPIError
+        ):
             await task
         async with manager:
             assert await notes(manager) == []
@@ -268,7 +288,9 @@ class TestClose:
             with pytest.raises(NoSessionError, match="cut off by close"):
                 await session.execute(select(1))
 
-    async def test_it_does_not_wait_for_the_scope_that_it_is_called_in(self, settings: DatabaseSettings) -> None:
+    async def test_it_does_not_wait_for_the_scope_that_it_is_called_in(
+        self, settings: DatabaseSettings
+    ) -> None:
         manager = DatabaseSessionManager(settings)
         await manager.open()
         async with asyncio.timeout(5):
@@ -283,7 +305,9 @@ class TestClose:
         with pytest.raises(NotInitializedError):
             await manager.close()
 
-    async def test_a_cancelled_one_still_disposes_the_engine(self, settings: DatabaseSettings) -> None:
+    async def test_a_cancelled_one_still_disposes_the_engine(
+        self, settings: DatabaseSettings
+    ) -> None:
         manager = DatabaseSessionManager(settings)
         await manager.open()
         leave = asyncio.Event()
@@ -313,7 +337,9 @@ class TestClose:
                 await connection.execute(text("INSERT INTO note (text) VALUES ('after close')"))
 
         pool = PoolSettings(size=1, max_overflow=0, timeout=0.5)
-        narrow = DatabaseSessionManager(settings.model_copy(update={"pool": pool, "drain_timeout": 0.1}))
+        narrow = DatabaseSessionManager(
+            settings.model_copy(update={"pool": pool, "drain_timeout": 0.1})
+        )
         await narrow.open()
         with pytest.raises(UnexpectedRollbackError):
             async with narrow.transaction() as session:
@@ -331,7 +357,9 @@ class TestClose:
 
 
 class TestConnect:
-    async def test_it_commits_when_the_block_ends_well(self, manager: DatabaseSessionManager) -> None:
+    async def test_it_commits_when_the_block_ends_well(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.connect() as connection:
             await connection.execute(Note.__table__.insert().values(text="kept"))  # type: ignore[attr-defined]
         assert await notes(manager) == ["kept"]
@@ -357,7 +385,9 @@ class TestConnect:
         with pytest.raises(IntegrityError):
             async with getattr(manager, kind)() as opened:
                 await opened.execute(text(defer))
-                await opened.execute(text("INSERT INTO note (text, parent_id) VALUES ('orphan', 99)"))
+                await opened.execute(
+                    text("INSERT INTO note (text, parent_id) VALUES ('orphan', 99)")
+                )
         async with manager.transaction() as session:
             session.add(Note(id=99, text="too late a parent"))
         assert await notes(manager) == ["too late a parent"]
@@ -365,9 +395,14 @@ class TestConnect:
     async def test_tables_are_created_and_dropped(self, settings: DatabaseSettings) -> None:
         metadata = MetaData()
         Note.__table__.to_metadata(metadata, name="other")  # type: ignore[attr-defined]
-        async with DatabaseSessionManager(settings, metadata=metadata) as manager, manager.connect() as connection:
+        async with (
+            DatabaseSessionManager(settings, metadata=metadata) as manager,
+            manager.connect() as connection,
+        ):
             await manager.create_all(connection)
-            assert await connection.run_sync(lambda sync: inspect(sync).get_table_names()) == ["other"]
+            assert await connection.run_sync(lambda sync: inspect(sync).get_table_names()) == [
+                "other"
+            ]
             await manager.drop_all(connection)
             assert await connection.run_sync(lambda sync: inspect(sync).get_table_names()) == []
 

@@ -29,7 +29,15 @@ from .conftest import Postgres
 from .postgres import OnPostgres, kill
 from .tables import Note
 
-COUNTED = (Session, AsyncSession, Connection, AsyncConnection, Scope, TransactionBlock, asyncio.Task)
+COUNTED = (
+    Session,
+    AsyncSession,
+    Connection,
+    AsyncConnection,
+    Scope,
+    TransactionBlock,
+    asyncio.Task,
+)
 REFUSED_AT_COMMIT = insert(Note).values(text="b", parent_id=-1)
 SLOW = {
     "postgresql": "SELECT pg_sleep(10)",
@@ -210,7 +218,12 @@ async def wrong_place_for_a_commit(manager: DatabaseSessionManager) -> None:
 def alive() -> Counter[str]:
     gc.collect()
     # by type(): an isinstance() would wake lazy objects of other libraries
-    return Counter(kind.__name__ for each in gc.get_objects() for kind in COUNTED if issubclass(type(each), kind))
+    return Counter(
+        kind.__name__
+        for each in gc.get_objects()
+        for kind in COUNTED
+        if issubclass(type(each), kind)
+    )
 
 
 async def leave(way: Way, manager: DatabaseSessionManager, times: int) -> None:
@@ -239,8 +252,12 @@ async def test_nothing_is_alive_after(way: Way, manager: DatabaseSessionManager)
 
 
 @pytest.mark.parametrize("times", [200, pytest.param(2000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("way", [refused_commit, refused_commit_of_a_connection, refused_commit_of_a_session])
-async def test_memory_is_flat_over_refused_commits(way: Way, manager: DatabaseSessionManager, times: int) -> None:
+@pytest.mark.parametrize(
+    "way", [refused_commit, refused_commit_of_a_connection, refused_commit_of_a_session]
+)
+async def test_memory_is_flat_over_refused_commits(
+    way: Way, manager: DatabaseSessionManager, times: int
+) -> None:
     await leave(way, manager, 20)
     gc.collect()
     before = len(gc.get_objects())
@@ -252,7 +269,9 @@ async def test_memory_is_flat_over_refused_commits(way: Way, manager: DatabaseSe
 
 
 async def test_nothing_is_alive_after_a_pool_that_was_full(database_url: str) -> None:
-    settings = DatabaseSettings(url=database_url, pool=PoolSettings(size=1, max_overflow=0, timeout=0.05))
+    settings = DatabaseSettings(
+        url=database_url, pool=PoolSettings(size=1, max_overflow=0, timeout=0.05)
+    )
 
     async def wait_for_a_place(manager: DatabaseSessionManager) -> None:
         async with manager.transaction() as session:

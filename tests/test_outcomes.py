@@ -38,7 +38,9 @@ class TestErrors(OnPostgres):
                 await opened.execute(insert(Note).values(text="who knows"))
         assert isinstance(raised.value.__cause__, DBAPIError)
 
-    async def test_it_is_not_tried_again_and_no_hook_runs(self, manager: DatabaseSessionManager) -> None:
+    async def test_it_is_not_tried_again_and_no_hook_runs(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         await at_commit(manager, "RAISE EXCEPTION 'no idea' USING ERRCODE = '40003'")
         ran: list[str] = []
 
@@ -60,7 +62,10 @@ class TestErrors(OnPostgres):
         assert await notes(manager) == []
 
     async def test_a_warning_in_a_commit_is_none(self, manager: DatabaseSessionManager) -> None:
-        await at_commit(manager, "RAISE WARNING 'canceling wait for synchronous replication due to user request'")
+        await at_commit(
+            manager,
+            "RAISE WARNING 'canceling wait for synchronous replication due to user request'",
+        )
         async with manager.transaction() as session:
             await session.execute(insert(Note).values(text="kept"))
         assert await notes(manager) == ["kept"]
@@ -104,14 +109,22 @@ class TestLostAnswers(OnPostgres):
 
     @pytest.fixture
     async def remote(
-        self, network: Holding, database_url: str, postgres: Postgres, manager: DatabaseSessionManager
+        self,
+        network: Holding,
+        database_url: str,
+        postgres: Postgres,
+        manager: DatabaseSessionManager,
     ) -> AsyncIterator[DatabaseSessionManager]:
         """A manager that reaches the database through it."""
-        async with through(network, postgres, database_url, commit_timeout=0.3, rollback_timeout=0.3) as remote:
+        async with through(
+            network, postgres, database_url, commit_timeout=0.3, rollback_timeout=0.3
+        ) as remote:
             yield remote
             await assert_all_returned(remote)
 
-    @pytest.mark.parametrize(("how", "cancelled"), [("cut", False), ("swallowed", False), ("swallowed", True)])
+    @pytest.mark.parametrize(
+        ("how", "cancelled"), [("cut", False), ("swallowed", False), ("swallowed", True)]
+    )
     async def test_that_of_a_read_only_transaction_is_no_error(
         self, remote: DatabaseSessionManager, network: Holding, how: str, cancelled: bool
     ) -> None:
@@ -163,7 +176,9 @@ class TestLostAnswers(OnPostgres):
         with pytest.raises(DBAPIError, match="idle-in-transaction timeout") as raised:
             async with remote.transaction() as session:
                 await session.execute(insert(Note).values(text="lost"))
-                await session.execute(text("SET LOCAL idle_in_transaction_session_timeout = '50ms'"))
+                await session.execute(
+                    text("SET LOCAL idle_in_transaction_session_timeout = '50ms'")
+                )
                 network.holds = True
                 await until(ended)
 
@@ -208,10 +223,14 @@ async def without_a_transaction(manager: DatabaseSessionManager, note: str) -> N
 
 async def without_a_transaction_many(manager: DatabaseSessionManager, note: str) -> None:
     async with manager.transaction(Propagation.NOT_SUPPORTED) as session:
-        await session.execute(text("INSERT INTO note (text) VALUES (:text)"), [{"text": note}, {"text": f"{note} 2"}])
+        await session.execute(
+            text("INSERT INTO note (text) VALUES (:text)"), [{"text": note}, {"text": f"{note} 2"}]
+        )
 
 
-async def test_a_commit_whose_wait_for_a_synchronous_standby_was_cancelled_is_committed_here_and_perhaps_lost() -> None:
+async def test_a_commit_whose_wait_for_a_synchronous_standby_was_cancelled_is_committed_here_and_perhaps_lost() -> (
+    None
+):
     async with cluster(synchronous=True) as servers:
         primary = servers.primary
         async with DatabaseSessionManager(
@@ -235,7 +254,9 @@ async def test_a_commit_whose_wait_for_a_synchronous_standby_was_cancelled_is_co
                 task = asyncio.create_task(work(manager, note))
                 await until(lambda: primary.execute(WAITING))
                 await primary.execute(f"SELECT pg_cancel_backend(pid) FROM ({WAITING}) AS waiting")
-                with pytest.raises(CommitOutcomeUnknownError, match="committed here, perhaps not replicated"):
+                with pytest.raises(
+                    CommitOutcomeUnknownError, match="committed here, perhaps not replicated"
+                ):
                     await task
                 await assert_all_returned(manager)
             assert await notes(manager) == [*kept, "5 2"]
@@ -246,7 +267,9 @@ async def test_a_commit_whose_wait_for_a_synchronous_standby_was_cancelled_is_co
                 ran.append("work")
                 manager.transaction.on_commit(lambda: ran.append("committed"))
                 manager.transaction.on_rollback(lambda: ran.append("rolled back"))
-                await CurrentSession(manager).execute(insert(Note).values(text=f"with hooks {len(ran)}"))
+                await CurrentSession(manager).execute(
+                    insert(Note).values(text=f"with hooks {len(ran)}")
+                )
 
             for cancelled in (False, True):
                 task = asyncio.create_task(manager.transaction.run(with_hooks, retries=2))
@@ -254,9 +277,13 @@ async def test_a_commit_whose_wait_for_a_synchronous_standby_was_cancelled_is_co
                 if cancelled:
                     task.cancel()
                 await primary.execute(f"SELECT pg_cancel_backend(pid) FROM ({WAITING}) AS waiting")
-                with pytest.raises(asyncio.CancelledError if cancelled else CommitOutcomeUnknownError) as raised:
+                with pytest.raises(
+                    asyncio.CancelledError if cancelled else CommitOutcomeUnknownError
+                ) as raised:
                     await task
-                assert not cancelled or isinstance(raised.value.__cause__, CommitOutcomeUnknownError)
+                assert not cancelled or isinstance(
+                    raised.value.__cause__, CommitOutcomeUnknownError
+                )
             assert ran == ["work", "work"]
             servers.standby.resume()
 

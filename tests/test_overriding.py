@@ -71,7 +71,9 @@ async def container(settings: DatabaseSettings) -> AsyncIterator[Container]:
 @pytest.fixture
 async def other(tmp_path: Path) -> AsyncIterator[DatabaseSessionManager]:
     """The open manager of another database, in which 'other' is noted."""
-    async with started(Container(settings=DatabaseSettings(url=f"sqlite:///{tmp_path / 'other.db'}"))) as container:
+    async with started(
+        Container(settings=DatabaseSettings(url=f"sqlite:///{tmp_path / 'other.db'}"))
+    ) as container:
         await container.notebook().write("other")
         yield container.db.sessionmanager()
 
@@ -79,7 +81,9 @@ async def other(tmp_path: Path) -> AsyncIterator[DatabaseSessionManager]:
 # What can be overridden
 
 
-def override_sessionmanager(container: Container, other: DatabaseSessionManager) -> list[providers.Provider[Any]]:
+def override_sessionmanager(
+    container: Container, other: DatabaseSessionManager
+) -> list[providers.Provider[Any]]:
     container.db.sessionmanager.override(other)
     return [container.db.sessionmanager]
 
@@ -100,12 +104,16 @@ def override_transaction_and_repository(
     return [container.db.transaction, container.notes]
 
 
-def override_repository(container: Container, other: DatabaseSessionManager) -> list[providers.Provider[Any]]:
+def override_repository(
+    container: Container, other: DatabaseSessionManager
+) -> list[providers.Provider[Any]]:
     container.notes.override(providers.Factory(FakeNotes, "other"))
     return [container.notes]
 
 
-def override_service(container: Container, other: DatabaseSessionManager) -> list[providers.Provider[Any]]:
+def override_service(
+    container: Container, other: DatabaseSessionManager
+) -> list[providers.Provider[Any]]:
     container.notebook.override(Notebook(FakeNotes("other"), other.transaction))
     return [container.notebook]
 
@@ -145,7 +153,9 @@ async def test_an_override_takes_effect_on_what_is_built_next_until_it_is_taken_
         assert await read() == ["other"]
         for provider in overridden:
             take_back(provider)
-        if moment == "after the start" or override is not override_sessionmanager:  # which was not opened instead
+        if (
+            moment == "after the start" or override is not override_sessionmanager
+        ):  # which was not opened instead
             assert await read() == ["own"]
             assert await read_with() == ["own"]
     async with Lifespan(container):
@@ -159,7 +169,10 @@ async def test_an_override_by_context_manager_ends_with_the_block(
     if moment == "after wiring":
         container.wire(modules=[__name__])
     async with Lifespan(container):
-        with container.db.sessionmanager.override(other), container.notes.override(FakeNotes("fake")):
+        with (
+            container.db.sessionmanager.override(other),
+            container.notes.override(FakeNotes("fake")),
+        ):
             if moment == "before wiring":
                 container.wire(modules=[__name__])
             assert await read() == ["fake"]
@@ -175,12 +188,16 @@ async def test_an_override_ends_also_where_its_block_fails(container: Container)
         assert await read() == ["own"]
 
 
-async def test_nested_overrides_are_taken_back_one_by_one(container: Container, other: DatabaseSessionManager) -> None:
+async def test_nested_overrides_are_taken_back_one_by_one(
+    container: Container, other: DatabaseSessionManager
+) -> None:
     container.wire(modules=[__name__])
     async with Lifespan(container):
         with container.notes.override(FakeNotes("outer")):
             with container.notes.override(FakeNotes("inner")):
-                with container.notebook.override(Notebook(FakeNotes("innermost"), other.transaction)):
+                with container.notebook.override(
+                    Notebook(FakeNotes("innermost"), other.transaction)
+                ):
                     assert await read() == ["innermost"]
                 assert await read() == ["inner"]
             assert await read() == ["outer"]
@@ -206,11 +223,15 @@ async def test_what_was_built_before_keeps_what_it_got(container: Container) -> 
         assert await between.read() == ["fake"]
 
 
-async def test_an_argument_goes_before_any_override(container: Container, other: DatabaseSessionManager) -> None:
+async def test_an_argument_goes_before_any_override(
+    container: Container, other: DatabaseSessionManager
+) -> None:
     container.wire(modules=[__name__])
     async with Lifespan(container):
         with container.notes.override(FakeNotes("fake")):
-            assert await read(notebook=Notebook(FakeNotes("argument"), other.transaction)) == ["argument"]
+            assert await read(notebook=Notebook(FakeNotes("argument"), other.transaction)) == [
+                "argument"
+            ]
 
 
 async def test_an_override_of_the_class_is_in_all_that_are_made_of_it_meanwhile(
@@ -264,10 +285,14 @@ async def test_an_overriding_manager_is_opened_and_closed_instead_of_its_own(
         assert await container.notebook().read() == ["own"]
 
 
-async def test_with_a_manager_that_overrides_it_no_settings_are_needed(other: DatabaseSessionManager) -> None:
+async def test_with_a_manager_that_overrides_it_no_settings_are_needed(
+    other: DatabaseSessionManager,
+) -> None:
     container = DatabaseContainer(sessionmanager=other)
     async with Lifespan(container):
-        assert await Notebook(Notes(container.session()), container.transaction()).read() == ["other"]
+        assert await Notebook(Notes(container.session()), container.transaction()).read() == [
+            "other"
+        ]
 
 
 async def test_a_manager_that_overrides_after_the_start_stays_the_business_of_who_opened_it(
@@ -281,7 +306,9 @@ async def test_a_manager_that_overrides_after_the_start_stays_the_business_of_wh
         _ = own.engine
 
 
-@pytest.mark.parametrize("built", [False, True], ids=["before it was built", "reset after it was built"])
+@pytest.mark.parametrize(
+    "built", [False, True], ids=["before it was built", "reset after it was built"]
+)
 async def test_overridden_settings_are_those_of_the_next_manager(
     built: bool, container: Container, tmp_path: Path
 ) -> None:
@@ -354,8 +381,14 @@ INEFFECTIVE = {
         "settings or metadata were overridden",
         "call Container.db.sessionmanager.reset() first",
     ),
-    settings_of_the_application_overridden_late: ("settings", "call Container.db.sessionmanager.reset() first"),
-    metadata_overridden_late: ("metadata were overridden", "call Container.db.sessionmanager.reset() first"),
+    settings_of_the_application_overridden_late: (
+        "settings",
+        "call Container.db.sessionmanager.reset() first",
+    ),
+    metadata_overridden_late: (
+        "metadata were overridden",
+        "call Container.db.sessionmanager.reset() first",
+    ),
 }
 
 
@@ -376,21 +409,30 @@ async def test_an_override_that_cannot_take_effect_is_refused_at_the_start(
         assert await container.notebook().read() == ["own"]
 
 
-async def test_a_config_that_is_changed_after_settings_were_built_from_it_is_refused(tmp_path: Path) -> None:
+async def test_a_config_that_is_changed_after_settings_were_built_from_it_is_refused(
+    tmp_path: Path,
+) -> None:
     container = DatabaseContainer(config={"url": f"sqlite:///{tmp_path / 'early.db'}"})
     container.session()
     container.config.from_dict({"url": f"sqlite:///{tmp_path / 'late.db'}"})
-    with pytest.raises(ConfigurationError, match=r"config was changed .* call DatabaseContainer\.settings\.reset\(\)"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"config was changed .* call DatabaseContainer\.settings\.reset\(\)",
+    ):
         await Lifespan(container).__aenter__()
     container.settings.reset()
-    with pytest.raises(ConfigurationError, match=r"call DatabaseContainer\.sessionmanager\.reset\(\) first"):
+    with pytest.raises(
+        ConfigurationError, match=r"call DatabaseContainer\.sessionmanager\.reset\(\) first"
+    ):
         await Lifespan(container).__aenter__()
     container.sessionmanager.reset()
     async with Lifespan(container):
         assert container.sessionmanager().engine.url.database == str(tmp_path / "late.db")
 
 
-async def test_settings_that_are_overridden_while_it_runs_are_refused_at_the_next_start(container: Container) -> None:
+async def test_settings_that_are_overridden_while_it_runs_are_refused_at_the_next_start(
+    container: Container,
+) -> None:
     async with Lifespan(container):
         container.settings.override(DatabaseSettings(url="sqlite://"))
         assert await container.notebook().read() == ["own"]

@@ -86,7 +86,9 @@ def run(program: str, database_url: str) -> list[str]:
     warnings = ["-W", "always", "-W", "ignore:This process:DeprecationWarning"]
     command = [sys.executable, *warnings, "-c", code, database_url]
     environment = {**os.environ, "PYTHONPATH": f"{CHECKOUT / 'src'}{os.pathsep}{CHECKOUT}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.stderr == ""
     assert done.returncode == 0
     return done.stdout.splitlines()
@@ -161,7 +163,9 @@ class TestAfterItsLoop:
         asyncio.run(manager.close())
         gc.collect()
         """
-        program = program.replace("async def leave()", "manager.init(sys.argv[1])\n\n        async def leave()", 1)
+        program = program.replace(
+            "async def leave()", "manager.init(sys.argv[1])\n\n        async def leave()", 1
+        )
         assert run(program, database_url) == ["['leave', 'leave_connected', 'leave_written']"]
 
     def test_a_connection_that_has_written_is_reported_and_dropped(self, database_url: str) -> None:
@@ -216,7 +220,9 @@ class TestAfterItsLoop:
         assert run(program, database_url) == ["['kept']"]
 
     @pytest.mark.parametrize("how", ["cancelled", "dropped"])
-    def test_a_statement_that_it_was_running_is_no_hindrance(self, how: str, backend: str, database_url: str) -> None:
+    def test_a_statement_that_it_was_running_is_no_hindrance(
+        self, how: str, backend: str, database_url: str
+    ) -> None:
         # a server doesn't look for its client before the end of a statement
         statement = "SELECT pg_sleep(1)" if backend == "postgresql" else long_statement(backend)
         program = f"""
@@ -326,10 +332,20 @@ class TestInAThread:
     """A block is inherited by threads that `asyncio.to_thread()` starts; its session is not for their loops."""
 
     @pytest.fixture(
-        params=[*(Propagation), "session", "connect", "the session", "a current session", "a refresh", "close"],
+        params=[
+            *(Propagation),
+            "session",
+            "connect",
+            "the session",
+            "a current session",
+            "a refresh",
+            "close",
+        ],
         ids=lambda param: getattr(param, "name", param),
     )
-    def use(self, request: pytest.FixtureRequest, manager: DatabaseSessionManager) -> Callable[..., Awaitable[object]]:
+    def use(
+        self, request: pytest.FixtureRequest, manager: DatabaseSessionManager
+    ) -> Callable[..., Awaitable[object]]:
         kind = request.param
 
         async def use(session: object, note: Note) -> object:
@@ -367,7 +383,9 @@ class TestInAThread:
             session.add(Note(text="after"))
         assert await notes(manager) == ["after", "before"]
 
-    async def test_it_is_told_so_in_autocommit_and_in_a_bare_session(self, manager: DatabaseSessionManager) -> None:
+    async def test_it_is_told_so_in_autocommit_and_in_a_bare_session(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async def work() -> None:
             async with manager.transaction():
                 raise AssertionError
@@ -390,17 +408,23 @@ class TestInAThread:
             await session.execute(select(1))
             assert await asyncio.to_thread(asyncio.run, work()) == []
 
-    async def test_it_may_hand_work_to_the_loop_of_the_block(self, manager: DatabaseSessionManager) -> None:
+    async def test_it_may_hand_work_to_the_loop_of_the_block(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         session, loop = CurrentSession(manager), asyncio.get_running_loop()
 
         async def work() -> int:
             return (await session.scalars(text("SELECT 1"))).one()
 
         async with manager.transaction():
-            done = await asyncio.to_thread(lambda: asyncio.run_coroutine_threadsafe(work(), loop).result())
+            done = await asyncio.to_thread(
+                lambda: asyncio.run_coroutine_threadsafe(work(), loop).result()
+            )
             assert done == 1
 
-    async def test_a_block_does_not_end_in_another_loop(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_block_does_not_end_in_another_loop(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         for block in (manager.session(), manager.transaction()):
             session = await block.__aenter__()
             session.add(Note(text=str(block)))
@@ -483,7 +507,9 @@ class TestInAForkedProcess:
         """
         assert run(program, database_url) == ["NoSessionError", "[]", "['parent']"]
 
-    def test_a_child_that_leaves_a_block_of_the_parent_undoes_nothing(self, database_url: str) -> None:
+    def test_a_child_that_leaves_a_block_of_the_parent_undoes_nothing(
+        self, database_url: str
+    ) -> None:
         program = """
         manager.init(sys.argv[1])
         asyncio.run(tables())
@@ -513,4 +539,6 @@ class TestInAForkedProcess:
         print(asyncio.run(texts()))
         asyncio.run(manager.close())
         """
-        assert run(program, database_url) == ["OwnershipError"] * 5 + ["['connect', 'session', 'transaction']"]
+        assert run(program, database_url) == ["OwnershipError"] * 5 + [
+            "['connect', 'session', 'transaction']"
+        ]

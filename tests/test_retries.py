@@ -58,7 +58,9 @@ def lost_connection() -> DBAPIError:
 
 
 class TestAnyDatabase:
-    async def test_what_goes_well_is_tried_once_and_its_result_returned(self, manager: DatabaseSessionManager) -> None:
+    async def test_what_goes_well_is_tried_once_and_its_result_returned(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         clerk = Clerk(manager, lambda session: session.execute(insert(Note).values(text="a")))
         assert await manager.transaction.run(clerk.work, retries=3) == "done"
         assert clerk.attempts == 1
@@ -71,11 +73,15 @@ class TestAnyDatabase:
             connection = await CurrentSession(manager).connection()
             return first, second, connection.engine.get_execution_options()["answer"]
 
-        result = await manager.transaction.run(work, 1, "b", retries=1, execution_options={"answer": 42})
+        result = await manager.transaction.run(
+            work, 1, "b", retries=1, execution_options={"answer": 42}
+        )
         assert result == (1, "b", 42)
 
     @pytest.mark.parametrize("retries", [0, 1, 3])
-    async def test_exhausted_retries_raise_the_last_error(self, manager: DatabaseSessionManager, retries: int) -> None:
+    async def test_exhausted_retries_raise_the_last_error(
+        self, manager: DatabaseSessionManager, retries: int
+    ) -> None:
         errors = [lost_connection() for _ in range(retries + 1)]
         given = iter(errors)
 
@@ -88,7 +94,9 @@ class TestAnyDatabase:
         assert raised.value is errors[-1]
         assert clerk.attempts == retries + 1
 
-    @pytest.mark.parametrize("error", [ValueError, TimeoutError, CommitOutcomeUnknownError, KeyboardInterrupt])
+    @pytest.mark.parametrize(
+        "error", [ValueError, TimeoutError, CommitOutcomeUnknownError, KeyboardInterrupt]
+    )
     async def test_other_errors_are_not_tried_again(
         self, manager: DatabaseSessionManager, error: type[BaseException]
     ) -> None:
@@ -100,8 +108,12 @@ class TestAnyDatabase:
             await clerk.work_in_a_transaction()
         assert clerk.attempts == 1
 
-    async def test_nor_are_a_violated_constraint_and_a_passed_deadline(self, manager: DatabaseSessionManager) -> None:
-        clerk = Clerk(manager, lambda session: session.execute(insert(Note), [{"text": "a"}, {"text": "a"}]))
+    async def test_nor_are_a_violated_constraint_and_a_passed_deadline(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        clerk = Clerk(
+            manager, lambda session: session.execute(insert(Note), [{"text": "a"}, {"text": "a"}])
+        )
         with pytest.raises(IntegrityError):
             await clerk.work_in_a_transaction()
         assert clerk.attempts == 1
@@ -130,7 +142,9 @@ class TestAnyDatabase:
         assert len({id(session) for session in sessions}) == 3
         assert await notes(manager) == ["only once"]
 
-    async def test_hooks_of_failed_attempts_never_run(self, manager: DatabaseSessionManager) -> None:
+    async def test_hooks_of_failed_attempts_never_run(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         ran: list[str] = []
 
         async def work(_: AsyncSession) -> None:
@@ -149,7 +163,9 @@ class TestAnyDatabase:
             await manager.transaction.run(clerk.work, retries=1)
         assert ran == ["2 rolled back"]
 
-    async def test_those_of_an_attempt_that_ends_in_another_error_do(self, manager: DatabaseSessionManager) -> None:
+    async def test_those_of_an_attempt_that_ends_in_another_error_do(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         ran: list[str] = []
 
         async def work(_: AsyncSession) -> None:
@@ -178,13 +194,17 @@ class TestAnyDatabase:
         assert await notes(manager) == ["kept"]
 
     @pytest.mark.parametrize("around", ["transaction", "session", "read scope", "savepoint"])
-    async def test_inside_another_scope_it_is_one_attempt(self, manager: DatabaseSessionManager, around: str) -> None:
+    async def test_inside_another_scope_it_is_one_attempt(
+        self, manager: DatabaseSessionManager, around: str
+    ) -> None:
         async def fail(_: AsyncSession) -> None:
             raise lost_connection()
 
         async def work() -> None:
             propagation = Propagation.NESTED if around == "savepoint" else Propagation.REQUIRED
-            await manager.transaction.run(clerk.work, retries=3, propagation=propagation, read_only=reads)
+            await manager.transaction.run(
+                clerk.work, retries=3, propagation=propagation, read_only=reads
+            )
 
         reads = around == "read scope"
         scopes: dict[str, Callable[[], Any]] = {
@@ -204,7 +224,9 @@ class TestAnyDatabase:
     ) -> None:
         async def work() -> None:
             attempts.append(1)
-            await CurrentSession(manager).execute(insert(Note).values(text=f"attempt {len(attempts)}"))
+            await CurrentSession(manager).execute(
+                insert(Note).values(text=f"attempt {len(attempts)}")
+            )
             raise lost_connection()
 
         attempts: list[int] = []
@@ -231,7 +253,9 @@ class TestAnyDatabase:
             await task
         assert clerk.attempts == 1
 
-    async def test_a_cancellation_in_an_attempt_is_not_tried_again(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_cancellation_in_an_attempt_is_not_tried_again(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async def wait(session: AsyncSession) -> None:
             await session.execute(select(1))
             started.set()
@@ -281,19 +305,25 @@ class TestPostgres(OnPostgres):
         async def work(session: AsyncSession) -> None:
             found = await session.scalar(select(Note.text))
             if next(interferences, False):
-                async with manager.transaction(Propagation.REQUIRES_NEW, isolation="SERIALIZABLE") as rival:
+                async with manager.transaction(
+                    Propagation.REQUIRES_NEW, isolation="SERIALIZABLE"
+                ) as rival:
                     await rival.execute(update(Note).values(text="rival"))
             await session.execute(update(Note).values(text=f"{found}, work"))
 
         return work
 
-    async def test_a_serialization_failure_is_tried_again(self, manager: DatabaseSessionManager, clash: Work) -> None:
+    async def test_a_serialization_failure_is_tried_again(
+        self, manager: DatabaseSessionManager, clash: Work
+    ) -> None:
         clerk = Clerk(manager, clash)
         await manager.transaction.run(clerk.work, isolation="SERIALIZABLE", retries=3)
         assert clerk.attempts == 2
         assert await notes(manager) == ["rival, work"]
 
-    async def test_without_retries_it_is_the_error(self, manager: DatabaseSessionManager, clash: Work) -> None:
+    async def test_without_retries_it_is_the_error(
+        self, manager: DatabaseSessionManager, clash: Work
+    ) -> None:
         clerk = Clerk(manager, clash)
         with pytest.raises(DBAPIError) as raised:
             await manager.transaction.run(clerk.work, isolation="SERIALIZABLE")
@@ -350,7 +380,9 @@ class TestPostgres(OnPostgres):
         assert (inner.attempts, outer.attempts) == (2, 2)
         assert await notes(manager) == ["rival, work"]
 
-    async def test_one_that_comes_with_the_commit_is_tried_again(self, manager: DatabaseSessionManager) -> None:
+    async def test_one_that_comes_with_the_commit_is_tried_again(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         """Write skew: each reads what the other writes, and the server finds out when the second commits."""
         async with manager.transaction() as session:
             session.add_all([Note(text="left"), Note(text="right")])
@@ -360,7 +392,9 @@ class TestPostgres(OnPostgres):
             session.add(Note(text=f"work saw {count}"))
             await session.flush()
             if clerk.attempts == 1:
-                async with manager.transaction(Propagation.REQUIRES_NEW, isolation="SERIALIZABLE") as rival:
+                async with manager.transaction(
+                    Propagation.REQUIRES_NEW, isolation="SERIALIZABLE"
+                ) as rival:
                     count = await rival.scalar(select(func.count()).select_from(Note))
                     rival.add(Note(text=f"rival saw {count}"))
             ended_well.append(clerk.attempts)
@@ -371,13 +405,17 @@ class TestPostgres(OnPostgres):
         assert ended_well == [1, 2]
         assert await notes(manager) == ["left", "right", "rival saw 2", "work saw 3"]
 
-    async def test_a_deadlock_is_tried_again_by_the_one_that_lost(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_deadlock_is_tried_again_by_the_one_that_lost(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.transaction() as session:
             session.add_all([Note(id=1, text="1"), Note(id=2, text="2")])
         both_hold_one = asyncio.Barrier(2)
 
         async def add_one(session: AsyncSession, number: int) -> None:
-            await session.execute(update(Note).values(text=Note.text + "+").where(Note.id == number))
+            await session.execute(
+                update(Note).values(text=Note.text + "+").where(Note.id == number)
+            )
 
         async def work(first: int, second: int, session: AsyncSession) -> None:
             await session.execute(text("SET LOCAL deadlock_timeout = '20ms'"))
@@ -391,7 +429,9 @@ class TestPostgres(OnPostgres):
         assert sorted(clerk.attempts for clerk in clerks.values()) == [1, 2]
         assert await notes(manager) == ["1++", "2++"]
 
-    @pytest.mark.parametrize("when", ["before a statement", "before the commit", "before the flush"])
+    @pytest.mark.parametrize(
+        "when", ["before a statement", "before the commit", "before the flush"]
+    )
     async def test_a_connection_that_is_lost_before_the_commit_is_sent_is_tried_again(
         self, manager: DatabaseSessionManager, postgres: Postgres, when: str
     ) -> None:
@@ -479,14 +519,18 @@ class TestSQLite:
         impatient = settings.model_copy(update={"pool": PoolSettings(timeout=0.02)})
         async with DatabaseSessionManager(impatient) as other, manager.transaction() as session:
             await session.execute(insert(Note).values(text="first"))
-            clerk = Clerk(other, lambda session: session.execute(insert(Note).values(text="second")))
+            clerk = Clerk(
+                other, lambda session: session.execute(insert(Note).values(text="second"))
+            )
             with pytest.raises(OperationalError, match="locked"):
                 await clerk.work_in_a_transaction()
         assert clerk.attempts == 4
         assert await notes(manager) == ["first"]
 
 
-async def test_run_and_the_decorator_take_any_manager_of_transactions(manager: DatabaseSessionManager) -> None:
+async def test_run_and_the_decorator_take_any_manager_of_transactions(
+    manager: DatabaseSessionManager,
+) -> None:
     @transactional(retries=2)
     async def work(transaction: TransactionManager) -> int:
         attempts.append(1)

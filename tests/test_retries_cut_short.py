@@ -38,7 +38,11 @@ class Clerk:
     """Fails in its first attempts, with hooks of each."""
 
     def __init__(self, manager: DatabaseSessionManager, *, fails: int) -> None:
-        self.session, self.transaction, self.fails = CurrentSession(manager), manager.transaction, fails
+        self.session, self.transaction, self.fails = (
+            CurrentSession(manager),
+            manager.transaction,
+            fails,
+        )
         self.attempts = 0
         self.ran: list[str] = []
         self.failed = asyncio.Event()
@@ -69,7 +73,9 @@ class TestInThePause:
     async def clerk(self, manager: DatabaseSessionManager) -> Clerk:
         return Clerk(manager, fails=1)
 
-    async def _in_the_pause(self, clerk: Clerk, manager: DatabaseSessionManager) -> asyncio.Task[str]:
+    async def _in_the_pause(
+        self, clerk: Clerk, manager: DatabaseSessionManager
+    ) -> asyncio.Task[str]:
         task = asyncio.create_task(clerk.work())
         await clerk.failed.wait()
         async with asyncio.timeout(5):
@@ -88,7 +94,9 @@ class TestInThePause:
         assert clerk.ran == ["1 rolled back", "1 rolled back, async"]
         assert await notes(manager) == []
 
-    async def test_a_deadline_around_it_too(self, manager: DatabaseSessionManager, clerk: Clerk) -> None:
+    async def test_a_deadline_around_it_too(
+        self, manager: DatabaseSessionManager, clerk: Clerk
+    ) -> None:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(clerk.work(), 0.5)
         assert clerk.ran == ["1 rolled back", "1 rolled back, async"]

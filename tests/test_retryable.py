@@ -60,7 +60,9 @@ async def conflict_once(attempts: Attempts, session: AsyncSession) -> None:
 
 
 class TestWrappedConflicts(OnPostgres):
-    async def test_a_conflict_in_an_error_of_the_application_is_tried_again(self, attempts: Attempts) -> None:
+    async def test_a_conflict_in_an_error_of_the_application_is_tried_again(
+        self, attempts: Attempts
+    ) -> None:
         async def work(session: AsyncSession) -> None:
             try:
                 await conflict_once(attempts, session)
@@ -73,7 +75,9 @@ class TestWrappedConflicts(OnPostgres):
         await attempts.run(work)
         assert attempts.count == 2
 
-    async def test_a_conflict_in_an_exception_group_is_tried_again(self, attempts: Attempts) -> None:
+    async def test_a_conflict_in_an_exception_group_is_tried_again(
+        self, attempts: Attempts
+    ) -> None:
         async def work(session: AsyncSession) -> None:
             async with asyncio.TaskGroup() as group:
                 group.create_task(conflict_once(attempts, session))
@@ -101,8 +105,12 @@ class TestWrappedConflicts(OnPostgres):
         assert attempts.count == 1
 
 
-@pytest.mark.parametrize("final", [CommitOutcomeUnknownError("unknown"), TransactionTimeoutError("late")])
-def test_nothing_that_stands_over_an_unknown_outcome_or_a_deadline_is_retryable(final: Exception) -> None:
+@pytest.mark.parametrize(
+    "final", [CommitOutcomeUnknownError("unknown"), TransactionTimeoutError("late")]
+)
+def test_nothing_that_stands_over_an_unknown_outcome_or_a_deadline_is_retryable(
+    final: Exception,
+) -> None:
     lost = DBAPIError("COMMIT", None, OSError("gone"), connection_invalidated=True)
     assert is_retryable(lost)
     final.__cause__ = lost
@@ -269,7 +277,9 @@ class TestMigrations(OnPostgres):
     async def test_a_row_type_that_was_altered_is_looked_up_anew(
         self, attempts: Attempts, migration: Callable[[str], Awaitable[None]]
     ) -> None:
-        await migration("CREATE TYPE point AS (x int, y int); CREATE TABLE points (point public.point)")
+        await migration(
+            "CREATE TYPE point AS (x int, y int); CREATE TABLE points (point public.point)"
+        )
         await migration("INSERT INTO points VALUES (ROW(1, 2)::public.point)")
         found: list[object] = []
 
@@ -321,11 +331,17 @@ class TestAStandby(OnPostgres):
         assert len(pids) == 1
 
 
-async def test_a_map_of_schemas_is_compared_as_it_was_given(manager: DatabaseSessionManager) -> None:
+async def test_a_map_of_schemas_is_compared_as_it_was_given(
+    manager: DatabaseSessionManager,
+) -> None:
     """SQLAlchemy adds to the map that a connection has."""
 
     def schemas() -> dict[str, dict[str | None, str | None]]:
-        return {"schema_translate_map": {None: "main" if manager.engine.dialect.name == "sqlite" else "public"}}
+        return {
+            "schema_translate_map": {
+                None: "main" if manager.engine.dialect.name == "sqlite" else "public"
+            }
+        }
 
     given = schemas()
     async with manager.transaction(execution_options=given) as session:

@@ -65,7 +65,9 @@ async def by_deadline(manager: DatabaseSessionManager, session: AsyncSession, sq
             await session.execute(text(sql))
 
 
-async def by_deadline_of_a_joined_block(manager: DatabaseSessionManager, session: AsyncSession, sql: str) -> None:
+async def by_deadline_of_a_joined_block(
+    manager: DatabaseSessionManager, session: AsyncSession, sql: str
+) -> None:
     with pytest.raises(TransactionTimeoutError):
         async with manager.transaction(NESTED):
             await session.execute(insert(Note).values(text="lost"))
@@ -73,15 +75,21 @@ async def by_deadline_of_a_joined_block(manager: DatabaseSessionManager, session
                 await session.execute(text(sql))
 
 
-async def by_timeout_outside(manager: DatabaseSessionManager, session: AsyncSession, sql: str) -> None:
+async def by_timeout_outside(
+    manager: DatabaseSessionManager, session: AsyncSession, sql: str
+) -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(SOON), manager.transaction(NESTED):
             await session.execute(insert(Note).values(text="lost"))
             await session.execute(text(sql))
 
 
-async def by_timeout_inside(manager: DatabaseSessionManager, session: AsyncSession, sql: str) -> None:
-    with pytest.raises(UnexpectedRollbackError, match="let the cancellation leave the block of the savepoint"):
+async def by_timeout_inside(
+    manager: DatabaseSessionManager, session: AsyncSession, sql: str
+) -> None:
+    with pytest.raises(
+        UnexpectedRollbackError, match="let the cancellation leave the block of the savepoint"
+    ):
         async with manager.transaction(NESTED):
             await session.execute(insert(Note).values(text="lost"))
             with suppress(TimeoutError):
@@ -100,7 +108,9 @@ WAYS = [by_deadline, by_deadline_of_a_joined_block, by_timeout_outside, by_timeo
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_the_transaction_goes_on(manager: DatabaseSessionManager, backend: str, way: Way) -> None:
+async def test_the_transaction_goes_on(
+    manager: DatabaseSessionManager, backend: str, way: Way
+) -> None:
     async with manager.transaction() as session:
         session.add(Note(text="before"))
         await session.flush()
@@ -154,7 +164,9 @@ async def test_a_cancellation_at_any_await_loses_the_savepoint_or_tells(
                 await session.flush()
                 with suppress(asyncio.CancelledError):
                     async with manager.transaction(NESTED):
-                        session.add_all([Note(text="inner"), Note(text="inner too")])  # INSERT … RETURNING
+                        session.add_all(
+                            [Note(text="inner"), Note(text="inner too")]
+                        )  # INSERT … RETURNING
                         await session.flush()
                         await session.scalars(select(Note.text))
                     ended.append("released")
@@ -186,7 +198,9 @@ class TestOnSQLite:
     def backend(self) -> str:
         return "sqlite"
 
-    async def test_a_write_that_is_done_soon_is_waited_for(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_write_that_is_done_soon_is_waited_for(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         """SQLite undoes the whole transaction where a write is interrupted."""
 
         def wait(seconds: float) -> str:
@@ -201,7 +215,9 @@ class TestOnSQLite:
             with pytest.raises(TimeoutError):
                 async with manager.transaction(NESTED):
                     async with asyncio.timeout(0.02):
-                        await session.execute(text("INSERT INTO note (text) VALUES (wait(0.1)) RETURNING id"))
+                        await session.execute(
+                            text("INSERT INTO note (text) VALUES (wait(0.1)) RETURNING id")
+                        )
         assert await notes(manager) == ["outer"]
 
     async def test_one_that_is_not_costs_the_transaction_and_says_so(
@@ -210,7 +226,9 @@ class TestOnSQLite:
         monkeypatch.setattr(savepoints, "STOP_TIMEOUT", LIMIT)
         sql = f"INSERT INTO note (text) {READ['sqlite']}"
         began = time.monotonic()
-        with pytest.raises(UnexpectedRollbackError, match=r"could not be stopped within .* run the whole") as raised:
+        with pytest.raises(
+            UnexpectedRollbackError, match=r"could not be stopped within .* run the whole"
+        ) as raised:
             async with manager.transaction() as session:
                 session.add(Note(text="outer"))
                 await by_deadline(manager, session, sql)
@@ -222,20 +240,28 @@ class TestOnSQLite:
 
 
 class TestOnPostgres(OnPostgres):
-    async def test_the_server_has_stopped_it(self, manager: DatabaseSessionManager, postgres: Postgres) -> None:
+    async def test_the_server_has_stopped_it(
+        self, manager: DatabaseSessionManager, postgres: Postgres
+    ) -> None:
         async with manager.transaction() as session:
             await by_deadline(manager, session, "SELECT pg_sleep(60)")
             assert not await running(postgres, manager, "SELECT pg_sleep%")
 
-    async def test_a_write_and_a_wait_for_a_lock_are_stopped_as_well(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_write_and_a_wait_for_a_lock_are_stopped_as_well(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.transaction() as session:
             session.add(Note(text="locked"))
         async with manager.transaction() as session:
             session.add(Note(text="outer"))
-            await by_deadline(manager, session, "INSERT INTO note (text) SELECT 'lost too' FROM pg_sleep(60)")
+            await by_deadline(
+                manager, session, "INSERT INTO note (text) SELECT 'lost too' FROM pg_sleep(60)"
+            )
             async with manager.connect() as other:
                 await other.execute(text("SELECT * FROM note FOR UPDATE"))
-                await by_deadline(manager, session, "SELECT * FROM note WHERE text = 'locked' FOR UPDATE")
+                await by_deadline(
+                    manager, session, "SELECT * FROM note WHERE text = 'locked' FOR UPDATE"
+                )
         assert await notes(manager) == ["locked", "outer"]
 
     async def test_a_server_that_does_not_answer_costs_the_transaction_and_says_so(

@@ -37,7 +37,9 @@ def current(manager: DatabaseSessionManager) -> CurrentSession:
 class TestCurrentSession:
     async def test_it_is_an_async_session_and_holds_none(self, current: CurrentSession) -> None:
         assert isinstance(current, AsyncSession)
-        with pytest.raises(NoSessionError, match=r"wrap the call in transaction\(\), @transactional or session\(\)"):
+        with pytest.raises(
+            NoSessionError, match=r"wrap the call in transaction\(\), @transactional or session\(\)"
+        ):
             await current.execute(select(1))
 
     async def test_it_behaves_as_the_session_of_the_scope(
@@ -50,7 +52,9 @@ class TestCurrentSession:
             assert list(current.new) == [note] == list(current)
             assert current.sync_session is session.sync_session
             assert current.bind is session.bind
-            assert getattr(current, "binds", None) == getattr(session, "binds", None)  # SQLAlchemy 2.0 has none
+            assert getattr(current, "binds", None) == getattr(
+                session, "binds", None
+            )  # SQLAlchemy 2.0 has none
             assert current.info is session.info
             await current.flush()
             assert await current.run_sync(lambda sync: sync.get(Note, note.id)) is note
@@ -67,7 +71,9 @@ class TestCurrentSession:
             await current.commit()
         assert await notes(manager) == ["one", "two"]
 
-    async def test_an_unknown_attribute_is_an_attribute_error(self, current: CurrentSession) -> None:
+    async def test_an_unknown_attribute_is_an_attribute_error(
+        self, current: CurrentSession
+    ) -> None:
         for name in ("__wrapped__", "__iter_me__", "no_such_thing"):
             assert not hasattr(current, name)
 
@@ -94,7 +100,9 @@ class TestNesting:
         with pytest.raises(NoSessionError):
             _ = current.sync_session
 
-    async def test_blocks_may_end_in_any_order(self, manager: DatabaseSessionManager, current: CurrentSession) -> None:
+    async def test_blocks_may_end_in_any_order(
+        self, manager: DatabaseSessionManager, current: CurrentSession
+    ) -> None:
         first, second = manager.session(), manager.session()
         await first.__aenter__()
         inner = await second.__aenter__()
@@ -134,14 +142,18 @@ class TestNesting:
         with pytest.raises(NoSessionError):
             await task
 
-    async def test_the_session_of_an_ended_scope_is_refused(self, manager: DatabaseSessionManager) -> None:
+    async def test_the_session_of_an_ended_scope_is_refused(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.session() as session:
             pass
         for use in (session.execute(select(1)), session.commit(), session.rollback()):
             with pytest.raises(NoSessionError, match="scope of this session has ended"):
                 await use
 
-    async def test_objects_can_be_read_after_their_block(self, manager: DatabaseSessionManager) -> None:
+    async def test_objects_can_be_read_after_their_block(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.transaction() as session:
             note = Note(text="read me")
             session.add(note)
@@ -278,7 +290,9 @@ class TestConcurrency:
         self, manager: DatabaseSessionManager, current: CurrentSession
     ) -> None:
         async with manager.session():
-            await asyncio.wait_for(current.execute(select(1)), 5)  # a task of its own on Python 3.11
+            await asyncio.wait_for(
+                current.execute(select(1)), 5
+            )  # a task of its own on Python 3.11
             await asyncio.create_task(current.execute(select(1)))  # type: ignore[arg-type]
             await current.execute(select(1))
 
@@ -318,12 +332,16 @@ class TestConcurrency:
                 joined.set()
                 await leave.wait()
 
-        with pytest.raises(UnexpectedRollbackError, match="a block that joined this one is still open"):
+        with pytest.raises(
+            UnexpectedRollbackError, match="a block that joined this one is still open"
+        ):
             async with manager.transaction():
                 task = asyncio.create_task(join())
                 await joined.wait()
         leave.set()
-        with pytest.raises(UnexpectedRollbackError, match="outer block ended before this joined block"):
+        with pytest.raises(
+            UnexpectedRollbackError, match="outer block ended before this joined block"
+        ):
             await task
         assert await notes(manager) == []
 
@@ -369,12 +387,16 @@ class TestOwnedTransaction:
     @pytest.mark.parametrize("call", CALLS)
     @pytest.mark.parametrize("through", ["the session", "the stand-in"])
     async def test_only_the_block_ends_what_it_began(
-        self, manager: DatabaseSessionManager, call: Callable[[AsyncSession], Awaitable[object]], through: str
+        self,
+        manager: DatabaseSessionManager,
+        call: Callable[[AsyncSession], Awaitable[object]],
+        through: str,
     ) -> None:
         async with manager.transaction() as session:
             session.add(Note(text="kept"))
             with pytest.raises(
-                ScopeOwnsTransactionError, match=r"set_rollback_only\(\).*Propagation.NESTED.*session\(\)"
+                ScopeOwnsTransactionError,
+                match=r"set_rollback_only\(\).*Propagation.NESTED.*session\(\)",
             ):
                 await call(session if through == "the session" else CurrentSession(manager))
         assert await notes(manager) == ["kept"]
@@ -388,7 +410,9 @@ class TestOwnedTransaction:
                     raise ValueError("undo")
         assert await notes(manager) == ["kept"]
 
-    async def test_in_a_bare_session_they_are_sqlalchemys(self, manager: DatabaseSessionManager) -> None:
+    async def test_in_a_bare_session_they_are_sqlalchemys(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.session() as session:
             async with session.begin():
                 session.add(Note(text="begun"))
@@ -421,7 +445,10 @@ class TestUncommittedChanges:
     @pytest.mark.parametrize("end", ["commit", "rollback"])
     @pytest.mark.parametrize("write", WRITES)
     async def test_one_that_was_committed_or_rolled_back_does_not(
-        self, manager: DatabaseSessionManager, write: Callable[[AsyncSession], Awaitable[object]], end: str
+        self,
+        manager: DatabaseSessionManager,
+        write: Callable[[AsyncSession], Awaitable[object]],
+        end: str,
     ) -> None:
         async with manager.session() as session:
             await write(session)

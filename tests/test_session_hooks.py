@@ -83,7 +83,9 @@ async def by_failed_commit(_: DatabaseSessionManager, session: AsyncSession) -> 
 
 
 class TestCommit:
-    @pytest.mark.parametrize("commit", [by_commit, by_current_session, by_run_sync, by_get_transaction, by_transaction])
+    @pytest.mark.parametrize(
+        "commit", [by_commit, by_current_session, by_run_sync, by_get_transaction, by_transaction]
+    )
     async def test_they_wait_for_it_and_run_once_in_the_order_given(
         self, manager: DatabaseSessionManager, commit: Act
     ) -> None:
@@ -117,7 +119,10 @@ class TestCommit:
                 manager.transaction.on_commit(audit)
                 assert ran == []
             assert ran == ["first"]
-            assert list(await session.scalars(select(Note.text).order_by(Note.text))) == ["a", "audit"]
+            assert list(await session.scalars(select(Note.text).order_by(Note.text))) == [
+                "a",
+                "audit",
+            ]
             await session.rollback()
             with pytest.raises(ZeroDivisionError):
                 async with session.begin():
@@ -149,7 +154,9 @@ class TestCommit:
                 seen.append(own)
                 own.add(Note(text="follow-up"))
 
-        one = settings.model_copy(update={"pool": PoolSettings(size=1, max_overflow=0, timeout=0.5)})
+        one = settings.model_copy(
+            update={"pool": PoolSettings(size=1, max_overflow=0, timeout=0.5)}
+        )
         async with DatabaseSessionManager(one) as small, small.session() as session:
             await add(session, "a")
             small.transaction.on_commit(follow_up)
@@ -158,14 +165,18 @@ class TestCommit:
             assert CurrentSession(small).sync_session is session.sync_session
         assert await notes(manager) == ["a", "follow-up"]
 
-    async def test_they_find_the_transaction_around_the_session(self, manager: DatabaseSessionManager) -> None:
+    async def test_they_find_the_transaction_around_the_session(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         found: list[bool] = []
         async with manager.transaction(read_only=True), manager.session() as session:
             manager.transaction.on_commit(lambda: found.append(manager.transaction.active))
             await session.commit()
         assert found == [True]
 
-    async def test_what_one_raises_undoes_nothing_and_stops_no_other(self, manager: DatabaseSessionManager) -> None:
+    async def test_what_one_raises_undoes_nothing_and_stops_no_other(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         ran: list[str] = []
         async with manager.session() as session:
             await add(session, "a")
@@ -178,7 +189,9 @@ class TestCommit:
             await session.commit()
         assert await notes(manager) == ["a", "b"]
 
-    async def test_a_cancellation_in_one_goes_on_and_stops_no_other(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_cancellation_in_one_goes_on_and_stops_no_other(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         ran: list[str] = []
         waiting = asyncio.Event()
 
@@ -205,8 +218,12 @@ class TestCommit:
 
 class TestRollback:
     @pytest.mark.parametrize("begun", [True, False], ids=["begun", "unused"])
-    @pytest.mark.parametrize("undo", [by_rollback, by_close, by_reset, by_failed_transaction, by_failed_commit])
-    async def test_they_are_dropped_for_good(self, manager: DatabaseSessionManager, undo: Act, begun: bool) -> None:
+    @pytest.mark.parametrize(
+        "undo", [by_rollback, by_close, by_reset, by_failed_transaction, by_failed_commit]
+    )
+    async def test_they_are_dropped_for_good(
+        self, manager: DatabaseSessionManager, undo: Act, begun: bool
+    ) -> None:
         ran: list[str] = []
         async with manager.session() as session:
             if begun:
@@ -220,7 +237,9 @@ class TestRollback:
         assert await notes(manager) == ["b"]
 
     @pytest.mark.filterwarnings("ignore::sessionwire.UncommittedChangesWarning")
-    async def test_a_session_that_ends_without_a_commit_drops_them(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_session_that_ends_without_a_commit_drops_them(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         ran: list[str] = []
         async with manager.session() as session:
             await add(session, "a")
@@ -232,7 +251,9 @@ class TestRollback:
                 raise ZeroDivisionError
         assert ran == []
 
-    async def test_of_a_savepoint_only_what_was_given_in_it(self, manager: DatabaseSessionManager) -> None:
+    async def test_of_a_savepoint_only_what_was_given_in_it(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         ran: list[str] = []
 
         def register(name: str) -> None:

@@ -100,11 +100,16 @@ class TestFiles:
         await manager.engine.dispose()
         await self.none_is_left(manager)
 
-    async def test_of_connections_whose_making_was_cancelled_are_closed(self, manager: DatabaseSessionManager) -> None:
+    async def test_of_connections_whose_making_was_cancelled_are_closed(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         file = str(manager.engine.url.database)
         for turns in range(40):
             await manager.engine.dispose()
-            tasks = [asyncio.create_task(manager.transaction.run(self.read, manager, read_only=True)) for _ in range(3)]
+            tasks = [
+                asyncio.create_task(manager.transaction.run(self.read, manager, read_only=True))
+                for _ in range(3)
+            ]
             for _ in range(turns):
                 await asyncio.sleep(0)
             for task in tasks:
@@ -113,7 +118,9 @@ class TestFiles:
         await manager.engine.dispose()
         await self.none_is_left(manager, file)
 
-    async def test_of_a_block_past_its_deadline_are_closed(self, manager: DatabaseSessionManager) -> None:
+    async def test_of_a_block_past_its_deadline_are_closed(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         for _ in range(3):
             with pytest.raises(TransactionTimeoutError):
                 async with manager.transaction(timeout=0.02) as session:
@@ -125,7 +132,9 @@ class TestFiles:
     async def test_of_blocks_that_close_has_cut_off_are_closed(
         self, settings: DatabaseSettings, seconds: float
     ) -> None:
-        async with DatabaseSessionManager(settings.model_copy(update={"drain_timeout": seconds})) as manager:
+        async with DatabaseSessionManager(
+            settings.model_copy(update={"drain_timeout": seconds})
+        ) as manager:
             async with manager.connect() as connection:
                 await connection.run_sync(manager.metadata.create_all)
             file = str(manager.engine.url.database)
@@ -161,4 +170,6 @@ def open_files(database: str) -> list[str]:
 
 def drivers() -> list[threading.Thread]:
     """The threads of connections."""
-    return [thread for thread in threading.enumerate() if "_connection_worker_thread" in thread.name]
+    return [
+        thread for thread in threading.enumerate() if "_connection_worker_thread" in thread.name
+    ]

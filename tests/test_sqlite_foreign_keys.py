@@ -44,7 +44,9 @@ def backend() -> str:
 
 @pytest.fixture
 def settings(database_url: str) -> DatabaseSettings:
-    return DatabaseSettings(url=database_url, pool=PoolSettings(size=1, max_overflow=1))  # so each is used again
+    return DatabaseSettings(
+        url=database_url, pool=PoolSettings(size=1, max_overflow=1)
+    )  # so each is used again
 
 
 @pytest.fixture
@@ -71,7 +73,9 @@ async def children(manager: DatabaseSessionManager) -> int | None:
 
 
 @pytest.mark.parametrize("off", [OFF, "pragma main.foreign_keys(0)", " PRAGMA foreign_keys='off'"])
-async def test_a_table_is_rebuilt_in_one_transaction(family: DatabaseSessionManager, off: str) -> None:
+async def test_a_table_is_rebuilt_in_one_transaction(
+    family: DatabaseSessionManager, off: str
+) -> None:
     async with family.connect() as connection:
         await run(connection, off, *REBUILD, ON)
         assert (await connection.execute(text("PRAGMA foreign_key_check"))).all() == []
@@ -89,7 +93,9 @@ async def test_a_rebuild_that_fails_is_undone(family: DatabaseSessionManager) ->
 
 
 @pytest.mark.parametrize("where", ["before", "in the migration"])
-async def test_alembic_rebuilds_a_table_in_its_batch_mode(family: DatabaseSessionManager, where: str) -> None:
+async def test_alembic_rebuilds_a_table_in_its_batch_mode(
+    family: DatabaseSessionManager, where: str
+) -> None:
     def migrate(connection: Connection) -> None:
         if where == "before":
             connection.execute(text(OFF))
@@ -109,7 +115,9 @@ async def test_alembic_rebuilds_a_table_in_its_batch_mode(family: DatabaseSessio
         assert await session.scalar(text("SELECT count(name) FROM parent")) == 0
 
 
-async def test_they_stay_off_until_the_connection_is_given_back(family: DatabaseSessionManager) -> None:
+async def test_they_stay_off_until_the_connection_is_given_back(
+    family: DatabaseSessionManager,
+) -> None:
     async with family.engine.connect() as connection:
         await run(connection, OFF)
         await connection.commit()
@@ -123,7 +131,9 @@ async def test_they_stay_off_until_the_connection_is_given_back(family: Database
     assert await children(family) == 1
 
 
-async def test_in_a_transaction_that_has_written_it_is_refused(family: DatabaseSessionManager) -> None:
+async def test_in_a_transaction_that_has_written_it_is_refused(
+    family: DatabaseSessionManager,
+) -> None:
     async with family.connect() as connection:
         await run(connection, "INSERT INTO parent VALUES (2)")
         with pytest.raises(IncompatibleTransactionError, match="before the first write"):
@@ -132,7 +142,9 @@ async def test_in_a_transaction_that_has_written_it_is_refused(family: DatabaseS
     assert await children(family) == 2
 
 
-async def test_what_was_read_before_is_still_so_or_it_is_refused(family: DatabaseSessionManager) -> None:
+async def test_what_was_read_before_is_still_so_or_it_is_refused(
+    family: DatabaseSessionManager,
+) -> None:
     async def write() -> None:
         async with family.transaction() as session:
             await session.execute(text("INSERT INTO parent VALUES (3)"))
@@ -161,12 +173,16 @@ class TestAutocommit:
             await run(connection, "VACUUM", OFF)
             assert await connection.scalar(text("PRAGMA foreign_keys")) == 0
             await connection.rollback()
-        async with family.engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        async with family.engine.execution_options(
+            isolation_level="AUTOCOMMIT"
+        ).connect() as connection:
             await run(connection, "INSERT INTO parent VALUES (6)")
         assert await self.parents(family) == [1, 4, 5, 6]
 
     @pytest.mark.parametrize("level", ["AUTOCOMMIT", "READ UNCOMMITTED", "SERIALIZABLE"])
-    async def test_leaves_nothing_on_the_connection(self, family: DatabaseSessionManager, level: Any) -> None:
+    async def test_leaves_nothing_on_the_connection(
+        self, family: DatabaseSessionManager, level: Any
+    ) -> None:
         async with family.engine.connect() as connection:
             connection = await connection.execution_options(isolation_level=level)
             assert await connection.scalar(text("SELECT 1")) == 1

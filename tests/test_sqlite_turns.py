@@ -26,7 +26,9 @@ def settings(database_url: str) -> DatabaseSettings:
 
 
 @pytest.mark.parametrize("how", ["flush", "insert", "text"])
-async def test_sessions_that_only_write_wait_for_their_turns(manager: DatabaseSessionManager, how: str) -> None:
+async def test_sessions_that_only_write_wait_for_their_turns(
+    manager: DatabaseSessionManager, how: str
+) -> None:
     async def add(number: int) -> None:
         async with manager.session() as session:
             if how == "flush":
@@ -46,7 +48,9 @@ async def test_sessions_that_only_write_wait_for_their_turns(manager: DatabaseSe
     assert await notes(manager) == sorted(map(str, seen))
 
 
-async def test_a_session_waits_as_long_as_the_pool_and_can_be_cancelled(settings: DatabaseSettings) -> None:
+async def test_a_session_waits_as_long_as_the_pool_and_can_be_cancelled(
+    settings: DatabaseSettings,
+) -> None:
     pool = PoolSettings(size=2, max_overflow=0, timeout=0.3)
     async with DatabaseSessionManager(settings.model_copy(update={"pool": pool})) as manager:
         async with manager.connect() as connection:
@@ -95,7 +99,10 @@ async def test_one_that_has_read_is_told_at_once_to_take_a_transaction(
         with pytest.raises(OperationalError, match="locked") as refused:
             await session.execute(text("INSERT INTO note (text) VALUES ('lost')"))
         assert monotonic() - start < 1
-        assert "use transaction(), which waits before it reads, or roll back" in refused.value.__notes__[0]
+        assert (
+            "use transaction(), which waits before it reads, or roll back"
+            in refused.value.__notes__[0]
+        )
         done.set()
         await writer
         await session.rollback()  # as it is told to

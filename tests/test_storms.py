@@ -42,7 +42,9 @@ class TestStorm(OnPostgres):
         self, manager: DatabaseSessionManager, postgres: Postgres, database_url: str, times: int
     ) -> None:
         complaints: list[dict[str, Any]] = []
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: complaints.append(context)
+        )
         chance = random.Random(times)
 
         async def call(stormy: DatabaseSessionManager) -> None:
@@ -64,12 +66,16 @@ class TestStorm(OnPostgres):
 
         async with Slow().open(postgres.host) as port:
             settings = DatabaseSettings(
-                url=at_port(port, database_url), pool=PoolSettings(size=2, max_overflow=2), application_name="stormy"
+                url=at_port(port, database_url),
+                pool=PoolSettings(size=2, max_overflow=2),
+                application_name="stormy",
             )
             async with DatabaseSessionManager(settings) as stormy:
                 await asyncio.gather(*(client(stormy) for _ in range(12)))
                 await asyncio.sleep(1)  # as long as a server process may need to notice
-                connected = "SELECT state, query FROM pg_stat_activity WHERE application_name = 'stormy'"
+                connected = (
+                    "SELECT state, query FROM pg_stat_activity WHERE application_name = 'stormy'"
+                )
                 assert len(left := await postgres.execute(connected)) <= 4, left
                 assert checked_out(stormy) == 0
         assert await notes(manager) == []
@@ -87,17 +93,25 @@ class TestBlackHole(OnPostgres):
 
     @pytest.fixture
     async def remote(
-        self, network: Network, database_url: str, postgres: Postgres, manager: DatabaseSessionManager
+        self,
+        network: Network,
+        database_url: str,
+        postgres: Postgres,
+        manager: DatabaseSessionManager,
     ) -> AsyncIterator[DatabaseSessionManager]:
         pool = PoolSettings(size=1, max_overflow=1, ping_after=60)
         limits = {"commit_timeout": 0.3, "rollback_timeout": 1.0}
         async with through(network, postgres, database_url, pool=pool, **limits) as remote:
             yield remote
             before = time.monotonic()
-        assert time.monotonic() - before < 1.5 + 1.0  # the second for whatever the test has left in use
+        assert (
+            time.monotonic() - before < 1.5 + 1.0
+        )  # the second for whatever the test has left in use
 
     @pytest.mark.parametrize("kind", ["statement", "first statement", "flush"])
-    async def test_a_deadline_holds(self, remote: DatabaseSessionManager, network: Network, kind: str) -> None:
+    async def test_a_deadline_holds(
+        self, remote: DatabaseSessionManager, network: Network, kind: str
+    ) -> None:
         before = time.monotonic()
         with pytest.raises(TimeoutError):
             async with remote.transaction(timeout=0.3) as session:
@@ -132,7 +146,9 @@ class TestBlackHole(OnPostgres):
         assert 0.2 < time.monotonic() - before < 0.8
 
     @pytest.mark.parametrize("kind", ["transaction", "connect", "session"])
-    async def test_that_of_a_rollback_holds(self, remote: DatabaseSessionManager, network: Network, kind: str) -> None:
+    async def test_that_of_a_rollback_holds(
+        self, remote: DatabaseSessionManager, network: Network, kind: str
+    ) -> None:
         with pytest.raises(ValueError, match="mine"):
             async with getattr(remote, kind)() as opened:
                 await opened.execute(insert(Note).values(text="lost"))
@@ -179,10 +195,14 @@ class Unplugged(Proxy):
     """Its machine can vanish from the network: no packet from a client is heard, nor answered by TCP itself."""
 
     def vanish(self) -> None:
-        drop = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # a filter for packets: keep 0 bytes
+        drop = ctypes.create_string_buffer(
+            struct.pack("HBBI", 0x06, 0, 0, 0)
+        )  # a filter for packets: keep 0 bytes
         program = struct.pack("HP", 1, ctypes.addressof(drop))
         for line in self.lines:
-            line.to_client.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+            line.to_client.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, SO_ATTACH_FILTER, program
+            )
 
 
 SO_ATTACH_FILTER = 26
@@ -195,7 +215,11 @@ class TestVanishedPeer(OnPostgres):
 
     @pytest.fixture
     async def remote(
-        self, network: Unplugged, database_url: str, postgres: Postgres, manager: DatabaseSessionManager
+        self,
+        network: Unplugged,
+        database_url: str,
+        postgres: Postgres,
+        manager: DatabaseSessionManager,
     ) -> AsyncIterator[DatabaseSessionManager]:
         async with network.open(postgres.host) as port:
             url = at_port(port, database_url)
@@ -226,7 +250,9 @@ class TestVanishedPeer(OnPostgres):
         async with remote.transaction() as session:
             assert await session.scalar(text("SELECT 1 FROM pg_sleep(2.5)")) == 1
 
-    @pytest.mark.parametrize(("tcp_timeout", "expected"), [(30.0, (1, 15, 5, 3, 30000)), (0.0, (0,))])
+    @pytest.mark.parametrize(
+        ("tcp_timeout", "expected"), [(30.0, (1, 15, 5, 3, 30000)), (0.0, (0,))]
+    )
     async def test_the_setting_reaches_the_socket(
         self,
         manager: DatabaseSessionManager,
@@ -239,7 +265,9 @@ class TestVanishedPeer(OnPostgres):
         async with network.open(postgres.host) as port:
             url = at_port(port, database_url)
             async with (
-                DatabaseSessionManager(DatabaseSettings(url=url, tcp_timeout=tcp_timeout)) as remote,
+                DatabaseSessionManager(
+                    DatabaseSettings(url=url, tcp_timeout=tcp_timeout)
+                ) as remote,
                 remote.connect() as connection,
             ):
                 driver: Any = (await connection.get_raw_connection()).driver_connection

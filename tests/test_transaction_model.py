@@ -48,7 +48,10 @@ Error = type[BaseException] | None
 DEPTH = 4
 
 # what leads further is drawn more often; None is a session()
-MODES = [Propagation.REQUIRED, Propagation.NESTED, None] * 3 + [Propagation.REQUIRES_NEW, *Propagation]
+MODES = [Propagation.REQUIRED, Propagation.NESTED, None] * 3 + [
+    Propagation.REQUIRES_NEW,
+    *Propagation,
+]
 
 
 # What a block does, where a transaction is current, and where none is.
@@ -121,7 +124,9 @@ class Model:
     @property
     def can_execute(self) -> bool:
         others = (frame.session for frame in self.frames if frame.session is not self.session)
-        return not self.level.broken and not (self.one_writer and any(other.used for other in others))
+        return not self.level.broken and not (
+            self.one_writer and any(other.used for other in others)
+        )
 
     # Blocks
 
@@ -137,7 +142,9 @@ class Model:
         if act == "begin" and shared is not None and shared.kind == "bare":
             self.frames.append(Frame("take over", shared))
         elif act == "begin":
-            if self.one_writer and any(frame.session.in_transaction or frame.session.used for frame in self.frames):
+            if self.one_writer and any(
+                frame.session.in_transaction or frame.session.used for frame in self.frames
+            ):
                 return IncompatibleTransactionError
             self.frames.append(Frame("begin", Session("transaction")))
         elif act == "go without":
@@ -167,11 +174,15 @@ class Model:
             session.levels.pop()
             outer = session.levels[-1]
             outer.rows |= level.rows if kept else set()
-            outer.hooks += level.hooks if kept else [(n, "always", name) for n, name in due(level, "rollback")]
+            outer.hooks += (
+                level.hooks if kept else [(n, "always", name) for n, name in due(level, "rollback")]
+            )
         elif frame.owns:
             session.in_transaction = False
             self.end(session, kept=kept)
-            self.hooks_run += [name for _, name in sorted(due(level, "commit" if kept else "rollback"))]
+            self.hooks_run += [
+                name for _, name in sorted(due(level, "commit" if kept else "rollback"))
+            ]
         return error
 
     def end(self, session: Session, *, kept: bool, by_session: bool = False) -> None:
@@ -255,12 +266,16 @@ class LibraryAndModel(RuleBasedStateMachine):
     An error that comes of a step is caught, unless the next step is `let_it_out`.
     """
 
-    def __init__(self, manager: DatabaseSessionManager, witness: AsyncConnection, runner: asyncio.Runner) -> None:
+    def __init__(
+        self, manager: DatabaseSessionManager, witness: AsyncConnection, runner: asyncio.Runner
+    ) -> None:
         super().__init__()
         self.manager, self.witness, self.runner = manager, witness, runner
         self.session = CurrentSession(manager)
         self.model = Model(one_writer=manager.engine.name == "sqlite")
-        self.context = copy_context()  # one for all steps: the next one sees the block that this one opens
+        self.context = (
+            copy_context()
+        )  # one for all steps: the next one sees the block that this one opens
         self.blocks: list[AbstractAsyncContextManager[AsyncSession]] = []
         self.error: Exception | None = None  # of the last step
         self.hooks_run: list[str] = []
@@ -392,7 +407,10 @@ class LibraryAndModel(RuleBasedStateMachine):
 
     def add_hook(self, when: str, *, is_async: bool) -> None:
         name = next(self.names)
-        self.do(self.hook(when, name, is_async=is_async), expected=self.model.hook(when, name, is_async=is_async))
+        self.do(
+            self.hook(when, name, is_async=is_async),
+            expected=self.model.hook(when, name, is_async=is_async),
+        )
 
     # What must hold
 
@@ -404,7 +422,9 @@ class LibraryAndModel(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            if sys.exception() is None:  # else a step disagreed, and what follows would only hide it
+            if (
+                sys.exception() is None
+            ):  # else a step disagreed, and what follows would only hide it
                 while self.blocks:
                     self.end_well()
                 self.agrees()
@@ -413,7 +433,10 @@ class LibraryAndModel(RuleBasedStateMachine):
         finally:
             while self.blocks:  # no lock may outlive the example
                 with suppress(Exception):
-                    self.runner.run(exit_with(ValueError("disagreement"), self.blocks.pop()), context=self.context)
+                    self.runner.run(
+                        exit_with(ValueError("disagreement"), self.blocks.pop()),
+                        context=self.context,
+                    )
 
     # With the library
 
@@ -451,7 +474,9 @@ class LibraryAndModel(RuleBasedStateMachine):
         return set(await self.witness.scalars(select(Note.text).where(Note.text != "taken")))
 
 
-async def exit_with(error: Exception | None, block: AbstractAsyncContextManager[AsyncSession]) -> None:
+async def exit_with(
+    error: Exception | None, block: AbstractAsyncContextManager[AsyncSession]
+) -> None:
     await block.__aexit__(kind(error), error, None)
     if error is not None:
         raise error

@@ -70,12 +70,16 @@ def service(manager: DatabaseSessionManager) -> Service:
 
 
 class TestBlocks:
-    async def test_it_commits_when_the_block_ends_well(self, manager: DatabaseSessionManager) -> None:
+    async def test_it_commits_when_the_block_ends_well(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.transaction() as session:
             session.add(Note(text="kept"))
         assert await notes(manager) == ["kept"]
 
-    @pytest.mark.parametrize("error", [ValueError, asyncio.CancelledError, KeyboardInterrupt, GeneratorExit])
+    @pytest.mark.parametrize(
+        "error", [ValueError, asyncio.CancelledError, KeyboardInterrupt, GeneratorExit]
+    )
     async def test_it_rolls_back_on_any_error(
         self, manager: DatabaseSessionManager, error: type[BaseException]
     ) -> None:
@@ -86,7 +90,9 @@ class TestBlocks:
                 raise error
         assert await notes(manager) == []
 
-    async def test_a_flush_at_the_end_that_fails_is_the_error(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_flush_at_the_end_that_fails_is_the_error(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         with pytest.raises(IntegrityError):
             async with manager.transaction() as session:
                 session.add_all([Note(text="twice"), Note(text="twice")])
@@ -104,7 +110,9 @@ class TestBlocks:
         assert not manager.transaction.active
         assert await notes(manager) == ["inner", "outer"]
 
-    async def test_a_joined_block_that_fails_takes_the_outer_one_with_it(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_joined_block_that_fails_takes_the_outer_one_with_it(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         with pytest.raises(ValueError, match="inner"):
             async with manager.transaction() as session:
                 session.add(Note(text="outer"))
@@ -129,14 +137,18 @@ class TestBlocks:
     async def test_a_flush_that_failed_and_was_caught_is_not_lost_quietly(
         self, manager: DatabaseSessionManager
     ) -> None:
-        with pytest.raises(UnexpectedRollbackError, match=r"(?s)IntegrityError.*Propagation\.NESTED"):
+        with pytest.raises(
+            UnexpectedRollbackError, match=r"(?s)IntegrityError.*Propagation\.NESTED"
+        ):
             async with manager.transaction() as session:
                 session.add_all([Note(text="twice"), Note(text="twice")])
                 with pytest.raises(IntegrityError):
                     await session.flush()
         assert await notes(manager) == []
 
-    async def test_in_a_bare_session_it_commits_what_was_done_before_too(self, manager: DatabaseSessionManager) -> None:
+    async def test_in_a_bare_session_it_commits_what_was_done_before_too(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.session() as session:
             session.add(Note(text="before"))
             async with manager.transaction() as same:
@@ -156,14 +168,18 @@ class TestBlocks:
             assert await session.scalar(select(1)) == 1
         assert await notes(manager) == []
 
-    async def test_nothing_is_sent_for_a_block_that_uses_nothing(self, manager: DatabaseSessionManager) -> None:
+    async def test_nothing_is_sent_for_a_block_that_uses_nothing(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.transaction() as session:
             assert not session.in_transaction()
             assert manager.engine.pool.status().endswith("connections: 0")
 
 
 class TestTransactional:
-    async def test_a_method_is_a_transaction(self, manager: DatabaseSessionManager, service: Service) -> None:
+    async def test_a_method_is_a_transaction(
+        self, manager: DatabaseSessionManager, service: Service
+    ) -> None:
         assert len(await service.write("a", "b")) == 2
         with pytest.raises(ValueError, match="as asked"):
             await service.write("c", fail=True)
@@ -203,7 +219,9 @@ class TestTransactional:
             @transactional
             async def write(self) -> None: ...
 
-        with pytest.raises(TypeError, match=r"the attribute 'transaction' of Incomplete is missing"):
+        with pytest.raises(
+            TypeError, match=r"the attribute 'transaction' of Incomplete is missing"
+        ):
             await Incomplete().write()
 
         with pytest.raises(TypeError, match="neither a parameter 'transaction' nor a self"):
@@ -217,7 +235,9 @@ async def notes_inside(session: AsyncSession) -> list[str]:
 
 
 class TestObjectsAfterTheEnd:
-    async def test_what_was_rolled_back_can_be_added_again(self, manager: DatabaseSessionManager) -> None:
+    async def test_what_was_rolled_back_can_be_added_again(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         note = Note(text="again")
         with pytest.raises(ZeroDivisionError):
             async with manager.transaction() as session:
@@ -232,7 +252,9 @@ class TestObjectsAfterTheEnd:
             session.add(note)
         assert await notes(manager) == ["again"]
 
-    async def test_so_can_what_a_bare_session_did_not_commit(self, manager: DatabaseSessionManager) -> None:
+    async def test_so_can_what_a_bare_session_did_not_commit(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         note = Note(text="again")
         with pytest.raises(ZeroDivisionError):
             async with manager.session() as session:
@@ -243,7 +265,9 @@ class TestObjectsAfterTheEnd:
             session.add(note)
         assert await notes(manager) == ["again"]
 
-    async def test_a_change_that_was_rolled_back_can_be_made_again(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_change_that_was_rolled_back_can_be_made_again(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.transaction() as session:
             note = Note(text="a")
             session.add(note)
@@ -263,7 +287,9 @@ class TestObjectsAfterTheEnd:
         await manager.transaction.run(change, retries=1)
         assert await notes(manager) == ["ab"]
 
-    async def test_what_was_only_read_can_be_read_after_an_error(self, manager: DatabaseSessionManager) -> None:
+    async def test_what_was_only_read_can_be_read_after_an_error(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.transaction() as session:
             session.add(Note(text="read"))
         with pytest.raises(ZeroDivisionError):
@@ -281,17 +307,28 @@ class TestObjectsAfterTheEnd:
             (await session.scalars(select(Note))).one().text = "same"
         assert await notes(manager) == ["same"]
 
-    async def test_a_listener_may_add_a_row_before_the_commit(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_listener_may_add_a_row_before_the_commit(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.transaction() as session:
-            event.listen(session.sync_session, "before_commit", lambda sync: sync.add(Note(text="audit")), once=True)
+            event.listen(
+                session.sync_session,
+                "before_commit",
+                lambda sync: sync.add(Note(text="audit")),
+                once=True,
+            )
             session.add(Note(text="work"))
         assert await notes(manager) == ["audit", "work"]
 
 
 class TestOptions:
-    async def test_those_with_another_value_each_time_are_not_kept(self, manager: DatabaseSessionManager) -> None:
+    async def test_those_with_another_value_each_time_are_not_kept(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async def in_block(number: int) -> None:
-            async with manager.transaction(execution_options={"logging_token": f"{number}"}) as session:
+            async with manager.transaction(
+                execution_options={"logging_token": f"{number}"}
+            ) as session:
                 connection = (await session.connection()).sync_connection
                 assert connection is not None
                 assert connection.get_execution_options()["logging_token"] == f"{number}"
@@ -315,7 +352,10 @@ class TestBlocksThatCannotBe:
 
     @pytest.mark.parametrize(
         ("option", "remedy"),
-        [({"isolation_level": "AUTOCOMMIT"}, "isolation=…"), ({"postgresql_readonly": True}, "read_only=True")],
+        [
+            ({"isolation_level": "AUTOCOMMIT"}, "isolation=…"),
+            ({"postgresql_readonly": True}, "read_only=True"),
+        ],
     )
     async def test_execution_options_do_not_go_around_those_of_the_block(
         self, manager: DatabaseSessionManager, option: dict[str, Any], remedy: str
@@ -324,7 +364,9 @@ class TestBlocksThatCannotBe:
             manager.transaction(execution_options=option)
 
     @pytest.mark.parametrize("kind", ["transaction", "session"])
-    async def test_a_block_is_entered_once(self, manager: DatabaseSessionManager, kind: str) -> None:
+    async def test_a_block_is_entered_once(
+        self, manager: DatabaseSessionManager, kind: str
+    ) -> None:
         block = getattr(manager, kind)()
         async with block as session:
             session.add(Note(text="first"))

@@ -87,7 +87,11 @@ Work = Callable[[DatabaseSessionManager], Coroutine[Any, Any, None]]
 
 
 async def cancel_everywhere(
-    manager: DatabaseSessionManager, work: Work, *, again_after: int | None = None, warm: bool = True
+    manager: DatabaseSessionManager,
+    work: Work,
+    *,
+    again_after: int | None = None,
+    warm: bool = True,
 ) -> AsyncIterator[list[str]]:
     """What was written, for each suspension of the work that it was cancelled at. Nothing may be left behind."""
     tasks = asyncio.all_tasks()
@@ -109,7 +113,10 @@ async def cancel_everywhere(
 async def test_a_cancellation_at_any_await_leaves_all_or_nothing_and_no_connection_behind(
     manager: DatabaseSessionManager, work: Work, warm: bool, again_after: int | None
 ) -> None:
-    results = [written async for written in cancel_everywhere(manager, work, again_after=again_after, warm=warm)]
+    results = [
+        written
+        async for written in cancel_everywhere(manager, work, again_after=again_after, warm=warm)
+    ]
     assert [] in results, "no cancellation came in time to undo anything"
     assert results[-1] == ["a", "b"]
     assert all(written in ([], ["a", "b"]) for written in results)
@@ -143,13 +150,19 @@ async def until_given_back(manager: DatabaseSessionManager) -> None:
 
 @pytest.mark.parametrize("again_after", [ONCE, TWICE_LATER])
 class TestCancelledEverywhere:
-    async def all_or_nothing(self, manager: DatabaseSessionManager, work: Work, again_after: int | None) -> None:
-        results = [written async for written in cancel_everywhere(manager, work, again_after=again_after)]
+    async def all_or_nothing(
+        self, manager: DatabaseSessionManager, work: Work, again_after: int | None
+    ) -> None:
+        results = [
+            written async for written in cancel_everywhere(manager, work, again_after=again_after)
+        ]
         assert [] in results
         assert results[-1] == ["a", "b"]
         assert all(written in ([], ["a", "b"]) for written in results)
 
-    async def test_in_a_savepoint(self, manager: DatabaseSessionManager, again_after: int | None) -> None:
+    async def test_in_a_savepoint(
+        self, manager: DatabaseSessionManager, again_after: int | None
+    ) -> None:
         async def work(manager: DatabaseSessionManager) -> None:
             async with manager.transaction() as session:
                 session.add(Note(text="a"))
@@ -175,7 +188,9 @@ class TestCancelledEverywhere:
 
         await self.all_or_nothing(manager, work, again_after)
 
-    async def test_in_a_transaction_of_its_own(self, manager: DatabaseSessionManager, again_after: int | None) -> None:
+    async def test_in_a_transaction_of_its_own(
+        self, manager: DatabaseSessionManager, again_after: int | None
+    ) -> None:
         """The inner one stands for itself; the outer one commits after it."""
 
         async def work(manager: DatabaseSessionManager) -> None:
@@ -186,13 +201,17 @@ class TestCancelledEverywhere:
                     await inner.execute(insert(Note).values(text="inner"))
                 assert await outer.scalar(select(1)) == 1
 
-        results = [written async for written in cancel_everywhere(manager, work, again_after=again_after)]
+        results = [
+            written async for written in cancel_everywhere(manager, work, again_after=again_after)
+        ]
         all_of_it = ["inner"] if database_of(manager).is_sqlite else ["inner", "outer"]
         assert [] in results
         assert results[-1] == all_of_it
         assert all(written in ([], ["inner"], all_of_it) for written in results)
 
-    async def test_in_a_scope_that_reads(self, manager: DatabaseSessionManager, again_after: int | None) -> None:
+    async def test_in_a_scope_that_reads(
+        self, manager: DatabaseSessionManager, again_after: int | None
+    ) -> None:
         async def work(manager: DatabaseSessionManager) -> None:
             async with manager.transaction(Propagation.SUPPORTS, read_only=True) as session:
                 await session.execute(select(Note))
@@ -202,10 +221,14 @@ class TestCancelledEverywhere:
             async with manager.transaction(read_only=True) as session:
                 await session.execute(select(Note))
 
-        results = [written async for written in cancel_everywhere(manager, work, again_after=again_after)]
+        results = [
+            written async for written in cancel_everywhere(manager, work, again_after=again_after)
+        ]
         assert len(results) > 4
 
-    async def test_with_hooks(self, manager: DatabaseSessionManager, again_after: int | None) -> None:
+    async def test_with_hooks(
+        self, manager: DatabaseSessionManager, again_after: int | None
+    ) -> None:
         """They tell the truth: those of a commit run exactly where there was one."""
 
         async def work(manager: DatabaseSessionManager) -> None:
@@ -224,7 +247,10 @@ class TestCancelledEverywhere:
             assert written in ([], ["a", "b"])
 
     async def test_in_attempts_and_the_pauses_between_them(
-        self, manager: DatabaseSessionManager, again_after: int | None, monkeypatch: pytest.MonkeyPatch
+        self,
+        manager: DatabaseSessionManager,
+        again_after: int | None,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         async def attempt() -> None:
             attempts.append(1)
@@ -300,7 +326,9 @@ class TestRefusedCommit:
             await session.commit()
         assert await self.parts_in(manager) == 1
 
-    async def test_so_it_does_after_a_transaction_in_it(self, manager: DatabaseSessionManager) -> None:
+    async def test_so_it_does_after_a_transaction_in_it(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.session() as session:
             with pytest.raises(IntegrityError):
                 async with manager.transaction():
@@ -341,7 +369,12 @@ class TestCancelledCommit:
     @pytest.mark.parametrize("kind", ["transaction", "connect"])
     @pytest.mark.parametrize("times", [1, 3])
     async def test_it_is_kept_and_the_cancellation_goes_on(
-        self, manager: DatabaseSessionManager, sent: asyncio.Event, answer: asyncio.Event, kind: str, times: int
+        self,
+        manager: DatabaseSessionManager,
+        sent: asyncio.Event,
+        answer: asyncio.Event,
+        kind: str,
+        times: int,
     ) -> None:
         async def work() -> None:
             async with getattr(manager, kind)() as opened:
@@ -505,7 +538,9 @@ class TestPostgres(OnPostgres):
     async def test_a_task_that_never_stops_using_the_session_costs_the_connection_and_no_more(
         self, settings: DatabaseSettings, manager: DatabaseSessionManager
     ) -> None:
-        async with DatabaseSessionManager(settings.model_copy(update={"rollback_timeout": 0.2})) as hasty:
+        async with DatabaseSessionManager(
+            settings.model_copy(update={"rollback_timeout": 0.2})
+        ) as hasty:
             with pytest.raises(ConcurrentSessionError):
                 async with hasty.transaction() as session:
                     session.add(Note(text="lost"))
@@ -525,7 +560,11 @@ class TestPostgres(OnPostgres):
                 await session.execute(text("SELECT pg_sleep(60)"))
 
         async def sleeping() -> bool:
-            return bool(await server.execute("SELECT 1 FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(60)'"))
+            return bool(
+                await server.execute(
+                    "SELECT 1 FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(60)'"
+                )
+            )
 
         task = asyncio.create_task(sleep())
         async with asyncio.timeout(5):
@@ -548,10 +587,16 @@ class TestNetwork(OnPostgres):
 
     @pytest.fixture
     async def remote(
-        self, network: Network, database_url: str, postgres: Postgres, manager: DatabaseSessionManager
+        self,
+        network: Network,
+        database_url: str,
+        postgres: Postgres,
+        manager: DatabaseSessionManager,
     ) -> AsyncIterator[DatabaseSessionManager]:
         """A manager that reaches the database through it."""
-        async with through(network, postgres, database_url, commit_timeout=0.2, rollback_timeout=0.2) as remote:
+        async with through(
+            network, postgres, database_url, commit_timeout=0.2, rollback_timeout=0.2
+        ) as remote:
             yield remote
             assert checked_out(remote) == 0
 
@@ -566,7 +611,11 @@ class TestNetwork(OnPostgres):
 
     @pytest.mark.parametrize("kind", ["transaction", "connect"])
     async def test_it_is_where_the_commit_was_carried_out_and_the_answer_was_lost(
-        self, manager: DatabaseSessionManager, remote: DatabaseSessionManager, network: Network, kind: str
+        self,
+        manager: DatabaseSessionManager,
+        remote: DatabaseSessionManager,
+        network: Network,
+        kind: str,
     ) -> None:
         network.cuts_answer_to = b"COMMIT"
         with pytest.raises(CommitOutcomeUnknownError):
@@ -576,7 +625,11 @@ class TestNetwork(OnPostgres):
 
     @pytest.mark.parametrize("kind", ["transaction", "connect"])
     async def test_it_is_where_the_commit_was_lost_on_its_way(
-        self, manager: DatabaseSessionManager, remote: DatabaseSessionManager, network: Network, kind: str
+        self,
+        manager: DatabaseSessionManager,
+        remote: DatabaseSessionManager,
+        network: Network,
+        kind: str,
     ) -> None:
         network.cuts_at = b"COMMIT"
         with pytest.raises(CommitOutcomeUnknownError):
@@ -669,7 +722,9 @@ async def test_a_full_pool_is_an_error_in_time_and_recovers(settings: DatabaseSe
             await third.execute(select(1))
 
 
-async def test_a_cancelled_wait_for_a_connection_leaves_the_pool_whole(settings: DatabaseSettings) -> None:
+async def test_a_cancelled_wait_for_a_connection_leaves_the_pool_whole(
+    settings: DatabaseSettings,
+) -> None:
     pool = PoolSettings(size=1, max_overflow=0)
     async with DatabaseSessionManager(settings.model_copy(update={"pool": pool})) as manager:
 
@@ -695,7 +750,9 @@ class TestSQLiteLock:
     def backend(self) -> str:
         return "sqlite"
 
-    async def test_a_writer_waits_for_the_one_before_it(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_writer_waits_for_the_one_before_it(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async def write(name: str) -> None:
             async with manager.transaction() as session:
                 await session.execute(select(Note))
@@ -705,7 +762,9 @@ class TestSQLiteLock:
         await asyncio.gather(*(write(str(number)) for number in range(5)))
         assert len(await notes(manager)) == 5
 
-    async def test_a_wait_that_is_cancelled_ends_at_once(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_wait_that_is_cancelled_ends_at_once(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.transaction() as session:
             session.add(Note(text="first"))
             await session.flush()
@@ -729,8 +788,12 @@ class TestSQLiteLock:
             async with other.session() as reader:  # which no writer keeps out
                 assert (await reader.scalars(select(Note))).all() == []
 
-    async def test_a_cancelled_statement_does_not_keep_the_lock(self, manager: DatabaseSessionManager) -> None:
-        count = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+    async def test_a_cancelled_statement_does_not_keep_the_lock(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        count = (
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+        )
 
         async def run() -> None:
             async with manager.transaction() as session:
@@ -745,5 +808,7 @@ class TestSQLiteLock:
             with pytest.raises(asyncio.CancelledError) as kept:
                 await task
             await in_a_transaction(manager)
-        assert kept.value.__traceback__ is not None  # what it refers to must not hold the lock either
+        assert (
+            kept.value.__traceback__ is not None
+        )  # what it refers to must not hold the lock either
         assert await notes(manager) == ["a", "b"]

@@ -110,13 +110,17 @@ async def of_manager(
 
 
 @inject
-async def of_the_provider_itself(text: str, build: providers.Factory[Notebook] = Provider[Container.notebook]) -> None:
+async def of_the_provider_itself(
+    text: str, build: providers.Factory[Notebook] = Provider[Container.notebook]
+) -> None:
     assert build() is not build()
     await build().write(text)
 
 
 @inject
-def of_synchronous_function(text: str, notebook: Notebook = Provide[Container.notebook]) -> Coroutine[Any, Any, None]:
+def of_synchronous_function(
+    text: str, notebook: Notebook = Provide[Container.notebook]
+) -> Coroutine[Any, Any, None]:
     return notebook.write(text)
 
 
@@ -134,7 +138,9 @@ class Desk:
 
     @classmethod
     @inject
-    async def of_class_method(cls, text: str, notebook: Notebook = Provide[Container.notebook]) -> None:
+    async def of_class_method(
+        cls, text: str, notebook: Notebook = Provide[Container.notebook]
+    ) -> None:
         await notebook.write(text)
 
     @staticmethod
@@ -220,7 +226,9 @@ class Clerk:
 
     @inject
     @transactional
-    async def inject_over_transactional(self, *texts: str, notes: Notes = Provide[Container.notes]) -> None:
+    async def inject_over_transactional(
+        self, *texts: str, notes: Notes = Provide[Container.notes]
+    ) -> None:
         for text in texts:
             await notes.add(text)
             if text == "wrong":
@@ -228,7 +236,9 @@ class Clerk:
 
     @transactional
     @inject
-    async def transactional_over_inject(self, *texts: str, notes: Notes = Provide[Container.notes]) -> None:
+    async def transactional_over_inject(
+        self, *texts: str, notes: Notes = Provide[Container.notes]
+    ) -> None:
         for text in texts:
             await notes.add(text)
             if text == "wrong":
@@ -237,7 +247,9 @@ class Clerk:
 
 @pytest.mark.parametrize("name", ["inject_over_transactional", "transactional_over_inject"])
 @pytest.mark.parametrize("owner", ["module", "object"])
-async def test_inject_and_transactional_go_together(name: str, owner: str, container: Container) -> None:
+async def test_inject_and_transactional_go_together(
+    name: str, owner: str, container: Container
+) -> None:
     container.wire(modules=[__name__])
     holder = Clerk(container.db.transaction()) if owner == "object" else sys.modules[__name__]
     write: Write = getattr(holder, name)
@@ -247,7 +259,9 @@ async def test_inject_and_transactional_go_together(name: str, owner: str, conta
     assert await notes(container.db.sessionmanager()) == ["a", "b"]
 
 
-async def test_imported_before_wiring_inject_belongs_over_transactional(container: Container) -> None:
+async def test_imported_before_wiring_inject_belongs_over_transactional(
+    container: Container,
+) -> None:
     over, under = IMPORTED_BEFORE_WIRING
     container.wire(modules=[__name__])
     await over("a")
@@ -257,18 +271,24 @@ async def test_imported_before_wiring_inject_belongs_over_transactional(containe
     assert await notes(container.db.sessionmanager()) == ["a", "c"]
 
 
-async def test_an_argument_goes_before_what_would_be_injected(container: Container, tmp_path: Path) -> None:
+async def test_an_argument_goes_before_what_would_be_injected(
+    container: Container, tmp_path: Path
+) -> None:
     container.wire(modules=[__name__])
     other = Container(settings=DatabaseSettings(url=f"sqlite:///{tmp_path / 'other.db'}"))
     async with Lifespan(other):
         await create_tables(other.db.sessionmanager())
-        await inject_over_transactional("a", transaction=other.db.transaction(), notes=other.notes())
+        await inject_over_transactional(
+            "a", transaction=other.db.transaction(), notes=other.notes()
+        )
         await of_keyword("b", notebook=other.notebook())
         assert await notes(other.db.sessionmanager()) == ["a", "b"]
     assert await notes(container.db.sessionmanager()) == []
 
 
-async def test_a_transaction_manager_can_be_the_default_of_its_parameter(container: Container) -> None:
+async def test_a_transaction_manager_can_be_the_default_of_its_parameter(
+    container: Container,
+) -> None:
     manager = container.db.sessionmanager()
 
     @transactional
@@ -280,13 +300,17 @@ async def test_a_transaction_manager_can_be_the_default_of_its_parameter(contain
     assert await notes(manager) == ["a"]
 
 
-@pytest.mark.parametrize("function", [of_function, inject_over_transactional, transactional_over_inject])
+@pytest.mark.parametrize(
+    "function", [of_function, inject_over_transactional, transactional_over_inject]
+)
 def test_what_is_injected_stays_a_coroutine_function_with_its_signature(function: Write) -> None:
     assert inspect.iscoroutinefunction(function)
     assert "text" in next(iter(inspect.signature(function).parameters))
 
 
-async def test_closing_what_is_injected_closes_neither_session_nor_database(container: Container) -> None:
+async def test_closing_what_is_injected_closes_neither_session_nor_database(
+    container: Container,
+) -> None:
     @inject
     async def write(text: str, notebook: Notebook = Closing[Provide[Container.notebook]]) -> None:
         await notebook.write(text)
@@ -345,7 +369,9 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Modules
         sys.modules.pop(name, None)
 
 
-async def test_a_module_is_wired_after_it_was_imported(modules: Modules, container: Container) -> None:
+async def test_a_module_is_wired_after_it_was_imported(
+    modules: Modules, container: Container
+) -> None:
     module = importlib.import_module(modules.module)
     write = module.write  # as another module has it that imported it before
     container.wire(modules=[module])
@@ -355,7 +381,9 @@ async def test_a_module_is_wired_after_it_was_imported(modules: Modules, contain
     assert await notes(container.db.sessionmanager()) == ["a", "b", "c"]
 
 
-async def test_a_module_is_wired_before_anybody_imports_it(modules: Modules, container: Container) -> None:
+async def test_a_module_is_wired_before_anybody_imports_it(
+    modules: Modules, container: Container
+) -> None:
     container.wire(modules=[modules.module])
     await importlib.import_module(modules.module).write("a")
     assert await notes(container.db.sessionmanager()) == ["a"]
@@ -368,7 +396,9 @@ async def test_a_package_is_wired_with_its_modules(modules: Modules, container: 
     assert await notes(container.db.sessionmanager()) == ["a", "b"]
 
 
-async def test_a_loader_wires_what_is_imported_later(modules: Modules, container: Container) -> None:
+async def test_a_loader_wires_what_is_imported_later(
+    modules: Modules, container: Container
+) -> None:
     register_loader_containers(container)
     try:
         module = importlib.import_module(modules.module)
@@ -378,7 +408,9 @@ async def test_a_loader_wires_what_is_imported_later(modules: Modules, container
     assert await notes(container.db.sessionmanager()) == ["a"]
 
 
-async def test_a_container_can_wire_itself_when_it_is_built(modules: Modules, settings: DatabaseSettings) -> None:
+async def test_a_container_can_wire_itself_when_it_is_built(
+    modules: Modules, settings: DatabaseSettings
+) -> None:
     class SelfWired(Container):
         wiring_config = containers.WiringConfiguration(modules=[modules.module])
 
@@ -424,7 +456,9 @@ async def test_wiring_can_be_taken_back_and_given_to_another_container(
     assert await notes(container.db.sessionmanager()) == ["a"]
 
 
-async def test_what_is_injected_in_one_call_shares_the_transaction_of_that_call(container: Container) -> None:
+async def test_what_is_injected_in_one_call_shares_the_transaction_of_that_call(
+    container: Container,
+) -> None:
     container.wire(modules=[__name__])
     with pytest.raises(ZeroDivisionError):
         async with container.db.transaction()():

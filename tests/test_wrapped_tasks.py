@@ -49,7 +49,9 @@ def task_factory(factory: Any) -> Callable[[], Any]:
     return installed
 
 
-def wrapping(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], **options: Any) -> Any:
+def wrapping(
+    loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], **options: Any
+) -> Any:
     async def wrapper() -> Any:
         return await coroutine
 
@@ -64,9 +66,14 @@ TOOLS: dict[str, Callable[[], Any]] = {
 if hasattr(asyncio, "eager_task_factory"):  # from Python 3.12 on
     TOOLS["eager tasks"] = task_factory(asyncio.eager_task_factory)
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
-ENVIRONMENTS = [("asyncio", tool) for tool in TOOLS.values()] + [("uvloop", plain), ("uvloop", sentry)]
+ENVIRONMENTS = [("asyncio", tool) for tool in TOOLS.values()] + [
+    ("uvloop", plain),
+    ("uvloop", sentry),
+]
 # A wrapper that is cancelled before its first step awaits nothing of the driver's own tasks.
-UNAWAITED = pytest.mark.filterwarnings("ignore:coroutine 'Connection._cancel' was never awaited:RuntimeWarning")
+UNAWAITED = pytest.mark.filterwarnings(
+    "ignore:coroutine 'Connection._cancel' was never awaited:RuntimeWarning"
+)
 IDS = [*TOOLS, "uvloop", "uvloop with sentry"]
 
 
@@ -74,7 +81,11 @@ async def write(manager: DatabaseSessionManager) -> None:
     async with manager.transaction() as session:
         session.add(Note(text="a"))
         await session.flush()
-        async with manager.session() if manager.engine.dialect.name != "sqlite" else manager.transaction() as other:
+        async with (
+            manager.session()
+            if manager.engine.dialect.name != "sqlite"
+            else manager.transaction() as other
+        ):
             await other.connection()
         session.add(Note(text="b"))
 
@@ -100,9 +111,13 @@ async def write_in_each_way(manager: DatabaseSessionManager) -> list[str]:
 
 
 @pytest.mark.parametrize(("loop", "tool"), ENVIRONMENTS, ids=IDS)
-def test_each_end_is_what_it_is_without_the_tool(database_url: str, loop: str, tool: Callable[[], Any]) -> None:
+def test_each_end_is_what_it_is_without_the_tool(
+    database_url: str, loop: str, tool: Callable[[], Any]
+) -> None:
     async def work() -> None:
-        settings = DatabaseSettings(url=database_url, pool=PoolSettings(size=3, max_overflow=2, timeout=10))
+        settings = DatabaseSettings(
+            url=database_url, pool=PoolSettings(size=3, max_overflow=2, timeout=10)
+        )
         with ExitStack() as stack:
             stack.enter_context(tool())
             async with DatabaseSessionManager(settings) as manager:
@@ -121,7 +136,9 @@ def test_a_cancellation_at_any_await_leaves_all_or_nothing(
     database_url: str, loop: str, tool: Callable[[], Any]
 ) -> None:
     async def work() -> None:
-        settings = DatabaseSettings(url=database_url, pool=PoolSettings(size=3, max_overflow=2, timeout=10))
+        settings = DatabaseSettings(
+            url=database_url, pool=PoolSettings(size=3, max_overflow=2, timeout=10)
+        )
         async with DatabaseSessionManager(settings) as manager:
             async with manager.connect() as connection:
                 await manager.create_all(connection)
@@ -142,7 +159,9 @@ def test_a_cancellation_at_any_await_leaves_all_or_nothing(
 
 @UNAWAITED
 @pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
-def test_a_loop_that_cancels_all_its_tasks_leaves_all_or_nothing(database_url: str, tool: Callable[[], Any]) -> None:
+def test_a_loop_that_cancels_all_its_tasks_leaves_all_or_nothing(
+    database_url: str, tool: Callable[[], Any]
+) -> None:
     """As when the loop is shut down: a task that ends something for another one may be cancelled before it starts."""
 
     async def work() -> None:

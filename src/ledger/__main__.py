@@ -32,7 +32,9 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m ledger", description="Money moves between accounts.")
+    parser = argparse.ArgumentParser(
+        prog="python -m ledger", description="Money moves between accounts."
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
     environment = "Environment variables override the file, for example LEDGER_DATABASE__URL=sqlite:///other.db"
 
@@ -45,9 +47,27 @@ def parse() -> argparse.Namespace:
     command.set_defaults(command=demo)
     add_settings(command)
     option = command.add_argument
-    option("--transfers", type=integer(1), default=1000, metavar="N", help="transfers to send (%(default)s)")
-    option("--workers", type=integer(1), default=50, metavar="N", help="concurrent callers (%(default)s)")
-    option("--accounts", type=integer(2), default=10, metavar="N", help="accounts to open (%(default)s)")
+    option(
+        "--transfers",
+        type=integer(1),
+        default=1000,
+        metavar="N",
+        help="transfers to send (%(default)s)",
+    )
+    option(
+        "--workers",
+        type=integer(1),
+        default=50,
+        metavar="N",
+        help="concurrent callers (%(default)s)",
+    )
+    option(
+        "--accounts",
+        type=integer(2),
+        default=10,
+        metavar="N",
+        help="accounts to open (%(default)s)",
+    )
 
     command = commands.add_parser(
         "serve",
@@ -60,7 +80,13 @@ def parse() -> argparse.Namespace:
     add_settings(command)
     option = command.add_argument
     option("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (%(default)s)")
-    option("--port", type=integer(0, 65535), default=8000, metavar="PORT", help="port; 0: a free one (%(default)s)")
+    option(
+        "--port",
+        type=integer(0, 65535),
+        default=8000,
+        metavar="PORT",
+        help="port; 0: a free one (%(default)s)",
+    )
 
     command = commands.add_parser(
         "compare",
@@ -71,14 +97,32 @@ def parse() -> argparse.Namespace:
     )
     command.set_defaults(command=compare)
     option = command.add_argument
-    option("--requests", type=integer(1), default=200, metavar="N", help="requests to each service (%(default)s)")
-    option("--workers", type=integer(1), default=8, metavar="N", help="concurrent clients (%(default)s)")
+    option(
+        "--requests",
+        type=integer(1),
+        default=200,
+        metavar="N",
+        help="requests to each service (%(default)s)",
+    )
+    option(
+        "--workers",
+        type=integer(1),
+        default=8,
+        metavar="N",
+        help="concurrent clients (%(default)s)",
+    )
     return parser.parse_args()
 
 
 def add_settings(command: argparse.ArgumentParser) -> None:
     option = command.add_argument
-    option("--config", type=Path, default=CONFIG, metavar="FILE", help="YAML file to start from (%(default)s)")
+    option(
+        "--config",
+        type=Path,
+        default=CONFIG,
+        metavar="FILE",
+        help="YAML file to start from (%(default)s)",
+    )
     option("--secrets-dir", type=Path, metavar="DIR", help="directory with a file per secret value")
 
 

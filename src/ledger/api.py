@@ -117,7 +117,10 @@ async def statement(
     found = await accounts.statement(account, before=before, limit=limit + 1)
     page = [BookedTransfer.model_validate(transfer) for transfer in found[:limit]]
     path = router.url_path_for("statement", account=account)
-    return Statement(transfers=page, next=f"{path}?before={page[-1].id}&limit={limit}" if len(found) > limit else None)
+    return Statement(
+        transfers=page,
+        next=f"{path}?before={page[-1].id}&limit={limit}" if len(found) > limit else None,
+    )
 
 
 @router.post(
@@ -127,7 +130,9 @@ async def statement(
     responses=problem_responses(*LedgerError.__subclasses__(), CommitOutcomeUnknownError),
 )
 @inject
-async def transfer(new: NewTransfer, idempotency_key: Annotated[str, Header()], transfers: Transfers) -> Transfer:
+async def transfer(
+    new: NewTransfer, idempotency_key: Annotated[str, Header()], transfers: Transfers
+) -> Transfer:
     """Move money, once per Idempotency-Key.
 
     A repeated request gets the first transfer as its answer.
@@ -145,7 +150,10 @@ async def live() -> Health:
 @inject
 async def ready(manager: Manager) -> Health:
     """Tell whether the pool has a connection and the database answers on it."""
-    async with asyncio.timeout(READINESS_TIMEOUT), manager.transaction(Propagation.SUPPORTS, read_only=True) as session:
+    async with (
+        asyncio.timeout(READINESS_TIMEOUT),
+        manager.transaction(Propagation.SUPPORTS, read_only=True) as session,
+    ):
         await session.execute(text("SELECT 1"))
     return Health(status="ready")
 

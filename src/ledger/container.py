@@ -24,8 +24,14 @@ class Container(containers.DeclarativeContainer):
     transfer_repository = providers.Factory(TransferRepository, session=db.session)
 
     accounts = providers.Factory(
-        AccountService, accounts=account_repository, transfers=transfer_repository, transaction=db.transaction
+        AccountService,
+        accounts=account_repository,
+        transfers=transfer_repository,
+        transaction=db.transaction,
     )
     transfers = providers.Factory(
-        TransferService, accounts=account_repository, transfers=transfer_repository, transaction=db.transaction
+        TransferService,
+        accounts=account_repository,
+        transfers=transfer_repository,
+        transaction=db.transaction,
     )

@@ -46,12 +46,16 @@ class Busy(LedgerError):
     """Every attempt conflicted with concurrent transfers. Send the transfer again later."""
 
     def __init__(self, source: int, target: int) -> None:
-        super().__init__(f"too many transfers at accounts {source} and {target}: nothing was booked, send it again")
+        super().__init__(
+            f"too many transfers at accounts {source} and {target}: nothing was booked, send it again"
+        )
 
 
 class IdempotencyConflict(LedgerError):
     """The idempotency key belongs to another transfer."""
 
     def __init__(self, key: str) -> None:
-        super().__init__(f"the key {key!r} belongs to another transfer: use a new key for a new transfer")
+        super().__init__(
+            f"the key {key!r} belongs to another transfer: use a new key for a new transfer"
+        )
         self.key = key

@@ -65,9 +65,15 @@ class ProblemType:
 
 
 UNAVAILABLE = ProblemType(
-    "/problems/unavailable", 503, "The database is away or busy", "Nothing was done: send it again later.", 5
+    "/problems/unavailable",
+    503,
+    "The database is away or busy",
+    "Nothing was done: send it again later.",
+    5,
 )
-INVALID_REQUEST = ProblemType("/problems/invalid-request", 422, "The request is incomplete or malformed")
+INVALID_REQUEST = ProblemType(
+    "/problems/invalid-request", 422, "The request is incomplete or malformed"
+)
 INTERNAL = ProblemType(
     "about:blank",
     500,
@@ -86,11 +92,17 @@ OUTCOME_UNKNOWN = ProblemType(
 
 PROBLEM_TYPES: dict[type[Exception], ProblemType] = {
     UnknownAccount: ProblemType("/problems/unknown-account", 404, "There is no such account"),
-    InsufficientFunds: ProblemType("/problems/insufficient-funds", 409, "The payer holds less than the amount"),
+    InsufficientFunds: ProblemType(
+        "/problems/insufficient-funds", 409, "The payer holds less than the amount"
+    ),
     InvalidAmount: ProblemType("/problems/invalid-amount", 422, "This amount can't be booked"),
     InvalidTransfer: ProblemType("/problems/invalid-transfer", 422, "This is not a transfer"),
-    IdempotencyConflict: ProblemType("/problems/idempotency-conflict", 422, "The key belongs to another transfer"),
-    Busy: ProblemType("/problems/busy", 503, "Too many concurrent transfers at the same accounts", retry_after=1),
+    IdempotencyConflict: ProblemType(
+        "/problems/idempotency-conflict", 422, "The key belongs to another transfer"
+    ),
+    Busy: ProblemType(
+        "/problems/busy", 503, "Too many concurrent transfers at the same accounts", retry_after=1
+    ),
     CommitOutcomeUnknownError: OUTCOME_UNKNOWN,
     NotInitializedError: UNAVAILABLE,  # the service is stopping
     OperationalError: UNAVAILABLE,
@@ -106,13 +118,20 @@ def problem_type_of(error: Exception) -> ProblemType:
         if base in PROBLEM_TYPES:
             return PROBLEM_TYPES[base]
     state = getattr(getattr(error, "orig", error), "sqlstate", None) or ""
-    return UNAVAILABLE if is_retryable(error) or state.startswith(INSUFFICIENT_RESOURCES) else INTERNAL
+    return (
+        UNAVAILABLE if is_retryable(error) or state.startswith(INSUFFICIENT_RESOURCES) else INTERNAL
+    )
 
 
 def problem_responses(*errors: type[Exception]) -> dict[int | str, dict[str, Any]]:
     """Describe the problems of an endpoint for OpenAPI, with those of every endpoint."""
     titles: dict[int | str, list[str]] = {}
-    for problem_type in [*(PROBLEM_TYPES[error] for error in errors), INVALID_REQUEST, UNAVAILABLE, INTERNAL]:
+    for problem_type in [
+        *(PROBLEM_TYPES[error] for error in errors),
+        INVALID_REQUEST,
+        UNAVAILABLE,
+        INTERNAL,
+    ]:
         titles.setdefault(problem_type.status, []).append(problem_type.title)
     content = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
     return {
@@ -141,7 +160,9 @@ async def _handle_known_error(request: Request, error: Exception) -> JSONRespons
         raise error  # `_handle_unexpected_error` answers it, and the server logs it
     if problem_type.status >= 500:
         cause = getattr(error, "orig", None) or error
-        logger.warning("%s %s: %s: %s", request.method, request.url.path, type(cause).__name__, cause)
+        logger.warning(
+            "%s %s: %s: %s", request.method, request.url.path, type(cause).__name__, cause
+        )
     return _problem_response(request, problem_type, problem_type.detail or str(error))
 
 
@@ -154,7 +175,9 @@ async def _handle_invalid_request(request: Request, error: Exception) -> JSONRes
 
 async def _handle_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    problem_type = ProblemType("about:blank", error.status_code, HTTPStatus(error.status_code).phrase)
+    problem_type = ProblemType(
+        "about:blank", error.status_code, HTTPStatus(error.status_code).phrase
+    )
     return _problem_response(request, problem_type, error.detail, error.headers)
 
 
@@ -163,7 +186,10 @@ async def _handle_unexpected_error(request: Request, error: Exception) -> JSONRe
 
 
 def _problem_response(
-    request: Request, problem_type: ProblemType, detail: str, headers: Mapping[str, str] | None = None
+    request: Request,
+    problem_type: ProblemType,
+    detail: str,
+    headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
     problem = Problem(
         type=problem_type.type,

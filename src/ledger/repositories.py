@@ -49,7 +49,10 @@ class AccountRepository:
         block inserts that refer to the account by a foreign key.
         """
         statement = (
-            select(Account).where(Account.id.in_(account_ids)).order_by(Account.id).with_for_update(key_share=True)
+            select(Account)
+            .where(Account.id.in_(account_ids))
+            .order_by(Account.id)
+            .with_for_update(key_share=True)
         )
         return {account.id: account for account in await self.session.scalars(statement)}
 
@@ -72,8 +75,12 @@ class AccountRepository:
             func.sum(Account.balance),
             func.count().filter(Account.balance != expected.c.amount),
         ).join_from(Account, expected, expected.c.account_id == Account.id)
-        accounts, transfers, opening, balance, mismatched = (await self.session.execute(statement)).one()
-        return Audit(accounts, transfers, opening or Decimal("0.00"), balance or Decimal("0.00"), mismatched)
+        accounts, transfers, opening, balance, mismatched = (
+            await self.session.execute(statement)
+        ).one()
+        return Audit(
+            accounts, transfers, opening or Decimal("0.00"), balance or Decimal("0.00"), mismatched
+        )
 
 
 class TransferRepository:
@@ -89,7 +96,9 @@ class TransferRepository:
     async def find_by_key(self, key: str) -> Transfer | None:
         return await self.session.scalar(select(Transfer).where(Transfer.key == key))
 
-    async def list_for_account(self, account_id: int, *, before: int | None, limit: int) -> Sequence[Transfer]:
+    async def list_for_account(
+        self, account_id: int, *, before: int | None, limit: int
+    ) -> Sequence[Transfer]:
         """Return one page, the newest transfer first.
 
         Args:

@@ -83,7 +83,9 @@ def _bind_socket(host: str, port: int) -> socket.socket:
     connects before the app is ready.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
         listener = socket.socket(family, kind, protocol)
         try:
             # The address can be used again right after a restart.
@@ -93,5 +95,7 @@ def _bind_socket(host: str, port: int) -> socket.socket:
             listener.close()
             raise
     except (OSError, UnicodeError) as error:
-        raise OSError(f"can't listen on {host}:{port}: {getattr(error, 'strerror', None) or error}") from error
+        raise OSError(
+            f"can't listen on {host}:{port}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     return listener

@@ -35,7 +35,10 @@ def normalize_amount(amount: Decimal) -> Decimal:
 
 class AccountService:
     def __init__(
-        self, accounts: AccountRepository, transfers: TransferRepository, transaction: TransactionManager
+        self,
+        accounts: AccountRepository,
+        transfers: TransferRepository,
+        transaction: TransactionManager,
     ) -> None:
         self.accounts = accounts
         self.transfers = transfers
@@ -55,7 +58,9 @@ class AccountService:
         return (await self._require_account(account_id)).balance
 
     @read_only
-    async def statement(self, account_id: int, *, before: int | None = None, limit: int = 50) -> Sequence[Transfer]:
+    async def statement(
+        self, account_id: int, *, before: int | None = None, limit: int = 50
+    ) -> Sequence[Transfer]:
         """Return one page of transfers, the newest first. Raises `UnknownAccount`.
 
         Args:
@@ -78,7 +83,10 @@ class AccountService:
 
 class TransferService:
     def __init__(
-        self, accounts: AccountRepository, transfers: TransferRepository, transaction: TransactionManager
+        self,
+        accounts: AccountRepository,
+        transfers: TransferRepository,
+        transaction: TransactionManager,
     ) -> None:
         self.accounts = accounts
         self.transfers = transfers
@@ -95,7 +103,9 @@ class TransferService:
         if source == target:
             raise InvalidTransfer(f"account {source} can't pay itself")
         if not 1 <= len(key) <= MAX_KEY_LENGTH or not key.isprintable():
-            raise InvalidTransfer(f"an idempotency key is 1 to {MAX_KEY_LENGTH} printable characters")
+            raise InvalidTransfer(
+                f"an idempotency key is 1 to {MAX_KEY_LENGTH} printable characters"
+            )
 
         try:
             return await self._book(source, target, amount, key)
@@ -128,7 +138,9 @@ class TransferService:
         payer.balance -= amount
         payee.balance += amount
         try:
-            return await self.transfers.add(Transfer(key=key, source_id=source, target_id=target, amount=amount))
+            return await self.transfers.add(
+                Transfer(key=key, source_id=source, target_id=target, amount=amount)
+            )
         except IntegrityError as error:
             # Accounts and balances were checked under their locks, so the key is taken.
             # A transfer between two other accounts, which our locks do not block, took

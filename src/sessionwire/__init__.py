@@ -1,4 +1,4 @@
-"""Async SQLAlchemy sessions and transactions, delivered through dependency-injector containers."""
+"""Async SQLAlchemy sessions and transactions from dependency-injector containers."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from .containers import DatabaseContainer
     from .lifespan import Lifespan
 
-# what stands on dependency-injector, which imports web frameworks where it finds them
-_IMPORTED_WHEN_ASKED_FOR = {"DatabaseContainer": ".containers", "Lifespan": ".lifespan"}
+# These need dependency-injector, which imports the web frameworks that it finds.
+_LAZY_IMPORTS = {"DatabaseContainer": ".containers", "Lifespan": ".lifespan"}
 
 __all__ = [
     "AlreadyInitializedError",
@@ -80,7 +80,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _IMPORTED_WHEN_ASKED_FOR:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_IMPORTED_WHEN_ASKED_FOR[name], __name__), name)
+    value = globals()[name] = getattr(import_module(_LAZY_IMPORTS[name], __name__), name)
     return value

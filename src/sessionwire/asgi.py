@@ -1,4 +1,4 @@
-"""A transaction per request, for any ASGI application."""
+"""`TransactionMiddleware`: a transaction per request, for any ASGI application."""
 
 from __future__ import annotations
 
@@ -9,85 +9,117 @@ from ._core.blocks import TransactionBlock
 from ._core.definition import TransactionOptions
 from .transaction import TransactionManager
 
-Scope: TypeAlias = MutableMapping[str, Any]
+ASGIScope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
-ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+ASGIApp: TypeAlias = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
 
 
 class TransactionMiddleware:
-    """Runs each HTTP request in a transaction, which has ended when its response begins.
+    """Run each HTTP request in a transaction that ends before its response begins.
 
-    It is committed where the status is below 400, and else rolled back. Nothing is sent to the database for a request
-    that doesn't use it. The body of a streaming response, background tasks and websockets have no scope: what uses the
-    database there opens `session()` or `transaction()` itself. Options are those of `transaction()`; a `timeout` ends
-    where the response begins.
+    It commits if the status is below 400, and otherwise rolls back. A request that does
+    not use the database sends nothing to it. Streamed bodies, background tasks and
+    websockets run outside the transaction: if they use the database, they open
+    `session()` or `transaction()` themselves.
 
-    Where the end fails, its error, one of those that a `transaction()` block raises, takes the place of the response:
-    `send` raises it in the application, which may still answer with a status of 400 or more, and this middleware
-    raises it to those around it. To a framework's exception handlers the response has started then, save to Starlette's
-    for `Exception`: what they shall answer, let `flush()` raise in the endpoint.
+    If the commit fails, its error replaces the response. `send` raises it in the
+    application, which may still answer with a status of 400 or more; if it does not, the
+    middleware re-raises the error. Most frameworks' exception handlers no longer run at
+    that point (Starlette's handler for `Exception` does): to have them answer a
+    constraint violation, call `flush()` in the endpoint.
 
-    Put it innermost. Between it and the endpoint, Starlette's `BaseHTTPMiddleware` lets a streamed body run before the
-    response begins: one that queries at once makes the request fail.
+    Add it as the innermost middleware. Starlette's `BaseHTTPMiddleware`, between it and
+    the endpoint, runs a streamed body before the response begins: a body that queries at
+    once makes the request fail.
+
+    Args:
+        app: The ASGI application.
+        transaction: The manager that opens the transactions.
+        **options: The options of `transaction()`. A `timeout`, in seconds, covers the
+            time until the response begins.
+
+    Raises:
+        TypeError: An option is unknown, or has a wrong type.
+        ValueError: An option has a wrong value.
     """
 
-    def __init__(self, app: ASGIApp, *, transaction: TransactionManager, **options: Unpack[TransactionOptions]) -> None:
-        """Raises `ValueError` and `TypeError` for an option that cannot be."""
-        transaction(**options)  # at each request would be late to learn it
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        transaction: TransactionManager,
+        **options: Unpack[TransactionOptions],
+    ) -> None:
+        # Check the options now: the first request would be late.
+        transaction(**options)
         self._app = app
         self._transaction = transaction
         self._options = options
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         block = self._transaction(**self._options)
         await block.__aenter__()
-        response = _Response(block, send)
+        response = _TransactionalSend(block, send)
         try:
             await self._app(scope, receive, response.send)
         except BaseException as error:
             await response.end_transaction(error)
-            if response.refused is None or not isinstance(error, Exception):
+            if response.end_error is None or not isinstance(error, Exception):
                 raise
         else:
-            await response.end_transaction(rollback_only=True)  # unless it has ended, nothing was answered
-        if response.refused is not None:
-            raise response.refused  # whatever has become of it in the application
+            # If the transaction has not ended yet, there was no response.
+            await response.end_transaction(rollback_only=True)
+        # Raise the error of the commit even if the application swallowed it.
+        if response.end_error is not None:
+            raise response.end_error
 
 
-class _Response:
-    """Of one request: what is sent of it, and before that the end of its transaction."""
+class _TransactionalSend:
+    """The `send` of one request, which ends the transaction before the response."""
 
     def __init__(self, block: TransactionBlock, send: Send) -> None:
         self._block = block
         self._send = send
         self._has_ended = False
-        self._refusal: BaseException | None = None
+        self._end_error: BaseException | None = None
 
     @property
-    def refused(self) -> Exception | None:
+    def end_error(self) -> Exception | None:
         """The error of the end, until the application has answered it."""
-        return self._refusal if isinstance(self._refusal, Exception) else None
+        return self._end_error if isinstance(self._end_error, Exception) else None
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             is_error = message["status"] >= 400
             if is_error:
-                self._refusal = None
+                self._end_error = None
             try:
                 await self.end_transaction(rollback_only=is_error)
             except BaseException as error:
-                self._refusal = error  # a cancellation too: who swallows it must not answer as if all were kept
-        if self._refusal is not None:
-            raise self._refusal
+                # Keep a cancellation too: an application that swallows it must not
+                # report success.
+                self._end_error = error
+        if self._end_error is not None:
+            raise self._end_error
         await self._send(message)
 
-    async def end_transaction(self, error: BaseException | None = None, *, rollback_only: bool = False) -> None:
-        """Once. Raises what the end of a block raises, save `error` itself."""
+    async def end_transaction(
+        self, error: BaseException | None = None, *, rollback_only: bool = False
+    ) -> None:
+        """End the transaction, once: further calls do nothing.
+
+        Args:
+            error: The error that the application raised; it is not raised again.
+            rollback_only: Roll back even without an error.
+
+        Raises:
+            Exception: Any error of the end of a `transaction()` block.
+        """
         if self._has_ended:
             return
         self._has_ended = True

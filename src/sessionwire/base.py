@@ -1,4 +1,4 @@
-"""A base for models."""
+"""An optional base class for models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from sqlalchemy.orm import DeclarativeBase
 
 
 class Base(AsyncAttrs, DeclarativeBase):
-    """A base for models, for who has none: constraints have names, and a row can be read after its commit."""
+    """An optional declarative base for models.
+
+    Its constraints have names, which migrations need. Defaults of the server are loaded
+    by the INSERT or UPDATE itself, so that rows stay readable after the commit.
+    """
 
     metadata = MetaData(
         naming_convention={
@@ -19,4 +23,5 @@ class Base(AsyncAttrs, DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012  # as SQLAlchemy wants it
+    # SQLAlchemy expects a plain dict here.
+    __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012

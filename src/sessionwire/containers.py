@@ -1,4 +1,4 @@
-"""`DatabaseContainer`: a database as providers, to be used in a container of one's own."""
+"""`DatabaseContainer`: the providers of one database, for a container of your own."""
 
 from __future__ import annotations
 
@@ -12,16 +12,43 @@ from .transaction import TransactionManager
 
 
 class DatabaseContainer(containers.DeclarativeContainer):
-    """Give it `settings=` (a `DatabaseSettings`, or a URL) or `config=` (raw values), and start it with `Lifespan`.
+    """Provide one database: its manager, sessions and transactions.
 
-    `sessionmanager` is the manager, `manager` its switch: nothing depends on the `Resource`, so nothing above it
-    becomes awaitable.
+    `sessionmanager` provides the manager; `manager` is the resource that opens and closes
+    it, for `Lifespan`. Nothing depends on the resource, so nothing above the database
+    becomes awaitable. Inject `session` into repositories, and `transaction` into
+    services.
+
+    Args:
+        settings: A `DatabaseSettings`, or a URL, or a provider of one of them.
+        config: Raw values in place of `settings`, as `Configuration` providers hold them.
+        metadata: The `MetaData` of the models; that of `Base` by default.
+
+    Raises:
+        ConfigurationError: A value is wrong, missing or unknown. Raised when the first
+            object is built, or by `Lifespan`.
+
+    Example:
+        ```python
+        class Container(containers.DeclarativeContainer):
+            db = providers.Container(DatabaseContainer, settings="sqlite://")
+            notes = providers.Factory(NoteRepository, session=db.session)
+            notebook = providers.Factory(
+                Notebook, notes=notes, transaction=db.transaction
+            )
+
+
+        async with Lifespan(Container()) as container:
+            await container.notebook().add("milk")
+        ```
     """
 
     config = providers.Configuration()
     settings = providers.ThreadSafeSingleton(DatabaseSettings.load, config)
     metadata = providers.Object(Base.metadata)
-    sessionmanager = providers.ThreadSafeSingleton(DatabaseSessionManager, settings, metadata=metadata)
+    sessionmanager = providers.ThreadSafeSingleton(
+        DatabaseSessionManager, settings, metadata=metadata
+    )
     manager = providers.Resource(sessionmanager)
     session = providers.Factory(CurrentSession, sessionmanager)
     transaction = providers.Factory(TransactionManager, sessionmanager)

@@ -1,4 +1,4 @@
-"""`@transactional` and `@read_only`: a coroutine function as one block."""
+"""`@transactional` and `@read_only`: run a coroutine function in one block."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Protocol, TypeVar, Unpack, cast, overload
 
-from ._core.definition import Propagation, TransactionDefinition, TransactionOptions, attempts, define
+from ._core.definition import (
+    Propagation,
+    TransactionDefinition,
+    TransactionOptions,
+    attempts,
+    define,
+)
 from ._core.retry import run_with_retries
 from ._database.runtime import database_of
 from .transaction import TransactionManager
 
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-# of the function as a whole, so that it still overrides and implements what it did: pyright tells the CoroutineType
-# that an `async def` returns from a Coroutine
+# The type of the whole function, so that a decorated method overrides and implements
+# another as before: pyright distinguishes the CoroutineType, which an `async def`
+# returns, from a Coroutine.
 F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 
 class Decorator(Protocol):
-    """Keeps the type of what it decorates."""
+    """A decorator that keeps the type of the function."""
 
     def __call__(self, function: F, /) -> F: ...
 
@@ -47,13 +54,44 @@ def transactional(
     of: str = "transaction",
     **options: Unpack[TransactionOptions],
 ) -> Any:
-    """Run a coroutine function in a `transaction()`, with its options, and with `retries` as in `run()`.
+    """Run a coroutine function in a `transaction()`.
 
-    Its `TransactionManager` is the parameter that `of` names, or else that attribute of `self`. Raises `TypeError`
-    where there is none.
+    Args:
+        propagation: What to do if there is a current transaction, or none.
+        retries: How often to call the function again after a conflict with another
+            transaction, as in `TransactionManager.run()`.
+        of: The parameter that holds the `TransactionManager`, or the attribute of `self`
+            if the function has no such parameter.
+        **options: The options of `transaction()`: `isolation`, `read_only`, `timeout` in
+            seconds, `execution_options`.
+
+    Raises:
+        TypeError: The function is no coroutine function, or an option is unknown or has a
+            wrong type. When the function is called: there is no `TransactionManager`.
+        ValueError: An option has a wrong value.
+
+    Example:
+        ```python
+        class Notebook:
+            def __init__(self, notes: NoteRepository, transaction: TransactionManager):
+                self.notes = notes
+                self.transaction = transaction
+
+            @transactional
+            async def add(self, text: str) -> None:
+                await self.notes.add(text)
+
+            @transactional(isolation="SERIALIZABLE", retries=3)
+            async def add_unless_full(self, text: str, limit: int) -> None:
+                if await self.notes.count() < limit:
+                    await self.notes.add(text)
+        ```
     """
-    is_bare = not isinstance(propagation, Propagation | str)  # without parentheses it is the function
-    definition = define(Propagation.REQUIRED if is_bare else cast(Propagation, propagation), **options)
+    # Without parentheses, the function itself is the first argument.
+    is_bare = not isinstance(propagation, Propagation | str)
+    definition = define(
+        Propagation.REQUIRED if is_bare else cast(Propagation, propagation), **options
+    )
     decorate = partial(_decorate, "@transactional", of, definition, attempts(retries))
     return decorate(propagation) if is_bare else decorate
 
@@ -67,31 +105,62 @@ def read_only(*, of: str = ...) -> Decorator: ...
 
 
 def read_only(function: Any = None, /, *, of: str = "transaction") -> Any:
-    """Run a coroutine function that only reads: in what is current, or else in a read scope, without a transaction."""
+    """Run a coroutine function that only reads.
+
+    It runs in the current session if there is one, and otherwise in a new read-only one
+    without a transaction.
+
+    Args:
+        function: The coroutine function.
+        of: The parameter that holds the `TransactionManager`, or the attribute of `self`
+            if the function has no such parameter.
+
+    Raises:
+        TypeError: The function is no coroutine function. When the function is called:
+            there is no `TransactionManager`.
+
+    Example:
+        ```python
+        class Notebook:
+            def __init__(self, notes: NoteRepository, transaction: TransactionManager):
+                self.notes = notes
+                self.transaction = transaction
+
+            @read_only
+            async def count(self) -> int:
+                return await self.notes.count()
+        ```
+    """
     decorate = partial(_decorate, "@read_only", of, define(Propagation.SUPPORTS, read_only=True), 1)
     return decorate if function is None else decorate(function)
 
 
-def _decorate(name: str, of: str, definition: TransactionDefinition, attempts: int, function: Any) -> Any:
+def _decorate(
+    name: str, of: str, definition: TransactionDefinition, attempts: int, function: Any
+) -> Any:
     if not inspect.iscoroutinefunction(function):
-        raise TypeError(f"{name} takes a coroutine function: {_remedy(name, function)}")
-    find_manager = _finder(name, function, of)
+        hint = _not_a_coroutine_function_hint(name, function)
+        raise TypeError(f"{name} takes a coroutine function: {hint}")
+    find_manager = _manager_resolver(name, function, of)
 
     @functools.wraps(function)
-    async def in_block(*args: Any, **kwargs: Any) -> Any:
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
         database = database_of(find_manager(args, kwargs))
-        return await run_with_retries(database, definition, attempts, partial(function, *args, **kwargs))
+        call = partial(function, *args, **kwargs)
+        return await run_with_retries(database, definition, attempts, call)
 
-    return in_block
+    return wrapper
 
 
-def _finder(
+def _manager_resolver(
     decorator: str, function: Callable[..., Any], of: str
 ) -> Callable[[tuple[Any, ...], dict[str, Any]], TransactionManager]:
-    """How to find the manager in the arguments of a call."""
+    """Return a function that finds the manager in the arguments of a call."""
     parameters = inspect.signature(function).parameters
     if not parameters:
-        raise TypeError(f"{_name(function)}() has neither a parameter {of!r} nor a self with such an attribute")
+        raise TypeError(
+            f"{_name(function)}() has neither a parameter {of!r} nor a self with such an attribute"
+        )
     positional = [name for name, parameter in parameters.items() if parameter.kind in POSITIONAL]
     position = positional.index(of) if of in positional else sys.maxsize
     default = parameters[of].default if of in parameters else None
@@ -99,28 +168,33 @@ def _finder(
     def find(args: tuple[Any, ...], kwargs: dict[str, Any]) -> TransactionManager:
         if of in parameters:
             found = kwargs.get(of, args[position] if position < len(args) else default)
-            place = f"the argument {of!r}"
+            location = f"the argument {of!r}"
         else:
             holder = args[0] if args else kwargs.get(next(iter(parameters)))
             found = getattr(holder, of, inspect.Parameter.empty)
-            place = f"the attribute {of!r} of {type(holder).__name__}"
+            location = f"the attribute {of!r} of {type(holder).__name__}"
         if not isinstance(found, TransactionManager):
-            kind = (
-                "missing" if found is inspect.Parameter.empty else f"{type(found).__name__}, not a TransactionManager"
+            is_missing = found is inspect.Parameter.empty
+            found_type = (
+                "missing" if is_missing else f"{type(found).__name__}, not a TransactionManager"
             )
             remedy = "inject one, as db.transaction provides it"
             if of in parameters:
-                remedy += f", with @inject above {decorator}, and wire() the container to the module"
+                remedy += (
+                    f", with @inject above {decorator}, and wire() the container to the module"
+                )
             elif others := _managers_in(args[0] if args else None):
                 remedy = f"there is one in {others[0]!r}, so write {decorator}(of={others[0]!r})"
-            raise TypeError(f"{_name(function)}() is {decorator}, but {place} is {kind}: {remedy}")
+            raise TypeError(
+                f"{_name(function)}() is {decorator}, but {location} is {found_type}: {remedy}"
+            )
         return found
 
     return find
 
 
 def _managers_in(holder: object) -> list[str]:
-    """The attributes that are a `TransactionManager`."""
+    """List the attributes that hold a `TransactionManager`."""
     names = (*getattr(holder, "__dict__", ()), *_slots(type(holder)))
     return [name for name in names if isinstance(getattr(holder, name, None), TransactionManager)]
 
@@ -130,15 +204,25 @@ def _slots(kind: type) -> list[str]:
     return [name for each in slots for name in ((each,) if isinstance(each, str) else each)]
 
 
-def _remedy(decorator: str, function: Any) -> str:
+def _not_a_coroutine_function_hint(decorator: str, function: Any) -> str:
     if inspect.isclass(function):
-        return f"write it above each method of {function.__name__} that is to be a block, not above the class"
+        return (
+            f"write {decorator} above each method of {function.__name__} that is to be a block, "
+            "not above the class"
+        )
     if inspect.isasyncgenfunction(function):
-        return f"{_name(function)}() would keep its transaction open between its items; open transaction() in it"
+        return (
+            f"{_name(function)}() would keep its transaction open between its items; "
+            "open transaction() in it"
+        )
     if type(function) in (classmethod, staticmethod):
         return f"write {decorator} below @{type(function).__name__}"
-    if isinstance(function, TransactionManager) or not callable(function) or hasattr(function, "provided"):
-        return f"write {decorator} without it, above 'async def'; it finds its TransactionManager when it is called"
+    is_provider = hasattr(function, "provided")
+    if isinstance(function, TransactionManager) or is_provider or not callable(function):
+        return (
+            f"write {decorator} without this argument, above 'async def'; the function's "
+            "TransactionManager is found when it is called"
+        )
     return f"write 'async def {_name(function)}'"
 
 

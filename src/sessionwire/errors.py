@@ -1,26 +1,26 @@
-"""Everything that this library raises.
+"""The exceptions and the warning of this library, in one tree.
 
     SessionwireError
-    ├── ConfigurationError            settings that cannot work; names the key, the source and the remedy
-    ├── ConnectionFailedError         open() got no answer from the database
-    ├── NotInitializedError           the manager is not open, or not any more
-    ├── AlreadyInitializedError       init() on a manager that has an engine
-    ├── OwnershipError                the manager belongs to another event loop or process
+    ├── ConfigurationError              settings or overrides cannot work
+    ├── ConnectionFailedError           open() could not reach the database
+    ├── NotInitializedError             the manager is not open yet, or closed already
+    ├── AlreadyInitializedError         init() on a manager that has an engine
+    ├── OwnershipError                  the manager belongs to another event loop or process
     ├── ScopeError
-    │   ├── NoSessionError            no scope is open here, or the session's scope has ended
-    │   ├── ConcurrentSessionError    two at the same moment on one session
-    │   ├── ScopeOwnsTransactionError commit(), rollback(), … inside a block that does it itself
-    │   └── ImplicitIOError           what is not loaded was used without await; a MissingGreenlet too
+    │   ├── NoSessionError              no block is open here, or the session has ended
+    │   ├── ConcurrentSessionError      two operations at once on one session
+    │   ├── ScopeOwnsTransactionError   commit(), rollback() and the like in transaction()
+    │   └── ImplicitIOError             an unloaded attribute was used without await
     ├── TransactionError
-    │   ├── TransactionRequiredError      MANDATORY where no transaction is current
-    │   ├── TransactionForbiddenError     NEVER where one is
-    │   ├── IncompatibleTransactionError  it cannot be joined on these terms, or not be begun here
-    │   ├── TransactionTimeoutError       its deadline has passed; a TimeoutError too
-    │   ├── UnexpectedRollbackError       the block ended well, its work could not be kept
+    │   ├── TransactionRequiredError      MANDATORY without a transaction
+    │   ├── TransactionForbiddenError     NEVER inside a transaction
+    │   ├── IncompatibleTransactionError  the current transaction lacks what a block needs
+    │   ├── TransactionTimeoutError       the deadline of a block has passed
+    │   ├── UnexpectedRollbackError       the block finished, its transaction rolled back
     │   └── CommitOutcomeUnknownError     the commit was sent, and no answer came
-    └── SandboxError                  what cannot be had in a sandbox, or was left open in it
+    └── SandboxError                    a sandbox cannot do this, or a test left it open
 
-    UncommittedChangesWarning         a session() was written to and neither committed nor rolled back
+    UncommittedChangesWarning           a session() block ended with uncommitted changes
 
 Errors of the database stay SQLAlchemy's own.
 """
@@ -29,19 +29,29 @@ from sqlalchemy.exc import MissingGreenlet
 
 
 class SessionwireError(Exception):
-    """The root of the tree."""
+    """The base class of all errors of this library: catch it to catch them all."""
 
 
 class ConfigurationError(SessionwireError):
-    """Settings that cannot work: the message names the key, where it came from, and the remedy."""
+    """Settings cannot work, or an override cannot take effect. Nothing was opened.
+
+    The message names the key, its source and the remedy. It shows no password.
+    """
 
 
 class ConnectionFailedError(SessionwireError):
-    """The database did not answer `open()`: the message says what was tried, and why it failed."""
+    """`open()` could not reach the database, or was refused by it.
+
+    The message says what was tried and why it failed: see whether the database runs, and
+    whether host, user and database are right.
+    """
 
 
 class NotInitializedError(SessionwireError):
-    """The manager was used before `init()` or `open()`, or after `close()`."""
+    """The manager was used before `init()` or `open()`, or after `close()`.
+
+    Start the container with `Lifespan`, or call `init(url)`.
+    """
 
     def __init__(self, remedy: str) -> None:
         super().__init__("DatabaseSessionManager is not initialized")
@@ -49,7 +59,10 @@ class NotInitializedError(SessionwireError):
 
 
 class AlreadyInitializedError(SessionwireError):
-    """`init()` was called on a manager that has an engine, which would leak."""
+    """`init()` was called on a manager that has an engine, which would leak.
+
+    Call `close()` first, or make a second manager.
+    """
 
     def __init__(self, remedy: str) -> None:
         super().__init__("DatabaseSessionManager is already initialized")
@@ -57,60 +70,110 @@ class AlreadyInitializedError(SessionwireError):
 
 
 class OwnershipError(SessionwireError):
-    """The manager belongs to another event loop, which is open, or to the process that this one was forked from."""
+    """The manager was used in another event loop or process than the one it belongs to.
+
+    Its own event loop is still open, or this process was forked from its own. Make a
+    manager for each event loop and process, or call `close()` in the first one.
+    """
 
 
 class ScopeError(SessionwireError):
-    """A session was used where, when or how it cannot be."""
+    """A session or block was used in a wrong place, at a wrong time, or twice.
+
+    Raised itself if a block is entered a second time: call `transaction()` or
+    `session()` again for each block.
+    """
 
 
 class NoSessionError(ScopeError):
-    """No scope is open in this context, or the scope of this session has ended."""
+    """No block is open in this context, or the block of this session has ended.
+
+    Wrap the call in `transaction()`, `@transactional` or `session()`.
+    """
 
 
 class ConcurrentSessionError(ScopeError):
-    """A session serves one operation at a time, and only the code inside its innermost open block."""
+    """Two tasks used one session at once, or one used it past an inner block.
+
+    A session runs one operation at a time, and only for code inside its innermost open
+    block. Run the operations one after the other, or open a `session()` in each task.
+    """
 
 
 class ScopeOwnsTransactionError(ScopeError):
-    """Inside `transaction()` the block begins, commits, rolls back and closes; nobody else does."""
+    """`commit()`, `rollback()`, `begin()` or `close()` was called in `transaction()`.
+
+    The block does that itself. End it to commit; raise or call `set_rollback_only()` to
+    roll back; use `session()` to commit by hand.
+    """
 
 
 class ImplicitIOError(ScopeError, MissingGreenlet):
-    """What is not loaded was used without await: the message names the attribute, and what loads it."""
+    """An attribute that is not loaded was used without `await`.
+
+    The message names the attribute, and how to load it.
+    """
 
 
 class TransactionError(SessionwireError):
-    """A transaction cannot be what was asked for, or did not end as its block did."""
+    """The base class of errors about transactions."""
 
 
 class TransactionRequiredError(TransactionError):
-    """A block with `Propagation.MANDATORY`, or what only a transaction has, where none is current."""
+    """`Propagation.MANDATORY` or a call that needs a transaction found none.
+
+    Wrap the call in `transaction()` or `@transactional`.
+    """
 
 
 class TransactionForbiddenError(TransactionError):
-    """A block with `Propagation.NEVER` inside a transaction."""
+    """A block with `Propagation.NEVER` was entered inside a transaction.
+
+    Call it before the transaction or after it.
+    """
 
 
 class IncompatibleTransactionError(TransactionError):
-    """The current transaction cannot give what the block asks for: another isolation level, or writing."""
+    """The current transaction cannot give what a block or statement needs.
+
+    It has another isolation level or other execution options, or is read-only; on
+    SQLite, it is the one writer. Request the options in the outermost block, or use
+    `Propagation.REQUIRES_NEW`; the message names the case. The transaction goes on.
+    """
 
 
 class TransactionTimeoutError(TransactionError, TimeoutError):
-    """The block was not done before its deadline: all that was done in it was rolled back."""
+    """The deadline of a block passed before its end; its work was rolled back.
+
+    Give it a longer `timeout`, or do less in one transaction.
+    """
 
 
 class UnexpectedRollbackError(TransactionError):
-    """The block ended well, but its transaction or savepoint was rolled back; the cause is attached."""
+    """The block finished normally, but its transaction or savepoint was rolled back.
+
+    Most often an error inside it was caught; that error is the cause. Let errors leave
+    the block, or put code whose errors you catch in `transaction(Propagation.NESTED)`.
+    """
 
 
 class CommitOutcomeUnknownError(TransactionError):
-    """The commit was sent, and no answer came: it is not known whether it was carried out."""
+    """The commit was sent, and no answer came: nobody can tell whether it took effect.
+
+    Look in the database before repeating the work.
+    """
 
 
 class SandboxError(SessionwireError):
-    """A deadlock on the one connection of a sandbox, what cannot be had on it, or what a test has left open in it."""
+    """A sandbox deadlocked on its one connection, or a test left something open in it.
+
+    Also raised for what one connection cannot do. The message names the call sites; use
+    a copy of a `DatabaseTemplate` for tests that need several connections.
+    """
 
 
 class UncommittedChangesWarning(UserWarning):
-    """A `session()` block ended with changes that were neither committed nor rolled back: they are lost."""
+    """A `session()` block ended with uncommitted changes, which are lost.
+
+    Call `commit()` in the block, or use `transaction()`.
+    """

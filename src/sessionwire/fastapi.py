@@ -1,7 +1,8 @@
-"""FastAPI endpoints that are given what a container provides, without a thread hop for each thing given.
+"""Inject what a container provides into FastAPI endpoints, without a thread for each.
 
-Two forms: `Depends(Provide[…])`, as dependency-injector has it, and `@inject` of this module, shorter and faster, which
-keeps from FastAPI what it doesn't need to see.
+There are two ways: `Depends(Provide[…])`, as dependency-injector documents it, and
+`@inject` of this module, which is shorter and faster: FastAPI does not see the injected
+parameters at all.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from dependency_injector import wiring
 try:
     from fastapi.params import Depends
 except ImportError as error:
-    raise ImportError("sessionwire.fastapi needs FastAPI: pip install 'sessionwire[fastapi]'") from error
+    raise ImportError(
+        "sessionwire.fastapi needs FastAPI: pip install 'sessionwire[fastapi]'"
+    ) from error
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,55 +30,83 @@ if TYPE_CHECKING:
 else:
 
     class Provide(wiring.Provide):
-        """dependency-injector's marker, which FastAPI calls in the event loop instead of in a thread.
+        """dependency-injector's marker, called in the event loop, not in a thread.
 
-        An endpoint that is given the marker itself gets an `AttributeError` that says why.
+        If an endpoint receives the marker itself, because nothing was injected, using it
+        raises an `AttributeError` with the remedy.
         """
 
         async def __call__(self):
             return self
 
-        def __get_pydantic_core_schema__(self, *_):  # FastAPI takes the parameter for one of the request
-            raise TypeError(f"{self!r} is on a parameter of an endpoint without @inject: write it below the route")
+        def __get_pydantic_core_schema__(self, *_):
+            # FastAPI asks for it if it takes the parameter for one of the request.
+            raise TypeError(
+                f"{self!r} is on a parameter of an endpoint without @inject: "
+                "write @inject below the route's decorator"
+            )
 
         def __getattr__(self, name):
-            if name.startswith("__"):  # what inspect, copy and FastAPI look for in everything
+            # inspect, copy and FastAPI look for such names in every object.
+            if name.startswith("__"):
                 raise AttributeError(name)
             raise AttributeError(
-                f"{name!r} was looked for in {self!r} instead of what that provides: decorate the function with "
-                "@inject, and wire the container to its module when the function is there"
+                f"{name!r} was looked for in {self!r} instead of what that provides: decorate the "
+                "function with @inject, and wire the container to its module when the function is "
+                "there"
             )
 
 
 def inject(function: F) -> F:
-    """dependency-injector's, which takes `service: Annotated[Service, Provide[Container.service]]` without `Depends`.
+    """Inject the parameters that have a `Provide[…]` marker.
 
-    FastAPI is not shown these parameters: it resolves nothing for them, and OpenAPI doesn't have them. Put it below the
-    route's decorator, and wire the container to the module once the function is there; until then a call raises
-    `TypeError`, for an argument that is missing.
+    Such a parameter is written `service: Annotated[Service, Provide[Container.service]]`,
+    without `Depends`. FastAPI does not see it: it resolves nothing for it, and OpenAPI
+    does not contain it. Write `@inject` below the route's decorator, and wire the
+    container to the module when the function is there.
+
+    Args:
+        function: A function, coroutine function or async generator function.
+
+    Raises:
+        TypeError: When the function is called, an argument is missing, because the
+            container is not wired to its module.
     """
-    signature = _evaluated(function)
-    shown = [parameter for parameter in signature.parameters.values() if not _is_injected(parameter)]
-    if len(shown) == len(signature.parameters):
-        warnings.warn(f"@inject has nothing to inject into {function!r}", wiring.DIWiringWarning, stacklevel=2)
+    signature = _resolve_annotations(function)
+    parameters = signature.parameters.values()
+    visible = [parameter for parameter in parameters if not _is_injected(parameter)]
+    if len(visible) == len(parameters):
+        warnings.warn(
+            f"@inject has nothing to inject into {function!r}",
+            wiring.DIWiringWarning,
+            stacklevel=2,
+        )
         return function
-    function.__signature__ = signature  # type: ignore[attr-defined]  # where dependency-injector looks for markers
-    injected: Any = _handing_on(function) if inspect.isasyncgenfunction(function) else wiring.inject(_telling(function))
-    injected.__signature__ = signature.replace(parameters=shown)
+    # dependency-injector looks for its markers there.
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    injected: Any
+    if inspect.isasyncgenfunction(function):
+        injected = _inject_async_generator(function)
+    else:
+        injected = wiring.inject(_with_wiring_hint(function))
+    injected.__signature__ = signature.replace(parameters=visible)
     return cast(F, injected)
 
 
-def _telling(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, which tells why an argument is missing, where the container is not wired."""
+def _with_wiring_hint(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add a note to the `TypeError` of a missing argument: is the container wired?"""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except TypeError as error:
-            if error.__traceback__ is not None and error.__traceback__.tb_next is None:  # the call itself failed
+            is_of_this_call = (
+                error.__traceback__ is not None and error.__traceback__.tb_next is None
+            )
+            if is_of_this_call:
                 error.add_note(
-                    "Nothing was injected: call container.wire(modules=[…]) with the module of this function, once the "
-                    "function is there."
+                    "Nothing was injected: call container.wire(modules=[…]) with the module of "
+                    "this function, once the function is there."
                 )
             raise
 
@@ -83,16 +114,17 @@ def _telling(function: Callable[..., Any]) -> Callable[..., Any]:
         return functools.wraps(function)(call)
 
     @functools.wraps(function)
-    async def called(*args: Any, **kwargs: Any) -> Any:
+    async def call_async(*args: Any, **kwargs: Any) -> Any:
         return await call(*args, **kwargs)
 
-    return called
+    return call_async
 
 
-def _handing_on(function: Callable[..., AsyncGenerator[Any, Any]]) -> Any:
-    """The same for an async generator, which is told of an error at its `yield`: dependency-injector abandons it then.
+def _inject_async_generator(function: Callable[..., AsyncGenerator[Any, Any]]) -> Any:
+    """Inject into an async generator, and throw errors in at its `yield`.
 
-    `Closing` closes before it begins.
+    dependency-injector would abandon the generator instead. A resource with a `Closing`
+    marker is closed before the generator begins.
     """
 
     @functools.wraps(function)
@@ -116,10 +148,10 @@ def _handing_on(function: Callable[..., AsyncGenerator[Any, Any]]) -> Any:
     return injected
 
 
-def _evaluated(function: Callable[..., Any]) -> inspect.Signature:
-    """The signature, with the annotations that `from __future__ import annotations` has left as strings.
+def _resolve_annotations(function: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature, with annotations that are strings evaluated.
 
-    One that has a name in it which only type checkers know stays a string, as with FastAPI.
+    An annotation with a name that only type checkers know stays a string, as in FastAPI.
     """
     signature = inspect.signature(function)
     names: dict[str, Any] = getattr(inspect.unwrap(function), "__globals__", {})
@@ -135,7 +167,8 @@ def _evaluated(function: Callable[..., Any]) -> inspect.Signature:
 def _is_injected(parameter: inspect.Parameter) -> bool:
     is_annotated = get_origin(parameter.annotation) is Annotated
     candidates = get_args(parameter.annotation)[1:] if is_annotated else (parameter.default,)
-    return any(
-        getattr(candidate.dependency if isinstance(candidate, Depends) else candidate, "__IS_MARKER__", False)
+    markers = (
+        candidate.dependency if isinstance(candidate, Depends) else candidate
         for candidate in candidates
     )
+    return any(getattr(marker, "__IS_MARKER__", False) for marker in markers)

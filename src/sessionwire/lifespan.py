@@ -1,4 +1,4 @@
-"""`Lifespan`: opens a container's resources in order of dependency, and closes them all, whatever fails."""
+"""`Lifespan`: open the resources of a container in order, and close them all."""
 
 from __future__ import annotations
 
@@ -15,95 +15,121 @@ from ._error_reports import chain_errors
 from .containers import DatabaseContainer
 from .errors import ConfigurationError
 from .manager import DatabaseSessionManager
-from .settings import DatabaseSettings, settings_of
+from .settings import DatabaseSettings, as_settings
 
 C = TypeVar("C", bound=containers.Container)
 AnyResource: TypeAlias = "providers.Resource[Any]"
 
 
 class Lifespan(Generic[C]):
-    """`async with Lifespan(container) as container:`, and `FastAPI(lifespan=Lifespan(container))` or Starlette's alike.
+    """Open all resources of a container, and close them when the block ends.
 
-    Where a resource fails to start, those already started are shut down, and its error is raised. At the end all are
-    shut down, dependents first; the first failure is raised after that, or noted on the error of the block. One inside
-    another of the same container, as that of an application in a test, leaves it as it found it.
+    Each resource is opened after those that it depends on, and closed before them. If one
+    fails to open, those already open are closed, and its error is raised. All are closed
+    even if some fail: then the first error is raised after that, or noted on the error of
+    the block. A Lifespan nested in another one of the same container, such as an app's
+    inside a test's, closes only what it opened.
+
+    It is an async context manager, and the `lifespan=` of FastAPI and Starlette.
+
+    Args:
+        container: An instance of a container.
+
+    Raises:
+        ConfigurationError: `container` is no container. On entering: settings cannot
+            work, or an override cannot take effect.
+
+    Example:
+        ```python
+        async with Lifespan(Container()) as container:
+            await container.notebook().add("milk")
+
+        app = FastAPI(lifespan=Lifespan(Container()))
+        ```
     """
 
     def __init__(self, container: C) -> None:
         given: Any = container
         if not isinstance(given, containers.DynamicContainer | providers.Container):
-            raise ConfigurationError(_meant_by(given))
+            raise ConfigurationError(_no_container(given))
         self.container = container
         self._started: list[AnyResource] = []
-        self._found: list[AnyResource] = []  # which another one around this has started, and ends
+        # An enclosing Lifespan of this container has opened these, and will close them.
+        self._already_started: list[AnyResource] = []
 
     async def __aenter__(self) -> C:
         self.container.check_dependencies()
-        for database in databases(self.container):
+        for database in database_containers(self.container):
             _check_overrides(database)
+        is_nested = any(other.container is self.container for other in _active_lifespans)
+        resources = _in_dependency_order(self.container) if is_nested else ()
         self._started.clear()
-        is_inner = any(other.container is self.container for other in _open)
-        self._found = [each for each in _in_order(self.container) if each.initialized] if is_inner else []
-        _open.add(self)
+        self._already_started = [resource for resource in resources if resource.initialized]
+        _active_lifespans.add(self)
         try:
-            for resource in _in_order(self.container):
-                if resource not in self._found:
+            for resource in _in_dependency_order(self.container):
+                if resource not in self._already_started:
                     self._started.append(resource)
-                    await _settled(resource.init())
+                    await _await_if_needed(resource.init())
         except BaseException as error:
             await self._shut_down(error)
             raise
         return self.container
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         await self._shut_down(error)
 
     @asynccontextmanager
     async def __call__(self, app: object) -> AsyncGenerator[None]:
-        """As an ASGI framework calls it."""
+        """Open and close as `lifespan=` of an ASGI framework, which passes its app."""
         async with self:
             yield
 
     async def _shut_down(self, error: BaseException | None) -> None:
         first = error
-        _open.discard(self)
-        known = self._started + self._found
-        started_later = [resource for resource in _in_order(self.container) if resource not in known]
+        _active_lifespans.discard(self)
+        known = self._started + self._already_started
+        resources = _in_dependency_order(self.container)
+        started_later = [resource for resource in resources if resource not in known]
         for resource in reversed(self._started + started_later):
             try:
                 if resource.initialized:
-                    await _settled(cast(Any, resource).shutdown())
+                    await _await_if_needed(cast(Any, resource).shutdown())
             except BaseException as failure:
                 first = chain_errors(first, failure, "the shutdown of a resource")
         if first is not None and first is not error:
             raise first
 
 
-def _meant_by(given: object) -> str:
+_active_lifespans: weakref.WeakSet[Lifespan[Any]] = weakref.WeakSet()
+
+
+def _no_container(given: object) -> str:
     kind = type(given).__name__
     if isinstance(given, type) and issubclass(given, containers.DeclarativeContainer):
-        return f"Lifespan needs a container, and {given.__name__} is a class: write Lifespan({given.__name__}())"
+        name = given.__name__
+        return f"Lifespan needs a container, and {name} is a class: write Lifespan({name}())"
     return f"Lifespan needs a container, such as Lifespan(Container()), and this is of type {kind}"
 
 
-_open: weakref.WeakSet[Lifespan[Any]] = weakref.WeakSet()
-
-
-async def _settled(result: Any) -> None:
+async def _await_if_needed(result: Any) -> None:
     if asyncio.isfuture(result) or asyncio.iscoroutine(result):
         await result
 
 
-def _in_order(container: containers.Container) -> Iterator[AnyResource]:
-    """All resources, each after those that it depends on, also through other providers.
+def _in_dependency_order(container: containers.Container) -> Iterator[AnyResource]:
+    """Yield all resources, each after those that it depends on, even indirectly.
 
-    A resource over a provider, as `manager` is over `sessionmanager`, makes that one ready to use: it comes before
-    all else that depends on that provider.
+    A resource over a provider, such as `manager` over `sessionmanager`, makes that
+    provider ready to use: it comes before everything else that depends on the provider.
     """
     resources: list[AnyResource] = list(cast(Any, container).traverse(types=[providers.Resource]))
-    readied_by = {id(resource.provides): resource for resource in resources}
+    resource_over = {id(resource.provides): resource for resource in resources}
     visited: set[int] = set()
 
     def visit(provider: Any) -> Iterator[AnyResource]:
@@ -114,8 +140,8 @@ def _in_order(container: containers.Container) -> Iterator[AnyResource]:
             yield from visit(dependency)
         if isinstance(provider, providers.Resource):
             yield provider
-        elif id(provider) in readied_by:
-            yield from visit(readied_by[id(provider)])
+        elif id(provider) in resource_over:
+            yield from visit(resource_over[id(provider)])
 
     for resource in resources:
         yield from visit(resource)
@@ -129,14 +155,16 @@ def managers_of(database: Any) -> list[DatabaseSessionManager]:
     """
     if isinstance(database, DatabaseSessionManager):
         return [database]
-    managers = [found.sessionmanager() for found in databases(database)]
+    managers = [found.sessionmanager() for found in database_containers(database)]
     if not managers:
-        raise ConfigurationError("there is no DatabaseContainer in this container: give the manager itself")
+        raise ConfigurationError(
+            "there is no DatabaseContainer in this container: give the manager itself"
+        )
     return managers
 
 
-def databases(container: Any) -> Iterator[Any]:
-    """The `DatabaseContainer`s in it, itself included."""
+def database_containers(container: Any) -> Iterator[Any]:
+    """Yield every `DatabaseContainer` in `container`, and itself if it is one."""
     nested: list[Any] = list(container.traverse(types=[providers.Container]))
     for candidate in (container, *(provider.container for provider in nested)):
         declared = getattr(candidate, "declarative_parent", None)
@@ -145,24 +173,33 @@ def databases(container: Any) -> Iterator[Any]:
 
 
 def _check_overrides(database: Any) -> None:
-    """Refuse the overrides that cannot take effect. Raises `ConfigurationError`."""
+    """Reject overrides that cannot take effect.
+
+    Raises:
+        ConfigurationError: `manager` is overridden, or a provider was overridden after
+            the object that depends on it had been built.
+    """
     settings, sessionmanager = database.settings, database.sessionmanager
-    name = f"{database.parent_name}." if database.parent_name else ""
-    switch = database.manager.last_overriding
-    if switch is not None and getattr(switch, "provides", None) is not sessionmanager.last_overriding:
+    prefix = f"{database.parent_name}." if database.parent_name else ""
+    override = database.manager.last_overriding
+    if override is not None and (
+        getattr(override, "provides", None) is not sessionmanager.last_overriding
+    ):
         raise ConfigurationError(
-            f"{name}manager is overridden, but nothing depends on it: it only opens and closes sessionmanager; "
-            f"override {name}sessionmanager"
+            f"{prefix}manager is overridden, but nothing depends on it: it only opens and closes "
+            f"sessionmanager; override {prefix}sessionmanager"
         )
     if sessionmanager.overridden:
         return
-    from_config = settings.provides == DatabaseSettings.load and not settings.overridden
-    if from_config and settings() != DatabaseSettings.load(database.config()):
+    is_from_config = settings.provides == DatabaseSettings.load and not settings.overridden
+    if is_from_config and settings() != DatabaseSettings.load(database.config()):
         raise ConfigurationError(
-            f"{name}config was changed after settings were built from it: call {name}settings.reset() first"
+            f"{prefix}config was changed after settings were built from it: "
+            f"call {prefix}settings.reset() first"
         )
-    if sessionmanager().settings != settings_of(settings()) or sessionmanager().metadata is not database.metadata():
+    manager = sessionmanager()
+    if manager.settings != as_settings(settings()) or manager.metadata is not database.metadata():
         raise ConfigurationError(
-            f"{name}settings or metadata were overridden after sessionmanager was built from others: "
-            f"call {name}sessionmanager.reset() first"
+            f"{prefix}settings or metadata were overridden after sessionmanager was built from "
+            f"others: call {prefix}sessionmanager.reset() first"
         )

@@ -13,7 +13,7 @@ from ._core.blocks import ConnectionBlock, SessionBlock
 from ._core.context import enclosing_scopes
 from ._database.runtime import Database
 from .base import Base
-from .settings import DatabaseSettings, settings_of
+from .settings import DatabaseSettings, as_settings
 from .transaction import TransactionManager
 
 SCHEMA_LOCK = int.from_bytes(b"sessionw")  # the key of the advisory lock, 8315179226536832631
@@ -46,7 +46,7 @@ class DatabaseSessionManager:
         *,
         metadata: MetaData | None = None,
     ) -> None:
-        self._database = Database(None if settings is None else settings_of(settings))
+        self._database = Database(None if settings is None else as_settings(settings))
         self.metadata = Base.metadata if metadata is None else metadata
         self.transaction = TransactionManager(self)
 
@@ -70,7 +70,7 @@ class DatabaseSessionManager:
             ConfigurationError: They can't work.
             AlreadyInitializedError: It is initialized already; `close()` it first.
         """
-        self._database.init(settings_of(host))
+        self._database.init(as_settings(host))
 
     async def open(self) -> None:
         """Check that the database answers, within `connect_timeout` seconds.

@@ -33,7 +33,7 @@ from ._database.runtime import database_of
 from .containers import DatabaseContainer
 from .embedded import EmbeddedServer
 from .errors import OwnershipError
-from .lifespan import Lifespan, databases, managers_of
+from .lifespan import Lifespan, database_containers, managers_of
 from .manager import DatabaseSessionManager
 from .settings import DatabaseSettings
 from .testing import DatabaseCopy, DatabaseTemplate, overriding, sandbox
@@ -137,7 +137,9 @@ def sessionwire_seed() -> Seed | None:
 
 
 @pytest.fixture(scope="session")
-def sessionwire_settings(request: pytest.FixtureRequest, _sessionwire_runner: asyncio.Runner) -> Iterator[Any]:
+def sessionwire_settings(
+    request: pytest.FixtureRequest, _sessionwire_runner: asyncio.Runner
+) -> Iterator[Any]:
     """Yield the settings of a database beside which the test databases are made."""
     url = _option(request.config, "url")
     if url != "embedded":
@@ -174,7 +176,9 @@ def _sessionwire_templates(
     seed = sessionwire_seed or _create_all
     templates: list[DatabaseTemplate] = []
     try:
-        for name, database in _databases_by_settings_name(_build_container(sessionwire_container)).items():
+        for name, database in _databases_by_settings_name(
+            _build_container(sessionwire_container)
+        ).items():
             seed_database = partial(_seed, database, seed)
             template = DatabaseTemplate(sessionwire_settings, seed_database, key=f"{run} {name}")
             templates.append(_sessionwire_runner.run(stack.enter_async_context(template)))
@@ -191,7 +195,9 @@ def _build_container(container: Any) -> containers.Container:
 def _databases_by_settings_name(container: containers.Container) -> dict[str, DatabaseContainer]:
     """Return the databases of a container, sorted by the names of their settings."""
     names = {provider: name for name, provider in providers_by_name(container).items()}
-    found: dict[str, DatabaseContainer] = {names[database.settings]: database for database in databases(container)}
+    found: dict[str, DatabaseContainer] = {
+        names[database.settings]: database for database in database_containers(container)
+    }
     return {name: found[name] for name in sorted(found)}
 
 
@@ -230,7 +236,9 @@ def _sessionwire_own_databases(
 
 
 @contextmanager
-def _copies(templates: list[DatabaseTemplate], runner: asyncio.Runner) -> Generator[list[DatabaseCopy]]:
+def _copies(
+    templates: list[DatabaseTemplate], runner: asyncio.Runner
+) -> Generator[list[DatabaseCopy]]:
     stack = AsyncExitStack()
     try:
         yield [runner.run(stack.enter_async_context(template.copy())) for template in templates]
@@ -252,7 +260,9 @@ def _sessionwire_configured_container(
     container = _build_container(sessionwire_container)
     overrides: dict[str, object] = {}
     with ExitStack() as stack:
-        for (name, database), own in zip(_databases_by_settings_name(container).items(), settings, strict=True):
+        for (name, database), own in zip(
+            _databases_by_settings_name(container).items(), settings, strict=True
+        ):
             overrides[name] = own
             try:
                 manager = database.sessionmanager()
@@ -267,22 +277,30 @@ def _sessionwire_configured_container(
 
 
 @asynccontextmanager
-async def _started(config: pytest.Config, container: containers.Container) -> AsyncGenerator[containers.Container]:
+async def _started(
+    config: pytest.Config, container: containers.Container
+) -> AsyncGenerator[containers.Container]:
     is_sandbox = _option(config, "isolation") == "sandbox"
     async with AsyncExitStack() as stack:
         if is_sandbox:
             check_deferred = config.getini("sessionwire_check_deferred")
             patience = config.getini("sessionwire_patience")
-            await stack.enter_async_context(sandbox(container, check_deferred=check_deferred, patience=patience))
+            await stack.enter_async_context(
+                sandbox(container, check_deferred=check_deferred, patience=patience)
+            )
         await stack.enter_async_context(Lifespan(container))
         detector = LeakDetector(*managers_of(container))
         for manager in managers_of(container):
             if is_sandbox:
                 detector.watch_pool(manager.engine.pool)
             else:
-                stack.enter_context(database_of(manager).substitute_engines(partial(WatchedEngines, detector)))
+                stack.enter_context(
+                    database_of(manager).substitute_engines(partial(WatchedEngines, detector))
+                )
         yield container
-        leaks = await detector.cancel_leftover_tasks(asyncio.current_task(), set(), CANCELLATION_TIMEOUT)
+        leaks = await detector.cancel_leftover_tasks(
+            asyncio.current_task(), set(), CANCELLATION_TIMEOUT
+        )
         leaks += detector.abort_leftover_blocks()
         if leaks:
             pytest.fail("\n".join(leaks), pytrace=False)

@@ -128,7 +128,9 @@ class TransactionManager:
         elif inspect.isawaitable(result := function()):  # of which nothing has run yet
             if inspect.iscoroutine(result):
                 result.close()
-            raise TransactionRequiredError("no transaction is current, so there is nothing to wait for: await it")
+            raise TransactionRequiredError(
+                "no transaction is current, so there is nothing to wait for: await it"
+            )
 
     def on_rollback(self, function: Hook) -> None:
         """Call `function` after the outermost transaction has ended, if it or the enclosing savepoint rolled back.
@@ -206,4 +208,6 @@ class TransactionManager:
         """
         to_call(function, "run()", *args)
         call = partial(function, *args)
-        return await run_with_retries(self._database, define(propagation, **options), attempts(retries), call)
+        return await run_with_retries(
+            self._database, define(propagation, **options), attempts(retries), call
+        )

@@ -53,8 +53,15 @@ def parse() -> argparse.Namespace:
         description=f"Measures sessionwire against its peers:\n{described}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="name", help="what to measure; without a name, all of it")
-    parser.add_argument("--rounds", type=int, default=15, help="of which the medians are taken (default: %(default)s)")
+    parser.add_argument(
+        "names", nargs="*", metavar="name", help="what to measure; without a name, all of it"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=15,
+        help="of which the medians are taken (default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="for results.json and the plots")
     options = parser.parse_args()
     if unknown := sorted(set(options.names) - set(names)):

@@ -54,7 +54,9 @@ async def depends(whole: Annotated[Part, Depends(fastapi.Provide[Container.whole
 
 @app.get("/stock-inject")
 @wiring.inject
-async def depends_stock_inject(whole: Annotated[Part, Depends(fastapi.Provide[Container.whole])]) -> int:
+async def depends_stock_inject(
+    whole: Annotated[Part, Depends(fastapi.Provide[Container.whole])],
+) -> int:
     return len(whole.parts)
 
 
@@ -81,8 +83,20 @@ async def call(path: str) -> bytes:
     async def send(message: Any) -> None:
         received.append(message.get("body", b""))
 
-    address = {"path": path, "raw_path": path.encode(), "root_path": "", "query_string": b"", "scheme": "http"}
-    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "headers": []}
+    address = {
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "scheme": "http",
+    }
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "GET",
+        "headers": [],
+    }
     await app({**scope, **address}, receive, send)
     return b"".join(received)
 

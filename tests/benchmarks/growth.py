@@ -28,7 +28,9 @@ POOL = PoolSettings(size=10, max_overflow=0, timeout=300)
 LOCKED_OUT = "SELECT count(*) FROM pg_locks WHERE relation = 'item'::regclass AND NOT granted"
 
 
-async def run(server_socket_directory: str, rounds: int, progress: Callable[[str], None]) -> list[Table]:
+async def run(
+    server_socket_directory: str, rounds: int, progress: Callable[[str], None]
+) -> list[Table]:
     """In a quarter of the rounds, which are long here."""
     rounds = ceil(rounds / 4)
     throughput: Times = defaultdict(lambda: defaultdict(list))
@@ -36,7 +38,9 @@ async def run(server_socket_directory: str, rounds: int, progress: Callable[[str
     async with items(server_socket_directory) as database, AsyncExitStack() as stack:
         works: dict[str, Work] = {}
         for name in (BARE, EXPERT, SERVICE):
-            works[name] = await stack.enter_async_context(VARIANTS[name](url(server_socket_directory), POOL))
+            works[name] = await stack.enter_async_context(
+                VARIANTS[name](url(server_socket_directory), POOL)
+            )
             await under_load(works[name], POOL.size)  # warms up
         for turn in range(rounds):
             for column in rotated(list(TASKS), turn):
@@ -65,7 +69,9 @@ async def run(server_socket_directory: str, rounds: int, progress: Callable[[str
 
 def against_best(throughput: Times) -> Table:
     table = Table(
-        "throughput against a variant's own best", list(throughput), note="The same rounds; each row has its own 1."
+        "throughput against a variant's own best",
+        list(throughput),
+        note="The same rounds; each row has its own 1.",
     )
     for name in throughput[table.columns[0]]:
         medians = [median(of[name]) for of in throughput.values()]
@@ -94,7 +100,9 @@ async def bytes_of_waiting(work: Work, database: asyncpg.Connection[Any]) -> lis
     """Of each scope, where as many wait as `WAITING` says."""
     found: list[float] = []
     async with asyncio.TaskGroup() as group, database.transaction():
-        await database.execute("LOCK TABLE item")  # who reads it has a connection, and keeps it until this ends
+        await database.execute(
+            "LOCK TABLE item"
+        )  # who reads it has a connection, and keeps it until this ends
         tracemalloc.start()
         holding = [group.create_task(work.read(KEY)) for _ in range(POOL.size)]
         while await database.fetchval(LOCKED_OUT) < POOL.size:

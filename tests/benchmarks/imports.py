@@ -43,10 +43,15 @@ class Ours(containers.DeclarativeContainer):
 
 
 HAND = "dependency-injector, by hand"
-CONTAINERS: dict[str, Callable[[], containers.DeclarativeContainer]] = {HAND: ByHand, "sessionwire": Ours}
+CONTAINERS: dict[str, Callable[[], containers.DeclarativeContainer]] = {
+    HAND: ByHand,
+    "sessionwire": Ours,
+}
 
 
-async def run(server_socket_directory: str, rounds: int, progress: Callable[[str], None]) -> list[Table]:
+async def run(
+    server_socket_directory: str, rounds: int, progress: Callable[[str], None]
+) -> list[Table]:
     imports: Times = defaultdict(lambda: defaultdict(list))
     starts: Times = defaultdict(lambda: defaultdict(list))
     for turn in range(rounds + 1):
@@ -60,8 +65,15 @@ async def run(server_socket_directory: str, rounds: int, progress: Callable[[str
             starts["build a container"][name].append(seconds_to_build(container))
             starts[f"wire {FUNCTIONS} functions"][name].append(await seconds_to_wire(container))
     return [
-        ratios("time to import", imports, GROUND, f"{IMPORTS[GROUND]}; each in a fresh interpreter."),
-        ratios("time to start", starts, HAND, "By hand, the container holds an engine and a session factory."),
+        ratios(
+            "time to import", imports, GROUND, f"{IMPORTS[GROUND]}; each in a fresh interpreter."
+        ),
+        ratios(
+            "time to start",
+            starts,
+            HAND,
+            "By hand, the container holds an engine and a session factory.",
+        ),
     ]
 
 
@@ -89,7 +101,9 @@ async def seconds_to_wire(container: Callable[[], containers.DeclarativeContaine
     started = perf_counter()
     built.wire(modules=[module])
     taken = perf_counter() - started
-    assert all([isinstance((await function()).session, AsyncSession) for function in functions(module)])
+    assert all(
+        [isinstance((await function()).session, AsyncSession) for function in functions(module)]
+    )
     built.unwire()
     return taken
 

@@ -34,7 +34,9 @@ TABLES = [
 Ready = Callable[[], AbstractAsyncContextManager[DatabaseSessionManager]]
 
 
-async def run(server_socket_directory: str, rounds: int, progress: Callable[[str], None]) -> list[Table]:
+async def run(
+    server_socket_directory: str, rounds: int, progress: Callable[[str], None]
+) -> list[Table]:
     """On a server for tests, as the pytest plugin has it."""
     times: Times = defaultdict(lambda: defaultdict(list))
     with (
@@ -64,7 +66,14 @@ async def run(server_socket_directory: str, rounds: int, progress: Callable[[str
                             times[kind][way].append(taken)
                 async with manager.connect() as connection:
                     await manager.drop_all(connection)
-    return [ratios("time to isolate a test", times, ANEW, f"{len(TABLES)} tables; medians of {rounds} rounds.")]
+    return [
+        ratios(
+            "time to isolate a test",
+            times,
+            ANEW,
+            f"{len(TABLES)} tables; medians of {rounds} rounds.",
+        )
+    ]
 
 
 async def create_tables(manager: DatabaseSessionManager) -> None:

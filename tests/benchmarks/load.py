@@ -26,12 +26,20 @@ class WrongAnswersError(Exception):
 def check_installed() -> None:
     """Raises `NotInstalledError`."""
     if shutil.which("wrk") is None:
-        raise NotInstalledError("the load generator wrk is not installed: apt-get install wrk, or brew install wrk")
+        raise NotInstalledError(
+            "the load generator wrk is not installed: apt-get install wrk, or brew install wrk"
+        )
 
 
 async def drive(url: str, seconds: int) -> Found:
     """Raises `WrongAnswersError` where a single answer is not right, and `ChildProcessError` where there is none."""
-    options = "--threads=1", f"--connections={CLIENTS}", f"--duration={seconds}s", "--timeout=30s", f"--script={SCRIPT}"
+    options = (
+        "--threads=1",
+        f"--connections={CLIENTS}",
+        f"--duration={seconds}s",
+        "--timeout=30s",
+        f"--script={SCRIPT}",
+    )
     output = await output_of("wrk", *options, url)
     (found,) = [line.split()[1:] for line in output.splitlines() if line.startswith("found ")]
     answered, wrong, broken, microseconds, p50, p99 = map(int, found)

@@ -16,14 +16,19 @@ UNITS = 10
 IDLE = 1.2  # seconds; longer than sessionwire's `pool.ping_after`
 
 
-async def run(server_socket_directory: str, rounds: int, progress: Callable[[str], None]) -> list[Table]:
+async def run(
+    server_socket_directory: str, rounds: int, progress: Callable[[str], None]
+) -> list[Table]:
     table = Table(
         "messages to the server",
         ["read", "read after idling", "write", "first read", "first write"],
         note="A first one opens a connection and prepares its statement; asyncpg's pool resets a connection each time.",
     )
     proxy = Proxy()
-    async with items(server_socket_directory) as database, proxy.open(server_socket_directory) as port:
+    async with (
+        items(server_socket_directory) as database,
+        proxy.open(server_socket_directory) as port,
+    ):
 
         async def count(unit: Callable[[], Awaitable[object]], times: int = 1) -> float:
             before = proxy.questions
@@ -53,7 +58,9 @@ async def run(server_socket_directory: str, rounds: int, progress: Callable[[str
 
                 async def write(work=work, text=name) -> None:
                     key = await work.write(text)
-                    assert await database.fetchval("SELECT text FROM item WHERE id = $1", key) == text
+                    assert (
+                        await database.fetchval("SELECT text FROM item WHERE id = $1", key) == text
+                    )
 
                 first_write, _ = await count(write), await count(write)
                 warm_write = await count(write, UNITS)

@@ -9,7 +9,9 @@ from pathlib import Path
 async def output_of(program: str, *arguments: str) -> str:
     """Raises `ChildProcessError` where it fails."""
     environment = os.environ | {"LC_ALL": "C"}
-    process = await asyncio.create_subprocess_exec(program, *arguments, stdout=PIPE, stderr=STDOUT, env=environment)
+    process = await asyncio.create_subprocess_exec(
+        program, *arguments, stdout=PIPE, stderr=STDOUT, env=environment
+    )
     try:
         output = (await process.communicate())[0].decode()
     finally:

@@ -44,7 +44,10 @@ def ratios(name: str, times: Times, base: str, note: str = "") -> Table:
     return Table(
         name,
         list(times),
-        {row: [median(map(float.__truediv__, of[row], of[base])) for of in times.values()] for row in rows},
+        {
+            row: [median(map(float.__truediv__, of[row], of[base])) for of in times.values()]
+            for row in rows
+        },
         base,
         note,
     )
@@ -76,7 +79,13 @@ def is_ours(row: str) -> bool:
     return row.startswith("sessionwire")
 
 
-WIDTH, LABELS, BAR, LINE, GAP = 720, 260, 380, 20, 34  # pixels: the drawing, its names, its longest bar, a row, a title
+WIDTH, LABELS, BAR, LINE, GAP = (
+    720,
+    260,
+    380,
+    20,
+    34,
+)  # pixels: the drawing, its names, its longest bar, a row, a title
 NOTE = 120  # characters that fit in a line
 OURS, OTHERS, INK = "#2563eb", "#b6bcc6", "#1f2328"
 

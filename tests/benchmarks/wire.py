@@ -29,7 +29,9 @@ def url(host: str, port: int = 5432) -> URL:
 async def far_away(socket_directory: str, delay: float) -> AsyncIterator[URL]:
     """The server behind a longer wire, which is a process of its own, so as not to take part in what is measured."""
     arguments = "-m", __name__, socket_directory, str(delay)
-    process = await asyncio.create_subprocess_exec(sys.executable, *arguments, stdout=asyncio.subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *arguments, stdout=asyncio.subprocess.PIPE
+    )
     assert process.stdout is not None
     try:
         yield url("127.0.0.1", int(await process.stdout.readline()))

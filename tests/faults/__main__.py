@@ -28,7 +28,9 @@ def main() -> int:
 
         return to_its_end(soak(options.seconds or 180))
     names = options.names or list(SCENARIOS)
-    verdicts = to_its_end(run_all(names, options.runs or len(names), options.seed, options.seconds or 1.5))
+    verdicts = to_its_end(
+        run_all(names, options.runs or len(names), options.seed, options.seconds or 1.5)
+    )
     show(verdicts)
     return 1 if any(verdict.violations for verdict in verdicts) else 0
 
@@ -49,8 +51,15 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("names", nargs="*", metavar="scenario", help="without a name, all in turn")
     parser.add_argument("--runs", type=int, help="how many in all (default: one of each scenario)")
-    parser.add_argument("--seed", type=int, default=1, help="of the first run; it is counted up (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, help="of faults in a run (default: 1.5), or of the soak (180)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=1,
+        help="of the first run; it is counted up (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="of faults in a run (default: 1.5), or of the soak (180)"
+    )
     options = parser.parse_args()
     if unknown := sorted(set(options.names) - {*SCENARIOS, "soak"}):
         parser.error(f"there is no {', '.join(unknown)}")
@@ -66,7 +75,10 @@ async def run_all(names: list[str], runs: int, seed: int, seconds: float) -> lis
             verdicts.append(verdict)
             if verdict.violations:
                 print(verdict, file=sys.stderr)
-                print(f"  again: python -m {__package__} {name} --runs 1 --seed {verdict.seed}", file=sys.stderr)
+                print(
+                    f"  again: python -m {__package__} {name} --runs 1 --seed {verdict.seed}",
+                    file=sys.stderr,
+                )
     return verdicts
 
 
@@ -77,7 +89,9 @@ def show(verdicts: list[Verdict]) -> None:
         table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
     for name in [*dict.fromkeys(verdict.scenario for verdict in verdicts), "all"]:
         counts = [verdict.counts for verdict in verdicts if name in (verdict.scenario, "all")]
-        table.add_row(name, str(len(counts)), *(_summed_up(count.name, counts) for count in fields(Counts)))
+        table.add_row(
+            name, str(len(counts)), *(_summed_up(count.name, counts) for count in fields(Counts))
+        )
     Console(highlight=False, width=250).print(table)
 
 

@@ -28,7 +28,10 @@ witness = Table("witness", MetaData(), Column("call", Integer, nullable=False))
 calling: ContextVar[Call] = ContextVar("calling")
 
 
-CONFLICTS = ("40001", "40P01")  # SQLSTATEs: on a busy machine they outlast the retries, with or without a fault
+CONFLICTS = (
+    "40001",
+    "40P01",
+)  # SQLSTATEs: on a busy machine they outlast the retries, with or without a fault
 
 
 class Answer(StrEnum):
@@ -49,7 +52,9 @@ class Call:
     is_plain: bool = False  # no transfer, but a mark on default terms
     began: float = 0.0
     ended: float = 0.0
-    answer: Answer = Answer.CANCELLED  # as it stays where the call was cancelled before its first step
+    answer: Answer = (
+        Answer.CANCELLED
+    )  # as it stays where the call was cancelled before its first step
     said: str = ""  # the error in short: the error itself would keep alive what must not be left
     is_fair: bool = False  # refused by the ledger, for its own deadline or by a conflict: no fault need be behind that
     transfer: int | None = None
@@ -72,10 +77,16 @@ class Manner:
     accounts: int = 40
     plain: float = 0.3  # share of the calls that only leave a mark, on default terms: transfers are SERIALIZABLE
     patience: float = 3.0  # seconds after which a caller gives up
-    cancelled: float = 0.0  # share of the calls that are cancelled within `cancelled_within` seconds
-    times: int = 2  # at most: a second cancellation may strike what ends the call after the first one
+    cancelled: float = (
+        0.0  # share of the calls that are cancelled within `cancelled_within` seconds
+    )
+    times: int = (
+        2  # at most: a second cancellation may strike what ends the call after the first one
+    )
     cancelled_within: float = 0.05
-    deadlines: float = 0.0  # share of the calls within a transaction that has a deadline, up to `deadline` seconds
+    deadlines: float = (
+        0.0  # share of the calls within a transaction that has a deadline, up to `deadline` seconds
+    )
     deadline: float = 0.05
 
 
@@ -111,7 +122,9 @@ class Callers:
     async def at_work(self) -> AsyncIterator[None]:
         """They call inside the block, and at its end finish what they have begun."""
         watched = providers.Factory(
-            WatchedAccounts, session=self.container.db.session, transaction=self.container.db.transaction
+            WatchedAccounts,
+            session=self.container.db.session,
+            transaction=self.container.db.transaction,
         )
         with self.container.account_repository.override(watched):
             async with asyncio.TaskGroup() as group:
@@ -127,18 +140,24 @@ class Callers:
         recent = [call for call in self.calls if call.ended > since and not call.is_fair]
         if not any(call.answer is Answer.ACKNOWLEDGED and call.began > since for call in recent):
             return 0.0
-        failures = [call.ended for call in recent if call.answer in (Answer.REFUSED, Answer.UNKNOWN)]
+        failures = [
+            call.ended for call in recent if call.answer in (Answer.REFUSED, Answer.UNKNOWN)
+        ]
         return monotonic() - max(failures, default=since)
 
     async def _work(self, number: int) -> None:
         random, manner = Random(f"{self.seed}-{number}"), self.manner
         key = ""
         while not self._stopped:
-            if not key or random.random() < 0.7:  # else the transfer is sent again, as after an error
+            if (
+                not key or random.random() < 0.7
+            ):  # else the transfer is sent again, as after an error
                 key = f"{number}-{random.randrange(10**12)}"
                 source, target = random.sample(self.accounts, 2)
                 amount = Decimal(random.randint(1, 500)).scaleb(-2)
-            deadline = random.uniform(0, manner.deadline) if random.random() < manner.deadlines else None
+            deadline = (
+                random.uniform(0, manner.deadline) if random.random() < manner.deadlines else None
+            )
             limit = min(manner.patience, deadline or manner.patience)
             is_cancelled = random.random() < manner.cancelled
             if is_cancelled:
@@ -166,9 +185,15 @@ class Callers:
         except Exception as error:
             is_unknown = isinstance(error, CommitOutcomeUnknownError)
             call.answer = Answer.UNKNOWN if is_unknown else Answer.REFUSED
-            call.said = f"{type(error).__name__}: {getattr(error, 'orig', None) or error}".partition("\n")[0]
+            call.said = (
+                f"{type(error).__name__}: {getattr(error, 'orig', None) or error}".partition("\n")[
+                    0
+                ]
+            )
             is_conflict = getattr(getattr(error, "orig", None), "sqlstate", None) in CONFLICTS
-            is_refused = isinstance(error, (LedgerError, TransactionTimeoutError)) and not isinstance(error, Busy)
+            is_refused = isinstance(
+                error, (LedgerError, TransactionTimeoutError)
+            ) and not isinstance(error, Busy)
             call.is_fair = is_conflict or is_refused
         finally:
             call.ended = monotonic()

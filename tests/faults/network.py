@@ -19,7 +19,9 @@ class FaultyNetwork(Proxy):
         self.is_black_hole = False  # nothing comes through, and nobody is told
         self.loses = 0.0  # share of the questions whose answers are lost
         self.loses_only = b""  # questions that contain this
-        self.loses_silently = 0.5  # share of those on whose connections nothing comes any more; the others are cut
+        self.loses_silently = (
+            0.5  # share of those on whose connections nothing comes any more; the others are cut
+        )
         self._random = random
         self._losing: set[Line] = set()
 
@@ -27,9 +29,13 @@ class FaultyNetwork(Proxy):
     async def opened(self) -> AsyncIterator[int]:
         """The port of 127.0.0.1 to reach the server by."""
 
-        async def connect(from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        async def connect(
+            from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter
+        ) -> None:
             try:
-                from_server, to_server = await asyncio.open_unix_connection(f"{self.leads_to}/.s.PGSQL.5432")
+                from_server, to_server = await asyncio.open_unix_connection(
+                    f"{self.leads_to}/.s.PGSQL.5432"
+                )
             except OSError:  # the server is away
                 to_client.transport.abort()
                 return

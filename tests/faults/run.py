@@ -46,7 +46,10 @@ class Ground:
     async def connections(self, server: Server | None) -> int:
         """How many the callers have, as the server counts them; for a file, by the threads that serve them."""
         if server is None:
-            return sum(thread.name.endswith("(_connection_worker_thread)") for thread in threading.enumerate())
+            return sum(
+                thread.name.endswith("(_connection_worker_thread)")
+                for thread in threading.enumerate()
+            )
         query = "SELECT 1 FROM pg_stat_activity WHERE application_name = $1"
         return len(await server.execute(query, APPLICATION))
 
@@ -60,7 +63,9 @@ async def run(scenario: Scenario, seed: int, shared: Server, seconds: float) -> 
     """Let things go wrong for this long. `shared` is the server of all runs that make none of their own."""
     loop = asyncio.get_running_loop()
     reports: list[str] = []
-    loop.set_exception_handler(lambda _, context: reports.append(f"{context.get('exception') or context['message']!r}"))
+    loop.set_exception_handler(
+        lambda _, context: reports.append(f"{context.get('exception') or context['message']!r}")
+    )
     logging.disable()  # what pytest keeps of each record would keep alive the session that it tells of
     try:
         async with asyncio.timeout(LONGEST):
@@ -94,7 +99,9 @@ async def _run(scenario: Scenario, seed: int, shared: Server, seconds: float) ->
         container = Container(settings=LedgerSettings(database=settings))
         async with Lifespan(container), AsyncExitStack() as until_counted:
             callers = Callers(container, scenario.manner, f"{scenario.name}-{seed}", accounts)
-            missing = cast(Any, None)  # what a place does not have, no scenario of this place asks for
+            missing = cast(
+                Any, None
+            )  # what a place does not have, no scenario of this place asks for
             world = World(
                 random=random,
                 seconds=seconds,
@@ -116,7 +123,9 @@ async def _run(scenario: Scenario, seed: int, shared: Server, seconds: float) ->
             after = Living()
             counts.sessions_left = max(0, after.sessions - before.sessions)
             counts.scopes_left = max(0, after.scopes - before.scopes)
-        counts.connections_left = await _within_a_second(lambda: ground.connections_left(world.server))
+        counts.connections_left = await _within_a_second(
+            lambda: ground.connections_left(world.server)
+        )
         counts.drivers_left = max(0, Living().drivers - before.drivers)
         async with _books(world.server, ground) as books:
             await _judge(verdict, callers, books)
@@ -124,7 +133,9 @@ async def _run(scenario: Scenario, seed: int, shared: Server, seconds: float) ->
     if world.returned is not None:
         judge_recovery(verdict, callers.calls, world.returned)
     counts.longest = max(call.ended - call.began for call in callers.calls)
-    counts.overrun = max(call.ended - call.began - call.limit for call in callers.calls) - max(COMMIT, ROLLBACK)
+    counts.overrun = max(call.ended - call.began - call.limit for call in callers.calls) - max(
+        COMMIT, ROLLBACK
+    )
     return verdict
 
 
@@ -147,7 +158,9 @@ async def _ground(place: Place, random: Random, shared: Server) -> AsyncIterator
             await both.primary.execute(f"CREATE DATABASE {DATABASE}")
             async with _network(random, both.primary) as (network, url):
                 if place is Place.BOTH:
-                    hosts = "&".join(f"host=127.0.0.1:{server.port}" for server in (both.primary, both.standby))
+                    hosts = "&".join(
+                        f"host=127.0.0.1:{server.port}" for server in (both.primary, both.standby)
+                    )
                     url = f"postgresql://postgres@/{DATABASE}?{hosts}&target_session_attrs=primary&sslmode=disable"
                 yield Ground(url, network, both.primary, both)
 
@@ -163,7 +176,9 @@ async def _network(random: Random, server: Server) -> AsyncIterator[tuple[Faulty
 async def _books(server: Server | None, ground: Ground) -> AsyncIterator[Container]:
     """The ledger as an auditor sees it, past all faults."""
     url = ground.url if server is None else server.url(DATABASE)
-    async with Lifespan(Container(settings=LedgerSettings(database=DatabaseSettings(url=url)))) as container:
+    async with Lifespan(
+        Container(settings=LedgerSettings(database=DatabaseSettings(url=url)))
+    ) as container:
         manager = _manager(container)
         await create_tables(manager)
         async with manager.connect() as connection:
@@ -181,9 +196,13 @@ async def _open_accounts(manager: DatabaseSessionManager, count: int) -> list[in
 
 async def _judge(verdict: Verdict, callers: Callers, books: Container) -> None:
     async with _manager(books).connect() as connection:
-        marks = await connection.execute(select(witness.c.call, func.count()).group_by(witness.c.call))
+        marks = await connection.execute(
+            select(witness.c.call, func.count()).group_by(witness.c.call)
+        )
         transfers = await connection.execute(select(Transfer.id))
-        judge_calls(verdict, callers.calls, {call: rows for call, rows in marks}, set(transfers.scalars()))
+        judge_calls(
+            verdict, callers.calls, {call: rows for call, rows in marks}, set(transfers.scalars())
+        )
     audit = await books.accounts().audit()
     verdict.counts.wrong_accounts = audit.mismatched_accounts + (audit.balance != audit.opening)
 

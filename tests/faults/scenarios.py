@@ -70,7 +70,9 @@ class World:
         """The server takes writes again. Let the callers call until all is well, or too late for that."""
         self.returned = monotonic()
         late = self.returned + RECOVERY + QUIET
-        while monotonic() < late and self.callers.seconds_without_failure(since=self.returned) < QUIET:
+        while (
+            monotonic() < late and self.callers.seconds_without_failure(since=self.returned) < QUIET
+        ):
             await asyncio.sleep(0.02)
 
 
@@ -90,7 +92,11 @@ SCENARIOS: dict[str, Scenario] = {}
 POOL = PoolSettings(size=3, max_overflow=2, timeout=2)
 
 
-def scenario(*places: Place, manner: Manner = Manner(), pool: PoolSettings = POOL) -> Callable[[Faults], Faults]:  # noqa: B008 - they are frozen
+def scenario(
+    *places: Place,
+    manner: Manner = Manner(),  # noqa: B008 - it is frozen
+    pool: PoolSettings = POOL,
+) -> Callable[[Faults], Faults]:
     def add(faults: Faults) -> Faults:
         for place in places:
             name = faults.__name__ + (f"_{place.name.lower()}" if len(places) > 1 else "")
@@ -244,10 +250,16 @@ async def exhausted_pool(world: World) -> None:
                 group.create_task(hold_a_connection(world, world.random.uniform(0, 0.3)))
 
 
-@scenario(Place.FILE, manner=Manner(callers=8, cancelled=0.3), pool=PoolSettings(size=3, max_overflow=2, timeout=0.1))
+@scenario(
+    Place.FILE,
+    manner=Manner(callers=8, cancelled=0.3),
+    pool=PoolSettings(size=3, max_overflow=2, timeout=0.1),
+)
 async def busy_file(world: World) -> None:
     """Another program holds the file's write lock, at times for longer than a call waits."""
-    other = await asyncio.create_subprocess_exec(sys.executable, "-c", HOLD_LOCK, world.path, stdin=PIPE)
+    other = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", HOLD_LOCK, world.path, stdin=PIPE
+    )
     assert other.stdin is not None
     async for _ in world.moments(0.2):
         other.stdin.write(f"{world.random.uniform(0, 0.25)}\n".encode())
@@ -304,7 +316,9 @@ async def commits_that_were_not_replicated(world: World) -> None:
     await world.is_busy()
     await world.cluster.standby.kill()
     async for _ in world.moments(0.1):
-        await world.server.execute("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+        await world.server.execute(
+            "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        )
     await world.server.kill()
     await world.cluster.standby.start()
     await take_over(world)
@@ -333,7 +347,9 @@ async def take_over(world: World) -> None:
 
 async def end_one(world: World, condition: str) -> None:
     """End one of the server processes of the callers."""
-    query = f"SELECT pid FROM pg_stat_activity WHERE application_name = $1 AND {condition} ORDER BY pid"
+    query = (
+        f"SELECT pid FROM pg_stat_activity WHERE application_name = $1 AND {condition} ORDER BY pid"
+    )
     if found := await world.server.execute(query, APPLICATION):
         await world.server.execute("SELECT pg_terminate_backend($1)", world.random.choice(found)[0])
 

@@ -49,7 +49,9 @@ async def soak(seconds: float) -> int:
         await asyncio.gather(*working)
         process.terminate()
         assert await process.wait() == 0, "the server has not ended well"
-    print(f"memory: {early:.1f} MB, at the end {late:.1f} MB: {late / early:.3f} of it, {GROWTH:.2f} at most")
+    print(
+        f"memory: {early:.1f} MB, at the end {late:.1f} MB: {late / early:.3f} of it, {GROWTH:.2f} at most"
+    )
     missing = [kind for kind in ("201", "200", "409", "500", "hung up") if not told[kind]]
     assert not missing, f"not among the traffic: {missing}"
     return int(late > early * GROWTH)
@@ -71,7 +73,10 @@ class Client:
             count += 1
             try:
                 await self._one(f"{self._number}-{count}")
-            except (OSError, asyncio.IncompleteReadError):  # as after a 500, and where nothing was asked for a while
+            except (
+                OSError,
+                asyncio.IncompleteReadError,
+            ):  # as after a 500, and where nothing was asked for a while
                 self._hang_up()
         self._hang_up()
 
@@ -83,14 +88,21 @@ class Client:
         if kind < 0.1:
             await self.ask("GET", f"/accounts/{account}/balance", hangs_up_after=hangs_up_after)
         elif kind < 0.2:
-            await self.ask("GET", f"/accounts/{account}/statement?limit=20", hangs_up_after=hangs_up_after)
+            await self.ask(
+                "GET", f"/accounts/{account}/statement?limit=20", hangs_up_after=hangs_up_after
+            )
         else:
             amount = REFUSED if kind < 0.5 else "99999999.00" if kind < 0.55 else "0.01"
             order = {"source": account, "target": account % ACCOUNTS + 1, "amount": amount}
             await self.ask("POST", "/transfers", order, key, hangs_up_after)
 
     async def ask(
-        self, method: str, path: str, body: object = None, key: str = "", hangs_up_after: float | None = None
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        key: str = "",
+        hangs_up_after: float | None = None,
     ) -> None:
         if self._connection is None:
             self._connection = await asyncio.open_connection("127.0.0.1", self._port)
@@ -119,13 +131,20 @@ class Client:
 @asynccontextmanager
 async def _ledger(database_url: str) -> AsyncIterator[tuple[Process, int]]:
     """The running process, and its port."""
-    with tempfile.TemporaryDirectory(prefix="ledger-") as directory, (Path(directory) / "log").open("w+") as log:
+    with (
+        tempfile.TemporaryDirectory(prefix="ledger-") as directory,
+        (Path(directory) / "log").open("w+") as log,
+    ):
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "ledger", "serve", "--port", "0"),
             stdout=PIPE,
             stderr=log,  # it has a traceback for each refused commit
             cwd=directory,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "LEDGER_DATABASE__URL": database_url},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(sys.path),
+                "LEDGER_DATABASE__URL": database_url,
+            },
         )
         try:
             assert process.stdout is not None
@@ -148,5 +167,8 @@ async def _memory(process: Process, after: float, told: Counter[str]) -> float:
         await asyncio.sleep(0.1)
         measured.append(psutil.Process(process.pid).memory_info().rss)
     size = median(measured) / 2**20
-    print(f"{size:7.1f} MB after {sum(told.values()):,} requests: {dict(sorted(told.items()))}", flush=True)
+    print(
+        f"{size:7.1f} MB after {sum(told.values()):,} requests: {dict(sorted(told.items()))}",
+        flush=True,
+    )
     return size

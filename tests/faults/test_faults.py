@@ -49,7 +49,9 @@ def test_a_violation_is_told_with_the_seed_that_repeats_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(SCENARIOS, "forget", Scenario("forget", Place.FILE, forget, Manner(), POOL))
-    monkeypatch.setattr("sys.argv", ["faults", "nothing_file", "forget", "--seed", "3", "--seconds", "0.1"])
+    monkeypatch.setattr(
+        "sys.argv", ["faults", "nothing_file", "forget", "--seed", "3", "--seconds", "0.1"]
+    )
 
     assert main() == 1
 

@@ -9,7 +9,9 @@ from .callers import Answer, Call
 from .verdict import Counts, Living, Verdict, judge_calls, judge_recovery
 
 
-def call(answer: Answer, *, commits: int = 0, rollbacks: int = 0, transfer: int | None = None) -> Call:
+def call(
+    answer: Answer, *, commits: int = 0, rollbacks: int = 0, transfer: int | None = None
+) -> Call:
     asked = Call(0, "key", limit=1, deadline=None, answer=answer, transfer=transfer, attempts=1)
     asked.commits, asked.rollbacks = commits, rollbacks
     return asked
@@ -45,7 +47,9 @@ def test_each_call_is_held_against_the_books(
 
 def test_times_are_held_against_their_bounds() -> None:
     assert not Verdict("", 0, Counts(acknowledged=1, overrun=0.4, recovery=1.9)).violations
-    assert len(Verdict("", 0, Counts(overrun=0.6, recovery=2.1)).violations) == 3  # and nothing was acknowledged
+    assert (
+        len(Verdict("", 0, Counts(overrun=0.6, recovery=2.1)).violations) == 3
+    )  # and nothing was acknowledged
 
 
 def test_recovery_ends_with_the_last_failure() -> None:

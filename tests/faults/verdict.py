@@ -36,7 +36,9 @@ class Counts:
     wrong_hooks: int = 0  # whose hooks ran otherwise than they ended
     wrong_accounts: int = 0  # whose balance is not what its transfers make
     # what is left
-    connections_over: int = 0  # as the server counts them, beyond the pool's bound: a second after the last call
+    connections_over: int = (
+        0  # as the server counts them, beyond the pool's bound: a second after the last call
+    )
     connections_left: int = 0  # as the server counts them: a second after the manager was closed
     tasks_left: int = 0
     sessions_left: int = 0  # objects, and the next two: alive though nobody uses them
@@ -46,7 +48,9 @@ class Counts:
     # seconds
     longest: float = 0.0  # that a caller was stuck
     overrun: float = 0.0  # the longest over the limits of its call: patience, deadline, and the commit's or rollback's
-    recovery: float | None = None  # from the server's return to the last failure; none: it was not away
+    recovery: float | None = (
+        None  # from the server's return to the last failure; none: it was not away
+    )
 
 
 ZERO = tuple(one.name for one in fields(Counts))[5:-3]  # the counts that are to be 0
@@ -73,11 +77,15 @@ class Verdict:
 
     def __str__(self) -> str:
         lines = [*self.violations, *self.details]
-        counts = ", ".join(f"{name}: {value}" for name, value in asdict(self.counts).items() if value)
+        counts = ", ".join(
+            f"{name}: {value}" for name, value in asdict(self.counts).items() if value
+        )
         return "\n  ".join([f"{self.scenario}, seed {self.seed}: {counts}", *lines])
 
 
-def judge_calls(verdict: Verdict, calls: Iterable[Call], rows: Mapping[int, int], transfers: set[int]) -> None:
+def judge_calls(
+    verdict: Verdict, calls: Iterable[Call], rows: Mapping[int, int], transfers: set[int]
+) -> None:
     """Hold each call against its rows in `witness`, and the transfer that it was given against those in the books."""
     counts = verdict.counts
     for call in calls:
@@ -115,13 +123,16 @@ def judge_recovery(verdict: Verdict, calls: Iterable[Call], returned: float) -> 
     """From the server's return to the last failure, or to the first success where there was no failure."""
     after = [call for call in calls if call.ended > returned and not call.is_fair]
     failures = [call for call in after if call.answer in (Answer.REFUSED, Answer.UNKNOWN)]
-    successes = [call.ended for call in after if call.answer is Answer.ACKNOWLEDGED and call.began > returned]
+    successes = [
+        call.ended for call in after if call.answer is Answer.ACKNOWLEDGED and call.began > returned
+    ]
     last = max((call.ended for call in failures), default=returned)
     verdict.counts.recovery = (max(last, min(successes)) if successes else float("inf")) - returned
     if verdict.counts.recovery > RECOVERY:
         said = Counter(call.said for call in failures if call.ended > returned + 1).most_common(3)
         verdict.details += [
-            f"{count} times, a second after the server's return and later: {what}" for what, count in said
+            f"{count} times, a second after the server's return and later: {what}"
+            for what, count in said
         ]
 
 

@@ -44,12 +44,18 @@ def sessionwire_container() -> type[Container]:
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
 def sessionwire_settings(request: pytest.FixtureRequest) -> DatabaseSettings:
     """Settings for the databases of `container`, with a pool of five."""
-    url = "sqlite://" if request.param == "sqlite" else request.getfixturevalue("postgres").url("postgres")
+    url = (
+        "sqlite://"
+        if request.param == "sqlite"
+        else request.getfixturevalue("postgres").url("postgres")
+    )
     return DatabaseSettings(url=url, pool=POOL)
 
 
 @pytest.fixture(scope="session")
-def sessionwire_databases(sessionwire_databases: list[DatabaseSettings]) -> Iterator[list[DatabaseSettings]]:
+def sessionwire_databases(
+    sessionwire_databases: list[DatabaseSettings],
+) -> Iterator[list[DatabaseSettings]]:
     """Check at the end that the databases are unchanged."""
     before = [dump(settings.url) for settings in sessionwire_databases]
     yield sessionwire_databases
@@ -62,9 +68,18 @@ def dump(url: URL) -> list[str]:
         with closing(sqlite3.connect(str(url.database))) as connection:
             return [line for line in connection.iterdump() if "sqlite_sequence" not in line]
     server = Postgres(str(url.query["host"]))
-    [(programs,)] = asyncio.run(server.execute("SELECT setting FROM pg_config WHERE name = 'BINDIR'"))
-    address = f"--host={server.host}", f"--username={url.username}", "--restrict-key=same", str(url.database)
-    dumped = subprocess.run([f"{programs}/pg_dump", *address], check=True, capture_output=True, text=True).stdout
+    [(programs,)] = asyncio.run(
+        server.execute("SELECT setting FROM pg_config WHERE name = 'BINDIR'")
+    )
+    address = (
+        f"--host={server.host}",
+        f"--username={url.username}",
+        "--restrict-key=same",
+        str(url.database),
+    )
+    dumped = subprocess.run(
+        [f"{programs}/pg_dump", *address], check=True, capture_output=True, text=True
+    ).stdout
     return [line for line in dumped.splitlines() if "pg_catalog.setval" not in line]
 
 
@@ -94,8 +109,14 @@ class Ledger:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("LEDGER_")}
-        self.environment |= {"PYTHONPATH": str(CHECKOUT / "src"), "PYTHONUTF8": "1", "COLUMNS": "120"}
+        self.environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("LEDGER_")
+        }
+        self.environment |= {
+            "PYTHONPATH": str(CHECKOUT / "src"),
+            "PYTHONUTF8": "1",
+            "COLUMNS": "120",
+        }
         self.started: list[subprocess.Popen[str]] = []
 
     def on(self, database_url: str) -> Ledger:

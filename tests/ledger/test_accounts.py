@@ -16,19 +16,38 @@ from ledger.repositories import AccountRepository, Audit
 from sessionwire import IncompatibleTransactionError
 
 
-async def test_an_account_starts_with_its_opening_balance(container: Container, alice: Account) -> None:
-    assert (alice.owner, alice.opening, alice.balance) == ("Alice", Decimal("100.00"), Decimal("100.00"))
+async def test_an_account_starts_with_its_opening_balance(
+    container: Container, alice: Account
+) -> None:
+    assert (alice.owner, alice.opening, alice.balance) == (
+        "Alice",
+        Decimal("100.00"),
+        Decimal("100.00"),
+    )
     assert await container.accounts().balance(alice.id) == Decimal("100.00")
 
 
-async def test_an_amount_is_stored_exactly_and_returned_with_two_digits(container: Container) -> None:
+async def test_an_amount_is_stored_exactly_and_returned_with_two_digits(
+    container: Container,
+) -> None:
     for amount in ["0", "0.01", "0.1", "100", "1E+3", "123456789.99", str(MAX_AMOUNT)]:
         account = await container.accounts().open("Alice", Decimal(amount))
         assert str(await container.accounts().balance(account.id)) == f"{Decimal(amount):.2f}"
 
 
-async def test_an_invalid_opening_balance_is_refused(container: Container, subtests: pytest.Subtests) -> None:
-    for amount in ["-0.01", "0.001", "NaN", "sNaN", "Infinity", "-Infinity", "1E+30", "1000000000000"]:
+async def test_an_invalid_opening_balance_is_refused(
+    container: Container, subtests: pytest.Subtests
+) -> None:
+    for amount in [
+        "-0.01",
+        "0.001",
+        "NaN",
+        "sNaN",
+        "Infinity",
+        "-Infinity",
+        "1E+30",
+        "1000000000000",
+    ]:
         with subtests.test(amount), pytest.raises(InvalidAmount):
             await container.accounts().open("Alice", Decimal(amount))
 
@@ -42,12 +61,16 @@ async def test_an_unknown_account_has_neither_balance_nor_statement(container: C
         await container.accounts().statement(7)
 
 
-async def test_a_statement_comes_in_pages_the_newest_first(container: Container, alice: Account, bob: Account) -> None:
+async def test_a_statement_comes_in_pages_the_newest_first(
+    container: Container, alice: Account, bob: Account
+) -> None:
     carol = await container.accounts().open("Carol", Decimal("100.00"))
     for number in range(3):
         await container.transfers().transfer(alice.id, bob.id, Decimal("1.00"), f"out-{number}")
         await container.transfers().transfer(carol.id, alice.id, Decimal("2.00"), f"in-{number}")
-        await container.transfers().transfer(bob.id, carol.id, Decimal("3.00"), f"elsewhere-{number}")
+        await container.transfers().transfer(
+            bob.id, carol.id, Decimal("3.00"), f"elsewhere-{number}"
+        )
 
     first = await container.accounts().statement(alice.id, limit=4)
     second = await container.accounts().statement(alice.id, before=first[-1].id, limit=4)
@@ -72,8 +95,12 @@ async def test_the_audit_finds_money_that_no_transfer_accounts_for(
     assert (await container.accounts().audit()).is_balanced
 
     async with container.db.sessionmanager().connect() as connection:  # the sum stays the same
-        await connection.execute(text("UPDATE account SET balance = balance + 500 WHERE owner = 'Alice'"))
-        await connection.execute(text("UPDATE account SET balance = balance - 500 WHERE owner = 'Bob'"))
+        await connection.execute(
+            text("UPDATE account SET balance = balance + 500 WHERE owner = 'Alice'")
+        )
+        await connection.execute(
+            text("UPDATE account SET balance = balance - 500 WHERE owner = 'Bob'")
+        )
 
     audit = await container.accounts().audit()
     assert not audit.is_balanced

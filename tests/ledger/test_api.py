@@ -37,14 +37,18 @@ without_a_database = pytest.mark.parametrize("sessionwire_settings", ["sqlite"],
 @asynccontextmanager
 async def served(container: Container) -> AsyncIterator[httpx.AsyncClient]:
     """Serve the API with uvicorn on a socket, and yield a client."""
-    config = uvicorn.Config(create_app(container), port=0, lifespan="on", log_config=None, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        create_app(container), port=0, lifespan="on", log_config=None, timeout_graceful_shutdown=5
+    )
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     while not server.started:
         assert not serving.done(), serving.result()
         await asyncio.sleep(0.01)
     host, port = server.servers[0].sockets[0].getsockname()
-    async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=30, verify=False) as client:
+    async with httpx.AsyncClient(
+        base_url=f"http://{host}:{port}", timeout=30, verify=False
+    ) as client:
         yield client
     server.should_exit = True
     await serving
@@ -53,7 +57,9 @@ async def served(container: Container) -> AsyncIterator[httpx.AsyncClient]:
 def not_open(database_url: str, **pool: float) -> Container:
     """A container with a pool of five. The app opens it."""
     pool_settings = PoolSettings.model_validate({"size": 5, "max_overflow": 0, **pool})
-    return Container(settings=LedgerSettings(database=DatabaseSettings(url=database_url, pool=pool_settings)))
+    return Container(
+        settings=LedgerSettings(database=DatabaseSettings(url=database_url, pool=pool_settings))
+    )
 
 
 @pytest.fixture
@@ -64,11 +70,15 @@ async def api(container: Container) -> AsyncIterator[httpx.AsyncClient]:
 
 async def opened(api: httpx.AsyncClient, *owners: str) -> list[int]:
     """Open accounts with a hundred each."""
-    answers = [await api.post("/accounts", json={"owner": owner, "opening": "100.00"}) for owner in owners]
+    answers = [
+        await api.post("/accounts", json={"owner": owner, "opening": "100.00"}) for owner in owners
+    ]
     return [answer.json()["id"] for answer in answers]
 
 
-async def transfer(api: httpx.AsyncClient, source: int, target: int, amount: str, key: str) -> httpx.Response:
+async def transfer(
+    api: httpx.AsyncClient, source: int, target: int, amount: str, key: str
+) -> httpx.Response:
     order = {"source": source, "target": target, "amount": amount}
     return await api.post("/transfers", json=order, headers={"Idempotency-Key": key})
 
@@ -91,7 +101,9 @@ def assert_problem(answer: httpx.Response, status: int, type: str, *says: str) -
     assert "secret" not in answer.text
 
 
-async def test_the_location_of_an_opened_account_returns_its_balance(api: httpx.AsyncClient) -> None:
+async def test_the_location_of_an_opened_account_returns_its_balance(
+    api: httpx.AsyncClient,
+) -> None:
     answer = await api.post("/accounts", json={"owner": "Alice", "opening": "1000000.5"})
 
     assert answer.status_code == 201
@@ -105,7 +117,9 @@ async def test_the_location_of_an_opened_account_returns_its_balance(api: httpx.
 async def test_the_api_moves_money_once_per_idempotency_key(api: httpx.AsyncClient) -> None:
     alice, bob = await opened(api, "Alice", "Bob")
 
-    first, *others = await asyncio.gather(*(transfer(api, alice, bob, "10.00", "rent") for _ in range(5)))
+    first, *others = await asyncio.gather(
+        *(transfer(api, alice, bob, "10.00", "rent") for _ in range(5))
+    )
     again = await transfer(api, alice, bob, "10", "rent")
 
     assert first.status_code == 201
@@ -119,7 +133,9 @@ async def test_the_api_moves_money_once_per_idempotency_key(api: httpx.AsyncClie
     assert [await balance(api, alice), await balance(api, bob)] == [90, 110]
 
 
-async def test_the_api_returns_a_statement_in_pages_that_link_to_the_next(api: httpx.AsyncClient) -> None:
+async def test_the_api_returns_a_statement_in_pages_that_link_to_the_next(
+    api: httpx.AsyncClient,
+) -> None:
     alice, bob, carol = await opened(api, "Alice", "Bob", "Carol")
     for number in range(5):
         await transfer(api, alice, bob, "1.00", f"{number}")
@@ -144,61 +160,102 @@ async def test_the_api_answers_each_refusal_with_a_problem(api: httpx.AsyncClien
     await transfer(api, alice, bob, "10.00", "rent")
 
     assert_problem(await api.get("/accounts/999/balance"), 404, "unknown-account", "no account 999")
-    assert_problem(await api.get("/accounts/999/statement"), 404, "unknown-account", "no account 999")
-    assert_problem(await transfer(api, alice, 999, "1.00", "a"), 404, "unknown-account", "no account 999")
-    assert_problem(await transfer(api, alice, bob, "90.01", "b"), 409, "insufficient-funds", "90.00", "90.01")
+    assert_problem(
+        await api.get("/accounts/999/statement"), 404, "unknown-account", "no account 999"
+    )
+    assert_problem(
+        await transfer(api, alice, 999, "1.00", "a"), 404, "unknown-account", "no account 999"
+    )
+    assert_problem(
+        await transfer(api, alice, bob, "90.01", "b"), 409, "insufficient-funds", "90.00", "90.01"
+    )
     for wrong in ("0.00", "-1.00", "1.001", "1000000000000"):
         assert_problem(await transfer(api, alice, bob, wrong, "c"), 422, "invalid-amount", wrong)
     overdrawn = await api.post("/accounts", json={"owner": "Carol", "opening": "-0.01"})
     assert_problem(overdrawn, 422, "invalid-amount", "-0.01")
-    assert_problem(await transfer(api, alice, alice, "1.00", "d"), 422, "invalid-transfer", "can't pay itself")
-    assert_problem(await transfer(api, alice, bob, "1.00", "k" * 201), 422, "invalid-transfer", "idempotency key")
-    assert_problem(await transfer(api, alice, bob, "10.01", "rent"), 422, "idempotency-conflict", "'rent'")
+    assert_problem(
+        await transfer(api, alice, alice, "1.00", "d"), 422, "invalid-transfer", "can't pay itself"
+    )
+    assert_problem(
+        await transfer(api, alice, bob, "1.00", "k" * 201),
+        422,
+        "invalid-transfer",
+        "idempotency key",
+    )
+    assert_problem(
+        await transfer(api, alice, bob, "10.01", "rent"), 422, "idempotency-conflict", "'rent'"
+    )
     assert [await balance(api, alice), await balance(api, bob)] == [90, 110]
 
 
 @without_a_database
-async def test_the_api_answers_an_invalid_request_with_a_problem_that_names_the_field(api: httpx.AsyncClient) -> None:
+async def test_the_api_answers_an_invalid_request_with_a_problem_that_names_the_field(
+    api: httpx.AsyncClient,
+) -> None:
     order: dict[str, Any] = {"source": 1, "target": 2, "amount": "1.00"}
     key = {"Idempotency-Key": "rent"}
 
     async def send(**changes: Any) -> httpx.Response:
         return await api.post("/transfers", json=order | changes, headers=key)
 
-    assert_problem(await api.post("/transfers", json=order), 422, "invalid-request", "header idempotency-key")
-    assert_problem(await api.post("/transfers", content="{", headers=key), 422, "invalid-request", "body")
-    assert_problem(await api.post("/transfers", json=[], headers=key), 422, "invalid-request", "body")
+    assert_problem(
+        await api.post("/transfers", json=order), 422, "invalid-request", "header idempotency-key"
+    )
+    assert_problem(
+        await api.post("/transfers", content="{", headers=key), 422, "invalid-request", "body"
+    )
+    assert_problem(
+        await api.post("/transfers", json=[], headers=key), 422, "invalid-request", "body"
+    )
     assert_problem(await send(amount=1.1), 422, "invalid-request", "body amount")
     assert_problem(await send(amount="NaN"), 422, "invalid-request", "body amount")
     assert_problem(await send(source=2**63), 422, "invalid-request", "body source")
     assert_problem(await send(ammount="1.00"), 422, "invalid-request", "body ammount")
     assert_problem(await api.get("/accounts/alice/balance"), 422, "invalid-request", "path account")
-    assert_problem(await api.get(f"/accounts/{2**63}/balance"), 422, "invalid-request", "path account")
-    assert_problem(await api.get("/accounts/1/statement?limit=0"), 422, "invalid-request", "query limit")
+    assert_problem(
+        await api.get(f"/accounts/{2**63}/balance"), 422, "invalid-request", "path account"
+    )
+    assert_problem(
+        await api.get("/accounts/1/statement?limit=0"), 422, "invalid-request", "query limit"
+    )
     for owner in ("", r"Al\u0000ice", r"\ud800"):
         content = f'{{"owner": "{owner}", "opening": "1.00"}}'
-        answer = await api.post("/accounts", content=content, headers={"content-type": "application/json"})
+        answer = await api.post(
+            "/accounts", content=content, headers={"content-type": "application/json"}
+        )
         assert_problem(answer, 422, "invalid-request", "body owner")
 
 
 @without_a_database
-async def test_the_api_answers_an_unknown_path_or_method_with_a_problem(api: httpx.AsyncClient) -> None:
+async def test_the_api_answers_an_unknown_path_or_method_with_a_problem(
+    api: httpx.AsyncClient,
+) -> None:
     assert_problem(await api.get("/nowhere"), 404, "about:blank")
     wrong_method = await api.get("/transfers")
     assert_problem(wrong_method, 405, "about:blank")
     assert wrong_method.headers["allow"] == "POST"
 
 
-async def test_the_api_books_two_hundred_concurrent_transfers(api: httpx.AsyncClient, container: Container) -> None:
+async def test_the_api_books_two_hundred_concurrent_transfers(
+    api: httpx.AsyncClient, container: Container
+) -> None:
     numbers = await opened(api, *map(str, range(20)))
 
     async with AsyncExitStack() as stack:
-        clients = [httpx.AsyncClient(base_url=api.base_url, timeout=30, verify=False) for _ in range(20)]
+        clients = [
+            httpx.AsyncClient(base_url=api.base_url, timeout=30, verify=False) for _ in range(20)
+        ]
         for client in clients:
             await stack.enter_async_context(client)
         answers = await asyncio.gather(
             *(
-                transfer(clients[n % 20], numbers[n % 20], numbers[(n + 1 + n // 20) % 20], "0.50", f"{n}")
+                transfer(
+                    clients[n % 20],
+                    numbers[n % 20],
+                    numbers[(n + 1 + n // 20) % 20],
+                    "0.50",
+                    f"{n}",
+                )
                 for n in range(200)
             )
         )
@@ -211,14 +268,18 @@ async def test_the_api_books_two_hundred_concurrent_transfers(api: httpx.AsyncCl
     assert audit.transfers == 200
 
 
-async def test_the_health_routes_report_on_the_process_and_the_database(api: httpx.AsyncClient) -> None:
+async def test_the_health_routes_report_on_the_process_and_the_database(
+    api: httpx.AsyncClient,
+) -> None:
     live, ready = await api.get("/health/live"), await api.get("/health/ready")
 
     assert (live.status_code, live.json()) == (200, {"status": "live"})
     assert (ready.status_code, ready.json()) == (200, {"status": "ready"})
 
 
-async def test_a_full_pool_is_answered_with_a_problem_and_the_process_stays_live(database_url: str) -> None:
+async def test_a_full_pool_is_answered_with_a_problem_and_the_process_stays_live(
+    database_url: str,
+) -> None:
     container = not_open(database_url, timeout=0.1)
     async with served(container) as api, AsyncExitStack() as held:
         alice, bob = await opened(api, "Alice", "Bob")
@@ -227,7 +288,9 @@ async def test_a_full_pool_is_answered_with_a_problem_and_the_process_stays_live
             session = await held.enter_async_context(manager.session())
             await session.execute(text("SELECT 1"))
 
-        assert_problem(await transfer(api, alice, bob, "1.00", "rent"), 503, "unavailable", "Nothing was done")
+        assert_problem(
+            await transfer(api, alice, bob, "1.00", "rent"), 503, "unavailable", "Nothing was done"
+        )
         assert (await api.get("/health/live")).status_code == 200
         await held.aclose()
         assert (await transfer(api, alice, bob, "1.00", "rent")).status_code == 201
@@ -254,7 +317,12 @@ async def test_the_api_answers_any_error_with_a_problem_without_internals(
         (NotInitializedError("secret"), 503, "unavailable", "Nothing was done"),
         (OperationalError("secret", {}, driver), 503, "unavailable", "Nothing was done"),
         (InterfaceError("secret", {}, driver), 503, "unavailable", "Nothing was done"),
-        (DBAPIError("secret", {}, driver, connection_invalidated=True), 503, "unavailable", "Nothing was done"),
+        (
+            DBAPIError("secret", {}, driver, connection_invalidated=True),
+            503,
+            "unavailable",
+            "Nothing was done",
+        ),
         (PoolTimeout("secret"), 503, "unavailable", "Nothing was done"),
         (ConnectionRefusedError("secret"), 503, "unavailable", "Nothing was done"),
         (CannotConnectNowError("secret"), 503, "unavailable", "Nothing was done"),
@@ -262,7 +330,10 @@ async def test_the_api_answers_any_error_with_a_problem_without_internals(
         (RuntimeError("secret"), 500, "about:blank", "fault of the service"),
     ]
     for error, status, type, says in failures:
-        with subtests.test(error=repr(error)), container.transfers.override(providers.Object(Failing(error))):
+        with (
+            subtests.test(error=repr(error)),
+            container.transfers.override(providers.Object(Failing(error))),
+        ):
             assert_problem(await transfer(api, 1, 2, "1.00", "rent"), status, type, says)
 
 
@@ -285,8 +356,12 @@ async def test_openapi_describes_the_problems_and_no_service(api: httpx.AsyncCli
     }
     for operation in operations.values():
         for status, answer in operation["responses"].items():
-            assert list(answer["content"]) == ["application/problem+json" if status > "4" else "application/json"]
-    parameters = {parameter["name"] for op in operations.values() for parameter in op.get("parameters", [])}
+            assert list(answer["content"]) == [
+                "application/problem+json" if status > "4" else "application/json"
+            ]
+    parameters = {
+        parameter["name"] for op in operations.values() for parameter in op.get("parameters", [])
+    }
     assert parameters == {"account", "before", "limit", "idempotency-key"}
     assert description["components"]["schemas"].keys() == {
         "Balance", "BookedTransfer", "Health", "NewAccount", "NewTransfer", "OpenedAccount", "Statement"
@@ -298,7 +373,10 @@ class TestOnAServer(OnPostgres):
         self, postgres: Postgres, database_url: str
     ) -> None:
         network = Network()
-        async with network.open(postgres.host) as port, served(not_open(at_port(port, database_url))) as api:
+        async with (
+            network.open(postgres.host) as port,
+            served(not_open(at_port(port, database_url))) as api,
+        ):
             alice, bob = await opened(api, "Alice", "Bob")
             network.cuts_answer_to = b"COMMIT"
             unknown = await transfer(api, alice, bob, "10.00", "rent")
@@ -312,14 +390,19 @@ class TestOnAServer(OnPostgres):
     async def test_a_database_server_without_free_connections_is_answered_with_a_problem(
         self, postgres: Postgres, database_url: str
     ) -> None:
-        for statement in ("CREATE ROLE poor LOGIN CONNECTION LIMIT 1", "GRANT ALL ON SCHEMA public TO poor"):
+        for statement in (
+            "CREATE ROLE poor LOGIN CONNECTION LIMIT 1",
+            "GRANT ALL ON SCHEMA public TO poor",
+        ):
             await postgres.execute(statement, database=DATABASE)
         try:
             async with served(not_open(database_url.replace("postgres@", "poor@"))) as api:
                 # This uses the one connection, which stays in the writers' pool.
                 await opened(api, "Alice")
 
-                assert_problem(await api.get("/accounts/1/balance"), 503, "unavailable", "Nothing was done")
+                assert_problem(
+                    await api.get("/accounts/1/balance"), 503, "unavailable", "Nothing was done"
+                )
                 assert_problem(await api.get("/health/ready"), 503, "unavailable")
         finally:
             for statement in ("DROP OWNED BY poor CASCADE", "DROP ROLE poor"):

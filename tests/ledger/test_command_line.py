@@ -23,11 +23,18 @@ def test_the_demo_runs_without_arguments_from_any_directory_on_its_own_sqlite_fi
 def test_the_demo_explains_a_misspelt_settings_key(ledger: Ledger, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("database:\n  url: sqlite://\n  pol:\n    size: 5\n")
 
-    assert_explained(ledger.run_here("demo", "--config", "my.yaml"), "database.pol (my.yaml)", "did you mean 'pool'?")
+    assert_explained(
+        ledger.run_here("demo", "--config", "my.yaml"),
+        "database.pol (my.yaml)",
+        "did you mean 'pool'?",
+    )
 
 
 def test_the_demo_explains_a_missing_config_file(ledger: Ledger) -> None:
-    assert_explained(ledger.run_here("demo", "--config", "nowhere.yaml"), "nowhere.yaml: No such file or directory")
+    assert_explained(
+        ledger.run_here("demo", "--config", "nowhere.yaml"),
+        "nowhere.yaml: No such file or directory",
+    )
 
 
 def test_the_demo_explains_an_unreachable_database_without_its_password(ledger: Ledger) -> None:
@@ -44,7 +51,9 @@ def test_the_demo_explains_an_unusable_number(ledger: Ledger, subtests: pytest.S
 
 
 def test_an_interrupted_demo_ends_quietly_with_130(ledger: Ledger, database_url: str) -> None:
-    demo = ledger.on(database_url).start("demo", "--transfers", "5000", python=("-W", "error", "-X", "dev"))
+    demo = ledger.on(database_url).start(
+        "demo", "--transfers", "5000", python=("-W", "error", "-X", "dev")
+    )
     assert demo.stdout is not None
     while "Sending" not in demo.stdout.readline():
         assert demo.poll() is None

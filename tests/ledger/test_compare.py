@@ -27,14 +27,25 @@ def directory() -> Iterator[Path]:
 
 def faultless(lines_of_code: int) -> Result:
     return Result(
-        missing_rows=0, unexpected_rows=0, spurious_failures=0, leaked_connections=0, lines_of_code=lines_of_code
+        missing_rows=0,
+        unexpected_rows=0,
+        spurious_failures=0,
+        leaked_connections=0,
+        lines_of_code=lines_of_code,
     )
 
 
 @pytest.mark.long
-async def test_each_compared_service_is_faultless_with_one_request_at_a_time(directory: Path) -> None:
+async def test_each_compared_service_is_faultless_with_one_request_at_a_time(
+    directory: Path,
+) -> None:
     sent = Counter(request.kind for request in generate_requests(40))
-    rare = RequestKind.PAYMENT, RequestKind.UNKNOWN_ACCOUNT, RequestKind.REFUND, RequestKind.LARGE_REFUND
+    rare = (
+        RequestKind.PAYMENT,
+        RequestKind.UNKNOWN_ACCOUNT,
+        RequestKind.REFUND,
+        RequestKind.LARGE_REFUND,
+    )
     assert all(sent[kind] for kind in rare)
 
     results = await compare(directory, requests=40, workers=1, on_answer=lambda: None)
@@ -48,10 +59,13 @@ async def test_only_services_with_retries_answer_every_concurrent_refund(directo
     refunds = [request for request in generate_requests(200) if request.kind is RequestKind.REFUND]
     async with DatabaseSessionManager(f"embedded:{directory}") as server:
         recipe, by_hand, with_sessionwire = [
-            await measure(server, name, deepcopy(refunds), workers=8, on_answer=lambda: None) for name in SERVICES
+            await measure(server, name, deepcopy(refunds), workers=8, on_answer=lambda: None)
+            for name in SERVICES
         ]
 
-    assert recipe == replace(faultless(recipe.lines_of_code), spurious_failures=recipe.spurious_failures)
+    assert recipe == replace(
+        faultless(recipe.lines_of_code), spurious_failures=recipe.spurious_failures
+    )
     assert 0 < recipe.spurious_failures < len(refunds)
     assert by_hand == faultless(by_hand.lines_of_code)
     assert with_sessionwire == faultless(with_sessionwire.lines_of_code)

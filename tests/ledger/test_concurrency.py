@@ -21,13 +21,19 @@ from sessionwire import DatabaseSessionManager, DatabaseSettings, Lifespan, Pool
 from tests.conftest import checked_out
 
 
-async def test_two_hundred_concurrent_transfers_all_end_and_release_their_connections(container: Container) -> None:
+async def test_two_hundred_concurrent_transfers_all_end_and_release_their_connections(
+    container: Container,
+) -> None:
     manager = container.db.sessionmanager()
-    numbers = [(await container.accounts().open(f"{number}", Decimal("100.00"))).id for number in range(20)]
+    numbers = [
+        (await container.accounts().open(f"{number}", Decimal("100.00"))).id for number in range(20)
+    ]
 
     transfers = await asyncio.gather(
         *(
-            container.transfers().transfer(numbers[n % 20], numbers[(n + 1 + n // 20) % 20], Decimal("0.50"), f"{n}")
+            container.transfers().transfer(
+                numbers[n % 20], numbers[(n + 1 + n // 20) % 20], Decimal("0.50"), f"{n}"
+            )
             for n in range(200)
         )
     )
@@ -47,8 +53,14 @@ async def test_concurrent_transfers_in_opposite_directions_never_deadlock(
     container: Container, alice: Account, bob: Account
 ) -> None:
     await asyncio.gather(
-        *(container.transfers().transfer(alice.id, bob.id, Decimal("1.00"), f"there-{n}") for n in range(20)),
-        *(container.transfers().transfer(bob.id, alice.id, Decimal("1.00"), f"back-{n}") for n in range(20)),
+        *(
+            container.transfers().transfer(alice.id, bob.id, Decimal("1.00"), f"there-{n}")
+            for n in range(20)
+        ),
+        *(
+            container.transfers().transfer(bob.id, alice.id, Decimal("1.00"), f"back-{n}")
+            for n in range(20)
+        ),
     )
 
     assert await container.accounts().balance(alice.id) == Decimal("100.00")
@@ -59,7 +71,10 @@ async def test_concurrent_transfers_cannot_spend_money_twice(
     container: Container, alice: Account, bob: Account
 ) -> None:
     answers = await asyncio.gather(
-        *(container.transfers().transfer(alice.id, bob.id, Decimal("30.00"), f"{n}") for n in range(20)),
+        *(
+            container.transfers().transfer(alice.id, bob.id, Decimal("30.00"), f"{n}")
+            for n in range(20)
+        ),
         return_exceptions=True,
     )
 
@@ -73,14 +88,18 @@ async def test_a_callers_retry_sees_an_account_that_changed_after_it_was_read(
 ) -> None:
     """On SQLite no other writer can come between."""
     container = committed
-    alice, bob = [await container.accounts().open(name, Decimal("100.00")) for name in ("Alice", "Bob")]
+    alice, bob = [
+        await container.accounts().open(name, Decimal("100.00")) for name in ("Alice", "Bob")
+    ]
     attempts: list[Decimal] = []
 
     async def spend_half() -> None:
         attempts.append(await container.accounts().balance(alice.id))
         if backend == "postgresql" and len(attempts) == 1:
             async with container.db.sessionmanager().connect() as other:
-                await other.execute(text("UPDATE account SET opening = 5000, balance = 5000 WHERE owner = 'Alice'"))
+                await other.execute(
+                    text("UPDATE account SET opening = 5000, balance = 5000 WHERE owner = 'Alice'")
+                )
         await container.transfers().transfer(alice.id, bob.id, attempts[-1] / 2, "half")
 
     await container.db.transaction().run(spend_half, isolation="SERIALIZABLE", retries=1)
@@ -122,10 +141,14 @@ async def test_a_transfer_that_conflicts_at_every_attempt_is_refused_as_busy(
         manager = container.db.sessionmanager()
         async with manager.connect() as connection:
             await manager.create_all(connection)
-        alice, bob = [await container.accounts().open(name, Decimal("100.00")) for name in ("Alice", "Bob")]
+        alice, bob = [
+            await container.accounts().open(name, Decimal("100.00")) for name in ("Alice", "Bob")
+        ]
 
         async with conflicting_writer(manager):
-            with pytest.raises(Busy, match=f"accounts {alice.id} and {bob.id}: nothing was booked") as refused:
+            with pytest.raises(
+                Busy, match=f"accounts {alice.id} and {bob.id}: nothing was booked"
+            ) as refused:
                 await container.transfers().transfer(alice.id, bob.id, Decimal("1.00"), "rent")
 
         assert isinstance(refused.value.__cause__, DBAPIError)
@@ -151,5 +174,7 @@ async def test_a_cancelled_transfer_moves_nothing_and_releases_its_connection(
         await asyncio.wait([waiting])
 
     assert waiting.cancelled()
-    assert [transfer.key for transfer in await container.accounts().statement(alice.id)] == ["first"]
+    assert [transfer.key for transfer in await container.accounts().statement(alice.id)] == [
+        "first"
+    ]
     assert checked_out(manager) == 0

@@ -33,7 +33,9 @@ def test_a_config_file_begins_with_its_purpose_and_explains_its_url(file: Path) 
     lines = file.read_text(encoding="utf-8").splitlines()
 
     assert lines[0].startswith("# ")
-    assert lines[next(n for n, line in enumerate(lines) if line.startswith("  url:")) - 1].startswith("  # ")
+    assert lines[
+        next(n for n, line in enumerate(lines) if line.startswith("  url:")) - 1
+    ].startswith("  # ")
 
 
 def test_the_production_config_verifies_the_server_and_holds_no_secret() -> None:

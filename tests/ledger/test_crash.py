@@ -53,7 +53,9 @@ async def test_every_transfer_acknowledged_before_a_sigkill_is_booked_once(
     sender.kill()
     acknowledged += sender.communicate()[0].split()
 
-    booked = [transfer.key for transfer in await container.accounts().statement(alice.id, limit=100_000)]
+    booked = [
+        transfer.key for transfer in await container.accounts().statement(alice.id, limit=100_000)
+    ]
 
     assert set(acknowledged) <= set(booked)
     # One more of each sender may be booked.
@@ -108,4 +110,6 @@ async def kill_in_the_middle(demo: subprocess.Popen[str], container: Container) 
 
 def assert_right_again(again: subprocess.CompletedProcess[str]) -> None:
     assert again.returncode == 0, again.stderr
-    assert re.search(r"Earlier runs left 10 accounts and [\d,]+ transfers: the books are right.", again.stdout)
+    assert re.search(
+        r"Earlier runs left 10 accounts and [\d,]+ transfers: the books are right.", again.stdout
+    )

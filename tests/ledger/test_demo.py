@@ -31,7 +31,9 @@ def container(committed: Container) -> Container:
 
 
 @pytest.mark.long
-def test_two_demos_on_one_database_both_find_nothing_lost(ledger: Ledger, database_url: str) -> None:
+def test_two_demos_on_one_database_both_find_nothing_lost(
+    ledger: Ledger, database_url: str
+) -> None:
     ledger.on(database_url)
 
     first = ledger.run("demo", "--transfers", "60", python=("-W", "error", "-X", "dev"))
@@ -57,7 +59,10 @@ async def test_the_demo_with_fifty_workers_finds_nothing_lost_and_explains_its_r
     output = io.StringIO()
     container.wire(modules=["ledger.demo", "ledger.demo.workload"])
 
-    right = await demo(Options(transfers=200, workers=50, accounts=5), ConsoleReport(Console(file=output, width=120)))
+    right = await demo(
+        Options(transfers=200, workers=50, accounts=5),
+        ConsoleReport(Console(file=output, width=120)),
+    )
 
     container.unwire()
     assert right, output.getvalue()  # any error but a LedgerError would be reported
@@ -87,7 +92,9 @@ def test_the_report_of_an_unhappy_run_fits_in_80_columns() -> None:
 
     report.show_earlier_runs(audit)
     report.show_answers([Answer(order, error=error) for error in errors] * 1000)
-    report.show_checks([Check("meant to fail, refused as meant", False, f"{1_000_000:,}, the first: {errors[2]}")])
+    report.show_checks(
+        [Check("meant to fail, refused as meant", False, f"{1_000_000:,}, the first: {errors[2]}")]
+    )
     report.show_result(False, 1_000_000, 1000.0, 1_000_000)
 
     assert "retries: 1,000,000" in output.getvalue()
@@ -98,10 +105,15 @@ def test_the_report_of_an_unhappy_run_fits_in_80_columns() -> None:
 
 
 @pytest.mark.long
-def test_two_concurrent_demos_on_one_empty_database_both_pass(ledger: Ledger, database_url: str) -> None:
+def test_two_concurrent_demos_on_one_empty_database_both_pass(
+    ledger: Ledger, database_url: str
+) -> None:
     ledger.on(database_url)
 
-    finished = [ledger.finish(demo) for demo in [ledger.start("demo", "--transfers", "40") for _ in range(2)]]
+    finished = [
+        ledger.finish(demo)
+        for demo in [ledger.start("demo", "--transfers", "40") for _ in range(2)]
+    ]
 
     assert [demo.returncode for demo in finished] == [0, 0], finished
 
@@ -112,9 +124,13 @@ async def test_the_demo_reports_wrong_balances_of_earlier_runs_and_exits_with_1(
 ) -> None:
     account = await container.accounts().open("Alice", Decimal("100.00"))
     async with container.db.sessionmanager().connect() as connection:
-        await connection.execute(text(f"UPDATE account SET balance = balance + 1 WHERE id = {account.id}"))
+        await connection.execute(
+            text(f"UPDATE account SET balance = balance + 1 WHERE id = {account.id}")
+        )
 
-    finished = await asyncio.to_thread(ledger.on(database_url).run_here, "demo", "--transfers", "20")
+    finished = await asyncio.to_thread(
+        ledger.on(database_url).run_here, "demo", "--transfers", "20"
+    )
 
     assert finished.returncode == 1
     assert "the books are WRONG." in finished.stdout
@@ -174,7 +190,10 @@ async def test_the_demo_detects_a_service_that_gives_false_answers(
 
     with container.transfers.override(lying):
         container.wire(modules=["ledger.demo", "ledger.demo.workload"])
-        right = await demo(Options(transfers=20, workers=1, accounts=2), ConsoleReport(Console(file=output, width=120)))
+        right = await demo(
+            Options(transfers=20, workers=1, accounts=2),
+            ConsoleReport(Console(file=output, width=120)),
+        )
         container.unwire()
 
     assert not right

@@ -12,7 +12,9 @@ from ledger.errors import IdempotencyConflict, InsufficientFunds
 from ledger.models import Account, Transfer
 
 
-async def test_a_transfer_sent_twice_is_booked_once(container: Container, alice: Account, bob: Account) -> None:
+async def test_a_transfer_sent_twice_is_booked_once(
+    container: Container, alice: Account, bob: Account
+) -> None:
     first = await container.transfers().transfer(alice.id, bob.id, Decimal("10.00"), "rent")
     again = await container.transfers().transfer(alice.id, bob.id, Decimal("10"), "rent")
 
@@ -58,7 +60,10 @@ async def test_twenty_concurrent_transfers_with_one_key_book_one(
     container: Container, alice: Account, bob: Account
 ) -> None:
     transfers = await asyncio.gather(
-        *(container.transfers().transfer(alice.id, bob.id, Decimal("10.00"), "rent") for _ in range(20))
+        *(
+            container.transfers().transfer(alice.id, bob.id, Decimal("10.00"), "rent")
+            for _ in range(20)
+        )
     )
 
     assert len({transfer.id for transfer in transfers}) == 1
@@ -66,12 +71,19 @@ async def test_twenty_concurrent_transfers_with_one_key_book_one(
     assert (await container.accounts().audit()).is_balanced
 
 
-async def test_of_concurrent_transfers_between_different_accounts_one_gets_the_key(container: Container) -> None:
-    accounts = [await container.accounts().open(f"{number}", Decimal("10.00")) for number in range(20)]
+async def test_of_concurrent_transfers_between_different_accounts_one_gets_the_key(
+    container: Container,
+) -> None:
+    accounts = [
+        await container.accounts().open(f"{number}", Decimal("10.00")) for number in range(20)
+    ]
     pairs = list(zip(accounts[::2], accounts[1::2], strict=True))
 
     answers = await asyncio.gather(
-        *(container.transfers().transfer(payer.id, payee.id, Decimal("1.00"), "one key") for payer, payee in pairs),
+        *(
+            container.transfers().transfer(payer.id, payee.id, Decimal("1.00"), "one key")
+            for payer, payee in pairs
+        ),
         return_exceptions=True,
     )
 

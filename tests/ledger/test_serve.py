@@ -41,7 +41,9 @@ class Service:
 
     async def refuses_connections(self) -> bool:
         try:
-            _, writer = await asyncio.open_connection(self.client.base_url.host, self.client.base_url.port)
+            _, writer = await asyncio.open_connection(
+                self.client.base_url.host, self.client.base_url.port
+            )
         except ConnectionRefusedError:
             return True
         except OSError:  # the server ended while the connection waited for it
@@ -57,7 +59,9 @@ class Service:
         return await asyncio.to_thread(Ledger.finish, self.process)
 
 
-async def transfer(client: httpx.AsyncClient, source: Account, target: Account, key: str) -> httpx.Response:
+async def transfer(
+    client: httpx.AsyncClient, source: Account, target: Account, key: str
+) -> httpx.Response:
     order = {"source": source.id, "target": target.id, "amount": "0.01"}
     return await client.post("/transfers", json=order, headers={"Idempotency-Key": key})
 
@@ -74,7 +78,9 @@ async def serving(ledger: Ledger, *python: str) -> AsyncIterator[Service]:
 
 
 @pytest.mark.parametrize("backend", ["sqlite"])
-async def test_the_server_answers_until_an_interrupt_ends_it_quietly(ledger: Ledger, database_url: str) -> None:
+async def test_the_server_answers_until_an_interrupt_ends_it_quietly(
+    ledger: Ledger, database_url: str
+) -> None:
     async with serving(ledger.on(database_url), "-W", "error") as service:
         assert (await service.client.get("/health/live")).status_code == 200
         assert (await service.client.get("/health/ready")).status_code == 200
@@ -85,7 +91,9 @@ async def test_the_server_answers_until_an_interrupt_ends_it_quietly(ledger: Led
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_a_server_that_is_stopped_while_it_starts_ends_at_once(ledger: Ledger, number: signal.Signals) -> None:
+async def test_a_server_that_is_stopped_while_it_starts_ends_at_once(
+    ledger: Ledger, number: signal.Signals
+) -> None:
     asked = asyncio.Event()
 
     async def never_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -110,13 +118,17 @@ async def test_a_server_that_is_stopped_while_it_starts_ends_at_once(ledger: Led
 async def test_a_server_stopped_under_load_has_booked_exactly_the_acknowledged_transfers(
     ledger: Ledger, container: Container, database_url: str
 ) -> None:
-    accounts = [await container.accounts().open(f"{number}", Decimal("100.00")) for number in range(20)]
+    accounts = [
+        await container.accounts().open(f"{number}", Decimal("100.00")) for number in range(20)
+    ]
     answers: dict[str, int | httpx.TransportError] = {}
 
     async def send(number: int, address: httpx.URL) -> None:
         """Send each transfer once; every second client opens a connection per call."""
         headers = {"Connection": "close"} if number % 2 else {}
-        async with httpx.AsyncClient(base_url=address, timeout=30, verify=False, headers=headers) as client:
+        async with httpx.AsyncClient(
+            base_url=address, timeout=30, verify=False, headers=headers
+        ) as client:
             for call in count():
                 key = f"{number}-{call}"
                 try:
@@ -128,7 +140,9 @@ async def test_a_server_stopped_under_load_has_booked_exactly_the_acknowledged_t
                     answers[key] = closed
 
     async with serving(ledger.on(database_url)) as service:
-        clients = [asyncio.create_task(send(number, service.client.base_url)) for number in range(20)]
+        clients = [
+            asyncio.create_task(send(number, service.client.base_url)) for number in range(20)
+        ]
         while len(answers) < 60:
             await asyncio.sleep(0.01)
         finished = await service.stop()
@@ -141,7 +155,11 @@ async def test_a_server_stopped_under_load_has_booked_exactly_the_acknowledged_t
     assert len(booked) >= 60
     # A transfer that is not booked was not accepted: its connection was closed without
     # an answer.
-    assert all(isinstance(answer, httpx.TransportError) for key, answer in answers.items() if key not in booked)
+    assert all(
+        isinstance(answer, httpx.TransportError)
+        for key, answer in answers.items()
+        if key not in booked
+    )
     assert (await container.accounts().audit()).is_balanced
 
 
@@ -249,13 +267,21 @@ async def test_a_server_without_its_database_is_live_but_not_ready_and_recovers_
 def test_serve_explains_settings_that_cannot_work(ledger: Ledger, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("database:\n  url: sqlite://\n  pol:\n    size: 5\n")
 
-    assert_explained(ledger.run_here("serve", "--config", "my.yaml"), "database.pol (my.yaml)", "did you mean 'pool'?")
+    assert_explained(
+        ledger.run_here("serve", "--config", "my.yaml"),
+        "database.pol (my.yaml)",
+        "did you mean 'pool'?",
+    )
     assert_explained(ledger.run_here("serve", "--secrets-dir", "nowhere"), "secrets_dir", "nowhere")
-    assert_explained(ledger.run_here("serve", "--port", "70000"), "argument --port", "more than 65535")
+    assert_explained(
+        ledger.run_here("serve", "--port", "70000"), "argument --port", "more than 65535"
+    )
 
 
 def test_serve_explains_an_unreachable_database_without_its_password(ledger: Ledger) -> None:
-    finished = ledger.on("postgresql://someone:secret@127.0.0.1:9/ledger").run_here("serve", "--port", "0")
+    finished = ledger.on("postgresql://someone:secret@127.0.0.1:9/ledger").run_here(
+        "serve", "--port", "0"
+    )
 
     assert_explained(finished, "'ledger'", "127.0.0.1:9", "user someone")
     assert "secret" not in finished.stderr
@@ -268,4 +294,7 @@ def test_serve_explains_an_address_that_it_cannot_listen_on(ledger: Ledger, tmp_
 
     assert_explained(finished, f"can't listen on 127.0.0.1:{port}: Address already in use")
     assert not (tmp_path / "test.db").exists()
-    assert_explained(ledger.run_here("serve", "--host", "nowhere.invalid"), "can't listen on nowhere.invalid:8000")
+    assert_explained(
+        ledger.run_here("serve", "--host", "nowhere.invalid"),
+        "can't listen on nowhere.invalid:8000",
+    )

@@ -17,7 +17,9 @@ from ledger.errors import (
 from ledger.models import MAX_AMOUNT, Account
 
 
-async def test_a_transfer_moves_the_amount_and_no_more(container: Container, alice: Account, bob: Account) -> None:
+async def test_a_transfer_moves_the_amount_and_no_more(
+    container: Container, alice: Account, bob: Account
+) -> None:
     transfer = await container.transfers().transfer(alice.id, bob.id, Decimal("12.3"), "rent")
 
     assert (transfer.source_id, transfer.target_id, transfer.key) == (alice.id, bob.id, "rent")
@@ -26,7 +28,9 @@ async def test_a_transfer_moves_the_amount_and_no_more(container: Container, ali
     assert await container.accounts().balance(bob.id) == Decimal("112.30")
 
 
-async def test_a_transfer_can_spend_the_whole_balance(container: Container, alice: Account, bob: Account) -> None:
+async def test_a_transfer_can_spend_the_whole_balance(
+    container: Container, alice: Account, bob: Account
+) -> None:
     await container.transfers().transfer(alice.id, bob.id, Decimal("100.00"), "all")
 
     assert await container.accounts().balance(alice.id) == 0
@@ -36,7 +40,14 @@ async def test_a_refused_transfer_says_why_and_moves_nothing(
     container: Container, alice: Account, bob: Account, subtests: pytest.Subtests
 ) -> None:
     cases: list[tuple[int, int, str, str, type[LedgerError], str]] = [
-        (alice.id, bob.id, "100.01", "k", InsufficientFunds, "holds 100.00, which does not cover 100.01"),
+        (
+            alice.id,
+            bob.id,
+            "100.01",
+            "k",
+            InsufficientFunds,
+            "holds 100.00, which does not cover 100.01",
+        ),
         (alice.id, bob.id, str(MAX_AMOUNT), "k", InsufficientFunds, "does not cover"),
         (alice.id, 99, "1", "k", UnknownAccount, "there is no account 99"),
         (99, bob.id, "1", "k", UnknownAccount, "there is no account 99"),
@@ -60,7 +71,11 @@ async def test_a_refused_transfer_says_why_and_moves_nothing(
     audit = await container.accounts().audit()
     assert audit.is_balanced
     assert audit.transfers == 0
-    assert await container.accounts().balance(alice.id) == await container.accounts().balance(bob.id) == 100
+    assert (
+        await container.accounts().balance(alice.id)
+        == await container.accounts().balance(bob.id)
+        == 100
+    )
 
 
 async def test_two_transfers_in_one_transaction_are_booked_together_or_not_at_all(

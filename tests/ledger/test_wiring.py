@@ -21,7 +21,9 @@ pytestmark = pytest.mark.parametrize("sessionwire_settings", ["sqlite"], indirec
 
 
 @inject
-async def pay(source: int, target: int, transfers: TransferService = Provide[Container.transfers]) -> Transfer:
+async def pay(
+    source: int, target: int, transfers: TransferService = Provide[Container.transfers]
+) -> Transfer:
     return await transfers.transfer(source, target, Decimal("10.00"), "paid")
 
 
@@ -55,7 +57,9 @@ async def test_a_wired_function_gets_its_service(alice: Account, bob: Account) -
 
 
 @pytest.mark.usefixtures("wired")
-async def test_a_wired_constructor_and_a_wired_method_get_their_services(alice: Account, bob: Account) -> None:
+async def test_a_wired_constructor_and_a_wired_method_get_their_services(
+    alice: Account, bob: Account
+) -> None:
     teller = Teller()
 
     await teller.pay(alice.id, bob.id)
@@ -81,7 +85,9 @@ class NobodyHere(AccountRepository):
         return {}
 
 
-async def test_a_repository_can_be_overridden_and_restored(wired: Container, alice: Account, bob: Account) -> None:
+async def test_a_repository_can_be_overridden_and_restored(
+    wired: Container, alice: Account, bob: Account
+) -> None:
     with wired.account_repository.override(NobodyHere(wired.db.session())):
         with pytest.raises(UnknownAccount):
             await pay(alice.id, bob.id)

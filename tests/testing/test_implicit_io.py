@@ -8,7 +8,14 @@ import pytest
 from sqlalchemy import ForeignKey, select
 from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncConnection, AsyncSession
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, selectinload, undefer
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    mapped_column,
+    relationship,
+    selectinload,
+    undefer,
+)
 
 from sessionwire import DatabaseSessionManager, DatabaseSettings, ImplicitIOError, ScopeError
 from tests.tables import Note
@@ -90,7 +97,11 @@ USES: dict[str, tuple[Find, Callable[..., object], str]] = {
         'query, or await obj.awaitable_attrs.books, or await session.refresh(obj, ["books"])',
     ),
     "a collection that is replaced": (author, replace_books, "Author.books is not loaded"),
-    "a reference": (book, lambda book: book.author, "use selectinload(Book.author) in the query, or await obj."),
+    "a reference": (
+        book,
+        lambda book: book.author,
+        "use selectinload(Book.author) in the query, or await obj.",
+    ),
     "a deferred column": (
         author,
         lambda author: author.life,
@@ -136,7 +147,12 @@ async def test_the_error_names_the_attribute_and_what_loads_it_and_the_block_goe
         await session.refresh(found)
         if block == "session":
             await session.commit()
-    assert await titles(manager) == ["After", *(["Before"] if connection == "in use" else []), "Emma", "Pending"]
+    assert await titles(manager) == [
+        "After",
+        *(["Before"] if connection == "in use" else []),
+        "Emma",
+        "Pending",
+    ]
 
 
 @pytest.mark.parametrize("handler", [MissingGreenlet, ScopeError])
@@ -186,7 +202,9 @@ async def test_no_transaction_is_begun_for_it(manager: DatabaseSessionManager) -
 
 async def test_each_remedy_loads_it(manager: DatabaseSessionManager) -> None:
     async with manager.session() as session:
-        assert (await session.scalars(select(Author).options(selectinload(Author.books)))).one().books
+        assert (
+            (await session.scalars(select(Author).options(selectinload(Author.books)))).one().books
+        )
     async with manager.session() as session:
         assert (await session.scalars(select(Author).options(undefer(Author.life)))).one().life
     for key in ("name", "life", "books"):
@@ -201,7 +219,9 @@ async def test_each_remedy_loads_it(manager: DatabaseSessionManager) -> None:
 async def test_a_remedy_that_would_not_help_is_not_offered(manager: DatabaseSessionManager) -> None:
     async with manager.session() as session:
         writer = (await session.scalars(select(Writer))).one()
-        with pytest.raises(ImplicitIOError, match=r"undefer\(Writer\.name\) in the query, or await session") as refused:
+        with pytest.raises(
+            ImplicitIOError, match=r"undefer\(Writer\.name\) in the query, or await session"
+        ) as refused:
             _ = writer.name
     assert "awaitable_attrs" not in str(refused.value)
     async with manager.connect() as connection:
@@ -211,13 +231,19 @@ async def test_a_remedy_that_would_not_help_is_not_offered(manager: DatabaseSess
         await session.commit()
     async with manager.session() as session:
         child = (await session.scalars(select(Note).where(Note.text == "child"))).one()
-        with pytest.raises(ImplicitIOError, match=r"selectinload\(Note\.parent\).*awaitable_attrs") as refused:
+        with pytest.raises(
+            ImplicitIOError, match=r"selectinload\(Note\.parent\).*awaitable_attrs"
+        ) as refused:
             _ = child.parent
     assert "refresh" not in str(refused.value)  # SQLAlchemy's loads no row of the same table
 
 
-async def test_a_statement_without_await_is_told_how_it_is_sent(manager: DatabaseSessionManager) -> None:
+async def test_a_statement_without_await_is_told_how_it_is_sent(
+    manager: DatabaseSessionManager,
+) -> None:
     async with manager.session() as session:
-        with pytest.raises(ImplicitIOError, match=r"the AsyncSession's own methods, or .* session\.run_sync\(\)"):
+        with pytest.raises(
+            ImplicitIOError, match=r"the AsyncSession's own methods, or .* session\.run_sync\(\)"
+        ):
             session.sync_session.execute(select(Book))
         assert await session.run_sync(lambda sync: len(sync.scalars(select(Book)).all())) == 1

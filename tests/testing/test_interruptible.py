@@ -50,7 +50,9 @@ async def write(manager: DatabaseSessionManager) -> None:
         session.add(Note(text="written"))
 
 
-@pytest.mark.parametrize("by", ["itself", "one that awaits it", "one that gathers it", "another error"])
+@pytest.mark.parametrize(
+    "by", ["itself", "one that awaits it", "one that gathers it", "another error"]
+)
 async def test_ends_the_sandbox_that_waits_for_what_the_task_would_do(
     manager: DatabaseSessionManager, holding: Callable[[], Awaitable[None]], by: str
 ) -> None:
@@ -120,7 +122,9 @@ async def test_is_a_note_on_another_error_of_the_sandbox(
                 except asyncio.CancelledError:
                     raise ZeroDivisionError from None
     assert worker.done()
-    assert any("a task that nobody awaits has raised: a deadlock" in note for note in told.value.__notes__)
+    assert any(
+        "a task that nobody awaits has raised: a deadlock" in note for note in told.value.__notes__
+    )
 
 
 HANGS = """
@@ -163,5 +167,8 @@ def test_ends_a_test_of_the_plugin(tmp_path: Path, by: str) -> None:
     project.write("test_hangs.py", HANGS.format(mark=mark) + BACKEND)
     finished = project.run("-o", "asyncio_mode=strict", "-o", f"sessionwire_patience={PATIENCE}")
     assert "1 failed, 1 passed" in finished.stdout, finished.stdout + finished.stderr
-    assert "SandboxError: in a task that nobody awaits: a deadlock on the sandbox's one connection" in finished.stdout
+    assert (
+        "SandboxError: in a task that nobody awaits: a deadlock on the sandbox's one connection"
+        in finished.stdout
+    )
     assert_passed(project.run("-o", "asyncio_mode=strict", "-k", "goes_on"), 1)

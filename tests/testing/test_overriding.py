@@ -61,7 +61,9 @@ def container() -> Application:
 # What is overridden
 
 
-def test_several_providers_are_overridden_inside_and_are_as_before_after_it(container: Application) -> None:
+def test_several_providers_are_overridden_inside_and_are_as_before_after_it(
+    container: Application,
+) -> None:
     shop = Shop(Mailer(FakeClock()))
     with overriding(container, shop=shop, office__clock=providers.Factory(FakeClock)) as same:
         assert same is container
@@ -130,14 +132,20 @@ class Stubborn(providers.Factory[Any]):
 
 def test_one_that_cannot_be_taken_back_does_not_keep_the_others(container: Application) -> None:
     container.stubborn = Stubborn(object)
-    with pytest.raises(ZeroDivisionError), overriding(container, shop=None, stubborn=None, unrelated=None):
+    with (
+        pytest.raises(ZeroDivisionError),
+        overriding(container, shop=None, stubborn=None, unrelated=None),
+    ):
         assert container.shop() is container.stubborn() is container.unrelated() is None
     assert container.shop() is not None
     assert container.unrelated() is not None
 
 
 def test_one_that_cannot_be_overridden_so_leaves_nothing_overridden(container: Application) -> None:
-    with pytest.raises(Exception, match="only by providers container"), overriding(container, shop=None, office=1):
+    with (
+        pytest.raises(Exception, match="only by providers container"),
+        overriding(container, shop=None, office=1),
+    ):
         pass
     assert container.shop() is not None
 
@@ -145,9 +153,18 @@ def test_one_that_cannot_be_overridden_so_leaves_nothing_overridden(container: A
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("shopp", "Application has no provider 'shopp': did you mean 'shop'? It has office, office__archive, "),
-        ("office__clok", "Application has no provider 'office__clok': did you mean 'office__clock'? It has "),
-        ("xyz", "Application has no provider 'xyz'. It has office, office__archive, office__clock, office__config, "),
+        (
+            "shopp",
+            "Application has no provider 'shopp': did you mean 'shop'? It has office, office__archive, ",
+        ),
+        (
+            "office__clok",
+            "Application has no provider 'office__clok': did you mean 'office__clock'? It has ",
+        ),
+        (
+            "xyz",
+            "Application has no provider 'xyz'. It has office, office__archive, office__clock, office__config, ",
+        ),
     ],
 )
 @pytest.mark.parametrize("of", [Application, Application()], ids=["the class", "an instance"])
@@ -189,7 +206,9 @@ def test_a_singleton_that_depends_on_it_is_built_anew_inside_and_is_the_former_o
         assert after is before
 
 
-def test_a_singleton_that_does_not_depend_on_it_is_the_same_one_inside_and_after(container: Application) -> None:
+def test_a_singleton_that_does_not_depend_on_it_is_the_same_one_inside_and_after(
+    container: Application,
+) -> None:
     before = container.unrelated()
     with overriding(container, office__clock=FakeClock()):
         assert container.unrelated() is before
@@ -209,7 +228,9 @@ def test_one_that_was_first_built_inside_is_reset_whatever_it_has_looked_up_by_i
     assert container.time() == "real"
 
 
-def test_one_that_takes_classes_of_one_kind_only_can_be_in_the_container(container: Application) -> None:
+def test_one_that_takes_classes_of_one_kind_only_can_be_in_the_container(
+    container: Application,
+) -> None:
     class OfShops(providers.Singleton[Shop]):
         provided_type = Shop
 
@@ -247,12 +268,18 @@ def test_a_singleton_in_the_place_of_another_counts(container: Application) -> N
 
 
 @inject
-async def write(text: str, notebook: services.Notebook = Provide[services.Container.notebook]) -> None:
+async def write(
+    text: str, notebook: services.Notebook = Provide[services.Container.notebook]
+) -> None:
     await notebook.write(text)
 
 
-async def test_services_work_with_the_overriding_manager(manager: DatabaseSessionManager, tmp_path: Path) -> None:
-    container = services.Container(settings=DatabaseSettings(url=f"sqlite:///{tmp_path / 'own.db'}"))
+async def test_services_work_with_the_overriding_manager(
+    manager: DatabaseSessionManager, tmp_path: Path
+) -> None:
+    container = services.Container(
+        settings=DatabaseSettings(url=f"sqlite:///{tmp_path / 'own.db'}")
+    )
     container.wire(modules=[__name__])
     async with services.started(container):
         await write("own")
@@ -267,7 +294,9 @@ async def test_services_work_with_the_overriding_manager(manager: DatabaseSessio
 async def test_of_overridden_settings_a_manager_is_made_and_opened_inside(
     settings: DatabaseSettings, tmp_path: Path
 ) -> None:
-    container = services.Container(settings=DatabaseSettings(url=f"sqlite:///{tmp_path / 'own.db'}"))
+    container = services.Container(
+        settings=DatabaseSettings(url=f"sqlite:///{tmp_path / 'own.db'}")
+    )
     own = container.db.sessionmanager()
     with overriding(container, settings=settings):
         assert container.db.sessionmanager() is not own

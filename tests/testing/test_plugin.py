@@ -67,7 +67,12 @@ async def test_adds_{name}(container, number):
     await container.items().add("pen")
     assert await container.items().has("pen")
 """
-UNUSED = "-p", "no:faker", "-p", "no:hypothesispytest"  # by these tests, and each takes a second to load
+UNUSED = (
+    "-p",
+    "no:faker",
+    "-p",
+    "no:hypothesispytest",
+)  # by these tests, and each takes a second to load
 LOOPS = ("function", "class", "module", "package", "session")
 
 
@@ -82,12 +87,21 @@ class Project:
         (self.directory / name).write_text(text, encoding="utf-8")
 
     def run(self, *arguments: str, url: str | None = None) -> subprocess.CompletedProcess[str]:
-        own = "-c", os.devnull, "--rootdir", str(self.directory), "-o", "asyncio_default_fixture_loop_scope=function"
+        own = (
+            "-c",
+            os.devnull,
+            "--rootdir",
+            str(self.directory),
+            "-o",
+            "asyncio_default_fixture_loop_scope=function",
+        )
         return pytest_run(self.directory, *own, f"--sessionwire-url={url or self.url}", *arguments)
 
 
 def pytest_run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST")
+    }
     return subprocess.run(
         [sys.executable, "-m", "pytest", *plugin(), *UNUSED, "-q", *arguments],
         cwd=directory,
@@ -102,7 +116,9 @@ def plugin() -> list[str]:
     """What makes pytest know the plugin where sessionwire is not installed, but imported from the checkout."""
     from importlib.metadata import entry_points
 
-    known = any(point.value == "sessionwire.pytest_plugin" for point in entry_points(group="pytest11"))
+    known = any(
+        point.value == "sessionwire.pytest_plugin" for point in entry_points(group="pytest11")
+    )
     return [] if known else ["-p", "sessionwire.pytest_plugin"]
 
 
@@ -122,15 +138,23 @@ def assert_passed(finished: subprocess.CompletedProcess[str], count: int) -> Non
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("backend", "isolation"), [("sqlite", "sandbox"), ("postgresql", "sandbox"), ("postgresql", "database")]
+    ("backend", "isolation"),
+    [("sqlite", "sandbox"), ("postgresql", "sandbox"), ("postgresql", "database")],
 )
-def test_each_test_finds_the_database_as_it_was_in_whatever_loop_it_runs(project: Project, isolation: str) -> None:
-    marks = {scope: f'@pytest.mark.asyncio(loop_scope="{scope}")' for scope in LOOPS} | {"anyio": "@pytest.mark.anyio"}
+def test_each_test_finds_the_database_as_it_was_in_whatever_loop_it_runs(
+    project: Project, isolation: str
+) -> None:
+    marks = {scope: f'@pytest.mark.asyncio(loop_scope="{scope}")' for scope in LOOPS} | {
+        "anyio": "@pytest.mark.anyio"
+    }
     tests = "".join(ADDS.format(name=name, mark=mark) for name, mark in marks.items())
     backend = "\n@pytest.fixture\ndef anyio_backend():\n    return 'asyncio'\n"
     project.write("test_shop.py", "import pytest\n" + backend + tests)
 
-    assert_passed(project.run("-o", "asyncio_mode=strict", f"--sessionwire-isolation={isolation}"), 2 * len(marks))
+    assert_passed(
+        project.run("-o", "asyncio_mode=strict", f"--sessionwire-isolation={isolation}"),
+        2 * len(marks),
+    )
 
 
 KILLED = """
@@ -145,10 +169,14 @@ async def test_is_killed(container):
 
 
 @pytest.mark.long
-def test_the_workers_of_a_run_share_an_embedded_server_and_end_that_of_a_killed_run(tmp_path: Path) -> None:
+def test_the_workers_of_a_run_share_an_embedded_server_and_end_that_of_a_killed_run(
+    tmp_path: Path,
+) -> None:
     project = Project(tmp_path, "embedded")
     project.write("test_killed.py", KILLED)
-    project.write("test_shop.py", "import pytest\n" + "".join(ADDS.format(name=n, mark="") for n in range(4)))
+    project.write(
+        "test_shop.py", "import pytest\n" + "".join(ADDS.format(name=n, mark="") for n in range(4))
+    )
 
     killed = project.run("-o", "asyncio_mode=auto", "-s", "test_killed.py")
     assert killed.returncode == -signal.SIGKILL
@@ -205,22 +233,30 @@ async def test_nothing(container):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("backend", "isolation"), [("sqlite", "sandbox"), ("postgresql", "database")])
-def test_what_a_test_leaves_open_fails_it_and_is_named_with_its_line(project: Project, isolation: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "isolation"), [("sqlite", "sandbox"), ("postgresql", "database")]
+)
+def test_what_a_test_leaves_open_fails_it_and_is_named_with_its_line(
+    project: Project, isolation: str
+) -> None:
     project.write("test_leaks.py", LEAKS)
 
     finished = project.run("-o", "asyncio_mode=auto", f"--sessionwire-isolation={isolation}")
 
     assert "8 passed, 6 errors" in finished.stdout, finished.stdout + finished.stderr
     told = {int(line) for line in re.findall(r"test_leaks\.py:(\d+)", finished.stdout)}
-    assert told == {number for number, line in enumerate(LEAKS.splitlines(), 1) if line.endswith("# told")}
+    assert told == {
+        number for number, line in enumerate(LEAKS.splitlines(), 1) if line.endswith("# told")
+    }
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("backend", ["sqlite"])
 def test_what_is_wrong_is_said_with_the_remedy(project: Project) -> None:
     project.write("test_shop.py", "async def test_it(container): pass")
-    project.write("app.py", f"{APP}container.db.sessionmanager().init('sqlite:///of-the-application.db')")
+    project.write(
+        "app.py", f"{APP}container.db.sessionmanager().init('sqlite:///of-the-application.db')"
+    )
     project.write("test_app.py", OF_A_MODULE + "async def test_it(container): pass")
     (project.directory / "conftest.py").unlink()
     said = project.run("-o", "asyncio_mode=auto").stdout
@@ -255,8 +291,12 @@ async def test_both(container, number):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("backend", "isolation"), [("sqlite", "database"), ("postgresql", "sandbox")])
-def test_each_of_two_databases_has_its_own_tables_in_every_test(project: Project, isolation: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "isolation"), [("sqlite", "database"), ("postgresql", "sandbox")]
+)
+def test_each_of_two_databases_has_its_own_tables_in_every_test(
+    project: Project, isolation: str
+) -> None:
     project.write("shop.py", TWO)
     project.write("test_both.py", USES_BOTH)
 
@@ -308,7 +348,9 @@ container = Container()
 container.db.config.from_dict({"url": "sqlite:///of-the-application.db"})
 items = Items(container.db.session(), container.db.transaction())
 """
-OF_A_MODULE = CONFTEST.replace("from shop import C", "from app import c").replace("return C", "return c")
+OF_A_MODULE = CONFTEST.replace("from shop import C", "from app import c").replace(
+    "return C", "return c"
+)
 OF_THE_MODULE = """
 import pytest
 from app import container as of_the_module, items
@@ -322,8 +364,12 @@ async def test_it(container, number):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("backend", "isolation"), [("sqlite", "sandbox"), ("postgresql", "database")])
-def test_what_a_module_took_from_its_container_works_in_the_test_too(project: Project, isolation: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "isolation"), [("sqlite", "sandbox"), ("postgresql", "database")]
+)
+def test_what_a_module_took_from_its_container_works_in_the_test_too(
+    project: Project, isolation: str
+) -> None:
     project.write("app.py", APP)
     project.write("conftest.py", OF_A_MODULE)
     project.write("test_app.py", OF_THE_MODULE)

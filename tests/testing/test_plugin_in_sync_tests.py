@@ -101,7 +101,9 @@ def test_with_an_async_fixture(container, seeded):
 def test_what_cannot_work_is_told_with_a_remedy(project: Project) -> None:
     project.write("test_web.py", LEAVES)
     output = project.run("-o", "asyncio_mode=auto").stdout
-    assert "OwnershipError: this manager belongs to another event loop, which is still open" in output
+    assert (
+        "OwnershipError: this manager belongs to another event loop, which is still open" in output
+    )
     assert "httpx.AsyncClient(transport=ASGITransport(app))" in output
     assert "sessions or connections that were left open: 1" in output
     assert "an event loop that used the database was left open: close it in the test" in output

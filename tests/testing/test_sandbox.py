@@ -62,7 +62,9 @@ COUNT = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i 
 
 
 @pytest.fixture
-async def outside(settings: DatabaseSettings, manager: DatabaseSessionManager) -> AsyncIterator[DatabaseSessionManager]:
+async def outside(
+    settings: DatabaseSettings, manager: DatabaseSessionManager
+) -> AsyncIterator[DatabaseSessionManager]:
     """Another manager of the same database, which holds one row before the sandbox."""
     async with DatabaseSessionManager(settings) as other:
         await write(other, "before")
@@ -80,7 +82,9 @@ async def inside(
     assert await notes(manager) == ["before"]
 
 
-async def write(manager: DatabaseSessionManager, *texts: str, propagation: Propagation = Propagation.REQUIRED) -> None:
+async def write(
+    manager: DatabaseSessionManager, *texts: str, propagation: Propagation = Propagation.REQUIRED
+) -> None:
     async with manager.transaction(propagation) as session:
         for each in texts:
             session.add(Note(text=each))
@@ -114,9 +118,16 @@ async def test_what_is_committed_is_seen_inside_not_outside_and_gone_after(
     assert await seen(manager) == ["before"]
 
 
-async def test_on_sqlite_others_read_and_cannot_write_meanwhile(request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    settings = DatabaseSettings.model_validate({"url": f"sqlite:///{tmp_path / 'test.db'}", "pool": {"timeout": 0.1}})
-    async with DatabaseSessionManager(settings) as manager, DatabaseSessionManager(settings) as outside:
+async def test_on_sqlite_others_read_and_cannot_write_meanwhile(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    settings = DatabaseSettings.model_validate(
+        {"url": f"sqlite:///{tmp_path / 'test.db'}", "pool": {"timeout": 0.1}}
+    )
+    async with (
+        DatabaseSessionManager(settings) as manager,
+        DatabaseSessionManager(settings) as outside,
+    ):
         await services.create_tables(manager)
         async with sandbox(manager):
             await write(manager, "a")
@@ -127,7 +138,9 @@ async def test_on_sqlite_others_read_and_cannot_write_meanwhile(request: pytest.
         assert await seen(manager) == ["c"]
 
 
-async def test_several_transactions_see_what_those_before_them_have_committed(inside: DatabaseSessionManager) -> None:
+async def test_several_transactions_see_what_those_before_them_have_committed(
+    inside: DatabaseSessionManager,
+) -> None:
     for number in range(5):
         await write(inside, str(number))
     async with inside.transaction() as session:
@@ -163,7 +176,9 @@ async def test_what_is_rolled_back_is_not_seen_and_what_was_committed_before_it_
     assert await seen(inside) == ["a", "before"]
 
 
-async def test_a_statement_that_fails_fails_its_transaction_and_no_other(inside: DatabaseSessionManager) -> None:
+async def test_a_statement_that_fails_fails_its_transaction_and_no_other(
+    inside: DatabaseSessionManager,
+) -> None:
     await write(inside, "a")
     for _ in range(2):
         with pytest.raises(IntegrityError):
@@ -176,7 +191,9 @@ async def test_a_statement_that_fails_fails_its_transaction_and_no_other(inside:
     assert await seen(inside) == ["a", "b", "before"]
 
 
-async def test_one_that_fails_without_a_transaction_stands_alone(inside: DatabaseSessionManager) -> None:
+async def test_one_that_fails_without_a_transaction_stands_alone(
+    inside: DatabaseSessionManager,
+) -> None:
     async with inside.transaction(Propagation.NOT_SUPPORTED) as session:
         await session.execute(insert(Note).values(text="a"))
         for _ in range(2):
@@ -237,7 +254,9 @@ async def test_a_deadline_undoes_and_what_follows_works(inside: DatabaseSessionM
             await session.commit()
 
 
-async def test_collecting_what_was_interrupted_does_not_hold_up_the_loop_on_sqlite(tmp_path: Path) -> None:
+async def test_collecting_what_was_interrupted_does_not_hold_up_the_loop_on_sqlite(
+    tmp_path: Path,
+) -> None:
     settings = DatabaseSettings.model_validate({"url": f"sqlite:///{tmp_path / 'test.db'}"})
     loop, is_collected = asyncio.get_running_loop(), Event()
 
@@ -280,7 +299,9 @@ async def test_session_commits_and_rolls_back_as_it_says(inside: DatabaseSession
     assert await seen(inside) == ["a", "b", "before", "c"]
 
 
-async def test_connect_commits_at_its_end_and_rolls_back_after_an_error(inside: DatabaseSessionManager) -> None:
+async def test_connect_commits_at_its_end_and_rolls_back_after_an_error(
+    inside: DatabaseSessionManager,
+) -> None:
     async with inside.connect() as connection:
         await connection.execute(insert(Note).values(text="a"))
     with pytest.raises(ZeroDivisionError):
@@ -290,7 +311,9 @@ async def test_connect_commits_at_its_end_and_rolls_back_after_an_error(inside: 
     assert await seen(inside) == ["a", "before"]
 
 
-async def test_sqlalchemys_own_connections_commit_where_they_are_told_to(inside: DatabaseSessionManager) -> None:
+async def test_sqlalchemys_own_connections_commit_where_they_are_told_to(
+    inside: DatabaseSessionManager,
+) -> None:
     async with inside.engine.connect() as connection:
         await connection.execute(insert(Note).values(text="a"))
         await connection.commit()
@@ -359,7 +382,9 @@ async def test_one_inside_a_read_only_transaction_may_write_on_sqlite_and_is_ref
         if database_of(inside).is_sqlite:
             await write(inside, "a", propagation=Propagation.REQUIRES_NEW)
         else:
-            with pytest.raises(SandboxError, match="cannot begin inside a read-only one in a sandbox"):
+            with pytest.raises(
+                SandboxError, match="cannot begin inside a read-only one in a sandbox"
+            ):
                 await write(inside, "a", propagation=Propagation.REQUIRES_NEW)
         assert await session.scalar(select(func.count()).select_from(Note)) == (
             2 if database_of(inside).is_sqlite else 1
@@ -372,7 +397,10 @@ async def test_what_a_rollback_takes_with_it_that_would_be_kept_elsewhere_is_tol
     inside: DatabaseSessionManager, caplog: pytest.LogCaptureFixture
 ) -> None:
     if database_of(inside).is_sqlite:  # where it is refused, as without a sandbox
-        async with inside.transaction() as session, inside.transaction(Propagation.NOT_SUPPORTED) as audit:
+        async with (
+            inside.transaction() as session,
+            inside.transaction(Propagation.NOT_SUPPORTED) as audit,
+        ):
             await session.execute(select(Note))
             with pytest.raises(IncompatibleTransactionError, match="one writer"):
                 await audit.execute(insert(Note).values(text="refused"))
@@ -386,7 +414,9 @@ async def test_what_a_rollback_takes_with_it_that_would_be_kept_elsewhere_is_tol
                 await reading.execute(select(Note))
             raise ZeroDivisionError
     (told,) = caplog.messages
-    assert re.match(f"what was committed at {line('the inner one')}\\S+ is rolled back together with", told)
+    assert re.match(
+        f"what was committed at {line('the inner one')}\\S+ is rolled back together with", told
+    )
     assert line("the outer one") in told
     assert await seen(inside) == ["before"]
 
@@ -415,12 +445,18 @@ async def test_a_reader_that_is_open_when_the_transaction_around_it_fails_leaves
     session = await outer.enter_async_context(inside.transaction())
     await session.execute(insert(Note).values(text="never"))
     inside.transaction.set_rollback_only()
-    reader = await inner.enter_async_context(inside.transaction(Propagation.REQUIRES_NEW, read_only=True))
+    reader = await inner.enter_async_context(
+        inside.transaction(Propagation.REQUIRES_NEW, read_only=True)
+    )
     await reader.execute(select(Note))
     await outer.aclose()
-    with pytest.raises(SandboxError, match="was rolled back together with the enclosing transaction"):
+    with pytest.raises(
+        SandboxError, match="was rolled back together with the enclosing transaction"
+    ):
         await reader.execute(select(Note))
-    with pytest.raises(SandboxError, match="was rolled back together with the enclosing transaction"):
+    with pytest.raises(
+        SandboxError, match="was rolled back together with the enclosing transaction"
+    ):
         await inner.aclose()
     await write(inside, "a")
     assert await seen(inside) == ["a", "before"]
@@ -429,7 +465,9 @@ async def test_a_reader_that_is_open_when_the_transaction_around_it_fails_leaves
 # Hooks
 
 
-async def test_hooks_run_when_the_outermost_scope_of_the_application_ends(inside: DatabaseSessionManager) -> None:
+async def test_hooks_run_when_the_outermost_scope_of_the_application_ends(
+    inside: DatabaseSessionManager,
+) -> None:
     called: list[str] = []
 
     async def found() -> None:
@@ -504,7 +542,9 @@ class TestDeferredConstraints:
                     await session.execute(delete(OWNED))
                     await session.execute(delete(OWNER))
 
-    async def test_are_not_else(self, manager: DatabaseSessionManager, outside: DatabaseSessionManager) -> None:
+    async def test_are_not_else(
+        self, manager: DatabaseSessionManager, outside: DatabaseSessionManager
+    ) -> None:
         async with sandbox(manager):
             async with manager.transaction() as session:
                 await session.execute(insert(OWNED).values(owner_id=1))
@@ -528,7 +568,10 @@ async def test_concurrent_tasks_take_turns_and_lose_nothing(inside: DatabaseSess
             await asyncio.sleep(0)
             await session.execute(insert(Note).values(text=f"{number} b"))
             await asyncio.sleep(0)
-            assert await session.scalar(select(func.count()).where(Note.text.startswith(f"{number} "))) == 2
+            assert (
+                await session.scalar(select(func.count()).where(Note.text.startswith(f"{number} ")))
+                == 2
+            )
             at_work -= 1
             if number % 3 == 0:
                 raise ZeroDivisionError
@@ -542,7 +585,9 @@ async def test_concurrent_tasks_take_turns_and_lose_nothing(inside: DatabaseSess
 
 async def test_readers_beside_each_other_take_turns_too(inside: DatabaseSessionManager) -> None:
     async with inside.transaction(Propagation.SUPPORTS, read_only=True):
-        results = await asyncio.gather(*(seen(inside) for _ in range(10)), *(notes(inside) for _ in range(10)))
+        results = await asyncio.gather(
+            *(seen(inside) for _ in range(10)), *(notes(inside) for _ in range(10))
+        )
     assert results == [["before"]] * 20
 
 
@@ -560,7 +605,9 @@ async def test_a_transaction_in_which_something_happens_is_waited_for(
 
 
 class TestDeadlock:
-    async def test_of_one_task_with_itself_is_told_at_once(self, inside: DatabaseSessionManager) -> None:
+    async def test_of_one_task_with_itself_is_told_at_once(
+        self, inside: DatabaseSessionManager
+    ) -> None:
         async with asyncio.timeout(2), inside.engine.connect() as holder:
             await holder.execute(select(Note))  # of the holder
             with pytest.raises(SandboxError, match="which this very task has left open") as told:
@@ -586,17 +633,23 @@ class TestDeadlock:
         async with sandbox(manager, patience=0.1), asyncio.timeout(5):
             task = asyncio.create_task(hold(), name="holding")
             await begun.wait()
-            with pytest.raises(SandboxError, match=r"by task 'holding', at .* nothing has happened for 0\.1 s") as told:
+            with pytest.raises(
+                SandboxError, match=r"by task 'holding', at .* nothing has happened for 0\.1 s"
+            ) as told:
                 async with manager.transaction() as session:  # of the one that waits
                     await session.execute(select(Note))
             assert f"what was opened at {line('of the one that waits')}" in str(told.value)
-            assert f"transaction that was opened at {line('of the one that holds')}" in str(told.value)
+            assert f"transaction that was opened at {line('of the one that holds')}" in str(
+                told.value
+            )
             failed.set()
             await task
             await write(manager, "a")
 
     @pytest.mark.parametrize("how", ["awaited", "gathered", "by another"])
-    async def test_of_one_that_awaits_the_other_is_told_soon(self, inside: DatabaseSessionManager, how: str) -> None:
+    async def test_of_one_that_awaits_the_other_is_told_soon(
+        self, inside: DatabaseSessionManager, how: str
+    ) -> None:
         async def other() -> None:
             await asyncio.sleep(0)
             await inside.transaction.detached(write(inside, "a"))
@@ -638,7 +691,10 @@ class TestDeadlock:
     async def test_one_that_waits_can_be_cancelled(self, inside: DatabaseSessionManager) -> None:
         async with inside.transaction() as session:
             await session.execute(insert(Note).values(text="a"))
-            waiting = [asyncio.create_task(inside.transaction.detached(write(inside, "b"))) for _ in range(3)]
+            waiting = [
+                asyncio.create_task(inside.transaction.detached(write(inside, "b")))
+                for _ in range(3)
+            ]
             await asyncio.sleep(0.01)
             for task in waiting:
                 task.cancel()
@@ -655,7 +711,10 @@ class TestDeadlock:
 async def test_a_cancellation_at_any_await_leaves_all_or_nothing_and_the_sandbox_at_work(
     inside: DatabaseSessionManager, work: Work, again_after: int | None
 ) -> None:
-    results = [written async for written in cancelled_everywhere(inside, partial(work, inside), again_after)]
+    results = [
+        written
+        async for written in cancelled_everywhere(inside, partial(work, inside), again_after)
+    ]
     assert [] in results
     assert results[-1] == ["a", "b"]
     assert all(written in ([], ["a", "b"]) for written in results)
@@ -680,7 +739,9 @@ async def test_so_does_one_of_a_transaction_inside_another(
 
 
 async def cancelled_everywhere(
-    manager: DatabaseSessionManager, work: Callable[[], Coroutine[Any, Any, None]], again_after: int | None
+    manager: DatabaseSessionManager,
+    work: Callable[[], Coroutine[Any, Any, None]],
+    again_after: int | None,
 ) -> AsyncIterator[list[str]]:
     """What was written, for each suspension of the work that it was cancelled at."""
     for number in range(1, 500):
@@ -696,14 +757,23 @@ async def cancelled_everywhere(
             return
 
 
-async def test_a_cancellation_in_the_midst_of_many_tasks_undoes_theirs_alone(inside: DatabaseSessionManager) -> None:
-    tasks = [asyncio.create_task(write(inside, f"{number} a", f"{number} b")) for number in range(20)]
+async def test_a_cancellation_in_the_midst_of_many_tasks_undoes_theirs_alone(
+    inside: DatabaseSessionManager,
+) -> None:
+    tasks = [
+        asyncio.create_task(write(inside, f"{number} a", f"{number} b")) for number in range(20)
+    ]
     for turn, task in enumerate(tasks[::2]):
         for _ in range(turn):
             await asyncio.sleep(0)
         task.cancel()
     await asyncio.wait(tasks, timeout=10)
-    kept = [f"{number} {each}" for number, task in enumerate(tasks) for each in "ab" if not task.cancelled()]
+    kept = [
+        f"{number} {each}"
+        for number, task in enumerate(tasks)
+        for each in "ab"
+        if not task.cancelled()
+    ]
     assert len(kept) >= 20
     assert await seen(inside) == sorted([*kept, "before"])
 
@@ -782,7 +852,9 @@ async def test_sql_that_would_end_it_is_refused(inside: DatabaseSessionManager, 
 
 
 @pytest.mark.parametrize("method", ["commit", "rollback"])
-async def test_so_is_an_end_by_the_drivers_connection(inside: DatabaseSessionManager, method: str) -> None:
+async def test_so_is_an_end_by_the_drivers_connection(
+    inside: DatabaseSessionManager, method: str
+) -> None:
     async with inside.connect() as connection:
         await connection.execute(insert(Note).values(text="a"))
         raw: Any = await connection.get_raw_connection()
@@ -791,7 +863,9 @@ async def test_so_is_an_end_by_the_drivers_connection(inside: DatabaseSessionMan
     assert await seen(inside) == ["a", "before"]
 
 
-async def test_what_follows_an_end_behind_its_back_is_refused(inside: DatabaseSessionManager) -> None:
+async def test_what_follows_an_end_behind_its_back_is_refused(
+    inside: DatabaseSessionManager,
+) -> None:
     async with inside.engine.connect() as connection:
         await connection.execute(insert(Note).values(text="never"))
         raw: Any = await connection.get_raw_connection()
@@ -814,7 +888,9 @@ async def test_sqlites_own_rollback_of_all_is_not_followed_by_what_is_kept(
         await write(manager, "before")
         async with sandbox(manager), manager.engine.connect() as connection:
             with pytest.raises(IntegrityError):
-                await connection.execute(text("INSERT OR ROLLBACK INTO note (text) VALUES ('before')"))
+                await connection.execute(
+                    text("INSERT OR ROLLBACK INTO note (text) VALUES ('before')")
+                )
             with pytest.raises(SandboxError, match="has ended the sandbox's transaction"):
                 await connection.execute(insert(Note).values(text="a"))
         assert await notes(manager) == ["before"]
@@ -832,7 +908,9 @@ async def test_an_engine_that_was_taken_before_is_refused_inside(
         await connection.execute(select(Note))
 
 
-async def test_many_leave_nothing_on_the_pool_that_would_slow_what_follows(manager: DatabaseSessionManager) -> None:
+async def test_many_leave_nothing_on_the_pool_that_would_slow_what_follows(
+    manager: DatabaseSessionManager,
+) -> None:
     listeners = manager.engine.pool.dispatch.checkout
     before = len(listeners)
     for _ in range(3):
@@ -880,7 +958,9 @@ class TestKilledServer(OnPostgres):
                     await kill(server, manager, "INSERT%")
                     await session.execute(insert(Note).values(text="c"))
             for _ in range(2):
-                with pytest.raises(SandboxError, match="the database has ended the sandbox's transaction"):
+                with pytest.raises(
+                    SandboxError, match="the database has ended the sandbox's transaction"
+                ):
                     await write(manager, "d")
         assert await notes(manager) == ["before"]
         assert checked_out(manager) == 0
@@ -895,7 +975,9 @@ def assert_one_is_told(told: pytest.ExceptionInfo[SandboxError], place: str) -> 
 
 
 class TestLeft:
-    async def test_a_session_is_told(self, manager: DatabaseSessionManager, outside: DatabaseSessionManager) -> None:
+    async def test_a_session_is_told(
+        self, manager: DatabaseSessionManager, outside: DatabaseSessionManager
+    ) -> None:
         stack = AsyncExitStack()
         with pytest.raises(SandboxError) as told:
             async with sandbox(manager):
@@ -920,7 +1002,9 @@ class TestLeft:
             await stack.aclose()
         assert await seen(manager) == ["before"]
 
-    async def test_a_connection_is_told(self, manager: DatabaseSessionManager, outside: DatabaseSessionManager) -> None:
+    async def test_a_connection_is_told(
+        self, manager: DatabaseSessionManager, outside: DatabaseSessionManager
+    ) -> None:
         stack = AsyncExitStack()
         with pytest.raises(SandboxError) as told:
             async with sandbox(manager):
@@ -967,7 +1051,9 @@ class TestLeft:
         assert task.done()
         await self.nothing_is_left(manager)
 
-    async def test_a_task_that_ends_soon_is_waited_for(self, inside: DatabaseSessionManager) -> None:
+    async def test_a_task_that_ends_soon_is_waited_for(
+        self, inside: DatabaseSessionManager
+    ) -> None:
         task = asyncio.create_task(asyncio.sleep(0.05))
         assert not task.done()
 
@@ -991,8 +1077,12 @@ class TestLeft:
                 with suppress(asyncio.CancelledError):
                     await go_on()
 
-        async with DatabaseSessionManager(settings.model_copy(update={"rollback_timeout": 0.2})) as manager:
-            with pytest.raises(SandboxError, match=r"a task goes on although it was cancelled: 'stubborn'"):
+        async with DatabaseSessionManager(
+            settings.model_copy(update={"rollback_timeout": 0.2})
+        ) as manager:
+            with pytest.raises(
+                SandboxError, match=r"a task goes on although it was cancelled: 'stubborn'"
+            ):
                 async with sandbox(manager):
                     task = asyncio.create_task(stubborn(), name="stubborn")
                     await asyncio.sleep(0.05)
@@ -1078,7 +1168,9 @@ async def test_a_manager_that_is_not_open_is_opened_and_closed(
             await manager.close()
 
 
-async def test_one_that_was_only_initialized_is_so_again(database_url: str, outside: DatabaseSessionManager) -> None:
+async def test_one_that_was_only_initialized_is_so_again(
+    database_url: str, outside: DatabaseSessionManager
+) -> None:
     manager = DatabaseSessionManager()
     manager.init(database_url)
     for _ in range(2):

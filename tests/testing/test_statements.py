@@ -63,16 +63,27 @@ async def test_each_statement_is_recorded_with_the_line_that_sent_it(
 ) -> None:
     with count_statements(manager) as sent:
         await notebook.read()
-    assert len(sent) == 4  # the first of connections that only read too, with nothing that SQLAlchemy asks them
+    assert (
+        len(sent) == 4
+    )  # the first of connections that only read too, with nothing that SQLAlchemy asks them
     assert sent[0].sql.startswith("SELECT note.id")
-    assert [statement.sql.startswith("SELECT note.text") for statement in sent] == [False, True, True, True]
+    assert [statement.sql.startswith("SELECT note.text") for statement in sent] == [
+        False,
+        True,
+        True,
+        True,
+    ]
     assert sent[0].where.startswith("test_statements.py:")
     assert sent[0].where.endswith(" in Notebook.read")
     line = line_of(Notebook.text_of, "self.session.scalar")
-    assert {statement.where for statement in sent[1:]} == {f"test_statements.py:{line} in Notebook.text_of"}
+    assert {statement.where for statement in sent[1:]} == {
+        f"test_statements.py:{line} in Notebook.text_of"
+    }
 
 
-async def test_what_a_block_sends_at_its_end_is_of_the_line_that_has_the_block(manager: DatabaseSessionManager) -> None:
+async def test_what_a_block_sends_at_its_end_is_of_the_line_that_has_the_block(
+    manager: DatabaseSessionManager,
+) -> None:
     async def write() -> None:
         async with manager.transaction() as session:
             session.add(Note(text="a"))
@@ -86,10 +97,14 @@ async def test_what_a_block_sends_at_its_end_is_of_the_line_that_has_the_block(m
         with count_statements(manager) as sent:
             await function()
         line = line_of(function, "async with")
-        assert [statement.where for statement in sent] == [f"test_statements.py:{line} in {function.__qualname__}"]
+        assert [statement.where for statement in sent] == [
+            f"test_statements.py:{line} in {function.__qualname__}"
+        ]
 
 
-async def test_a_lazy_load_is_of_the_line_that_awaits_it(notebook: Notebook, manager: DatabaseSessionManager) -> None:
+async def test_a_lazy_load_is_of_the_line_that_awaits_it(
+    notebook: Notebook, manager: DatabaseSessionManager
+) -> None:
     async with manager.session() as session:
         note = (await session.scalars(select(Note))).first()
         assert note is not None
@@ -98,7 +113,9 @@ async def test_a_lazy_load_is_of_the_line_that_awaits_it(notebook: Notebook, man
             await note.awaitable_attrs.text
     here = test_a_lazy_load_is_of_the_line_that_awaits_it
     line = line_of(here, "await note.awaitable_attrs")
-    assert [statement.where for statement in sent] == [f"test_statements.py:{line} in {here.__name__}"]
+    assert [statement.where for statement in sent] == [
+        f"test_statements.py:{line} in {here.__name__}"
+    ]
 
 
 async def test_begin_commit_and_savepoints_do_not_count(manager: DatabaseSessionManager) -> None:
@@ -115,9 +132,15 @@ async def test_begin_commit_and_savepoints_do_not_count(manager: DatabaseSession
     assert [statement.sql[:8] for statement in sent] == ["INSERT I", "SELECT 1", "SELECT 2"]
 
 
-async def test_it_counts_whatever_the_terms_of_the_connection(manager: DatabaseSessionManager) -> None:
+async def test_it_counts_whatever_the_terms_of_the_connection(
+    manager: DatabaseSessionManager,
+) -> None:
     with count_statements(manager) as sent:
-        for options in ({"isolation": "SERIALIZABLE"}, {"read_only": True}, {"execution_options": {"a": 1}}):
+        for options in (
+            {"isolation": "SERIALIZABLE"},
+            {"read_only": True},
+            {"execution_options": {"a": 1}},
+        ):
             async with manager.transaction(**options) as session:
                 await session.execute(select(1))
         async with manager.transaction(Propagation.NOT_SUPPORTED, read_only=True) as session:
@@ -139,7 +162,9 @@ async def test_a_check_of_an_idle_connection_does_not_count(settings: DatabaseSe
     assert len(sent) == 2
 
 
-async def test_other_managers_do_not_count(manager: DatabaseSessionManager, settings: DatabaseSettings) -> None:
+async def test_other_managers_do_not_count(
+    manager: DatabaseSessionManager, settings: DatabaseSettings
+) -> None:
     async with DatabaseSessionManager(settings) as other:
         with count_statements(manager) as sent, count_statements(other) as sent_by_other:
             async with other.session() as session:
@@ -150,13 +175,17 @@ async def test_other_managers_do_not_count(manager: DatabaseSessionManager, sett
     assert (len(sent), len(sent_by_other)) == (1, 1)
 
 
-async def test_what_other_tasks_send_meanwhile_counts(notebook: Notebook, manager: DatabaseSessionManager) -> None:
+async def test_what_other_tasks_send_meanwhile_counts(
+    notebook: Notebook, manager: DatabaseSessionManager
+) -> None:
     with count_statements(manager) as sent:
         await asyncio.gather(*(notebook.read() for _ in range(3)))
     assert len(sent) == 12
 
 
-async def test_after_the_block_nothing_is_recorded(notebook: Notebook, manager: DatabaseSessionManager) -> None:
+async def test_after_the_block_nothing_is_recorded(
+    notebook: Notebook, manager: DatabaseSessionManager
+) -> None:
     with count_statements(manager) as sent:
         await notebook.read()
     with pytest.raises(ZeroDivisionError), count_statements(manager) as failed:
@@ -170,7 +199,10 @@ async def test_a_manager_may_be_opened_inside(settings: DatabaseSettings) -> Non
     with count_statements(manager) as sent:
         async with manager, manager.session() as session:
             await session.execute(text("SELECT 2"))
-    assert [statement.sql for statement in sent] == ["SELECT 1", "SELECT 2"]  # the first shows that it answers
+    assert [statement.sql for statement in sent] == [
+        "SELECT 1",
+        "SELECT 2",
+    ]  # the first shows that it answers
 
 
 class Two(containers.DeclarativeContainer):
@@ -178,7 +210,9 @@ class Two(containers.DeclarativeContainer):
     there = providers.Container(DatabaseContainer)
 
 
-async def test_of_a_container_all_databases_count(manager: DatabaseSessionManager, settings: DatabaseSettings) -> None:
+async def test_of_a_container_all_databases_count(
+    manager: DatabaseSessionManager, settings: DatabaseSettings
+) -> None:
     container = Two()
     container.here.sessionmanager.override(manager)
     container.there.settings.override(settings)
@@ -196,7 +230,10 @@ async def test_of_a_container_all_databases_count(manager: DatabaseSessionManage
 
 
 def test_a_container_without_a_database_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="give the manager"), count_statements(containers.DynamicContainer()):
+    with (
+        pytest.raises(ConfigurationError, match="give the manager"),
+        count_statements(containers.DynamicContainer()),
+    ):
         pass
 
 
@@ -220,16 +257,22 @@ async def test_too_many_fail_the_test_with_the_repeated_one_first_and_no_paramet
     ]
 
 
-async def test_neither_parameters_nor_a_long_statement_are_shown(manager: DatabaseSessionManager) -> None:
+async def test_neither_parameters_nor_a_long_statement_are_shown(
+    manager: DatabaseSessionManager,
+) -> None:
     with pytest.raises(AssertionError) as failed, count_statements(manager, at_most=0) as sent:
         async with manager.transaction() as session:
-            await session.execute(insert(Note).values([{"text": f"secret {number}"} for number in range(50)]))
+            await session.execute(
+                insert(Note).values([{"text": f"secret {number}"} for number in range(50)])
+            )
     assert len(sent) == 1
     assert "secret" not in f"{failed.value} {sent}"
     assert len(str(failed.value)) < 400
 
 
-async def test_as_many_as_allowed_are_well(notebook: Notebook, manager: DatabaseSessionManager) -> None:
+async def test_as_many_as_allowed_are_well(
+    notebook: Notebook, manager: DatabaseSessionManager
+) -> None:
     with count_statements(manager, at_most=4):
         await notebook.read()
     with count_statements(manager, at_most=0):

@@ -34,15 +34,21 @@ Look = Callable[[], Awaitable[set[str]]]
 
 
 @pytest.fixture
-async def databases(server: Postgres | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Look]:
+async def databases(
+    server: Postgres | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Look]:
     """What there is more than before the test; at its end, nothing."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     async def look() -> set[str]:
         if server is None:
-            files = {f"{directory}/{file}" for directory, _, files in os.walk(tmp_path) for file in files}
+            files = {
+                f"{directory}/{file}" for directory, _, files in os.walk(tmp_path) for file in files
+            }
             return {file for file in files if not file.endswith(("-wal", "-shm"))}
-        return {row["datname"] for row in await server.execute("SELECT datname FROM pg_database")} - before
+        return {
+            row["datname"] for row in await server.execute("SELECT datname FROM pg_database")
+        } - before
 
     before: set[str] = set()
     before = await look()
@@ -68,7 +74,9 @@ async def write(copy: DatabaseCopy, note: str) -> list[str]:
 
 @pytest.mark.usefixtures("databases")
 class TestCopies:
-    async def test_a_copy_has_what_the_seed_wrote_and_nothing_of_another_copy(self, database_url: str) -> None:
+    async def test_a_copy_has_what_the_seed_wrote_and_nothing_of_another_copy(
+        self, database_url: str
+    ) -> None:
         async with DatabaseTemplate(database_url, seed) as template:
             async with template.copy() as first, template.copy() as second:
                 assert await write(first, "first") == ["first", "seeded"]
@@ -81,8 +89,13 @@ class TestCopies:
     ) -> None:
         async with DatabaseTemplate(database_url, seed) as template, template.copy():
             assert len(await databases()) == 2  # template and copy
-            async with DatabaseSessionManager(database_url) as manager, manager.connect() as connection:
-                assert not await connection.run_sync(lambda sync: sync.dialect.has_table(sync, "note"))
+            async with (
+                DatabaseSessionManager(database_url) as manager,
+                manager.connect() as connection,
+            ):
+                assert not await connection.run_sync(
+                    lambda sync: sync.dialect.has_table(sync, "note")
+                )
         if server is None:
             os.unlink(make_url(database_url).database or "")
 
@@ -95,8 +108,12 @@ class TestCopies:
             used = await asyncio.gather(*(use(template, f"note {n}") for n in range(5)))
         assert used == [[f"note {n}", "seeded"] for n in range(5)]
 
-    async def test_a_copy_has_the_settings_of_the_template_but_for_its_name(self, database_url: str) -> None:
-        settings = DatabaseSettings(url=database_url, pool=PoolSettings(size=2), application_name="shop")
+    async def test_a_copy_has_the_settings_of_the_template_but_for_its_name(
+        self, database_url: str
+    ) -> None:
+        settings = DatabaseSettings(
+            url=database_url, pool=PoolSettings(size=2), application_name="shop"
+        )
         async with DatabaseTemplate(settings, seed) as template, template.copy() as copy:
             assert make_url(copy.settings.url).database != make_url(settings.url).database
             assert copy.settings.model_copy(update={"url": settings.url}) == settings
@@ -116,7 +133,9 @@ class TestCopies:
         assert await asyncio.to_thread(drive) == ["by hand", "seeded"]
 
     @pytest.mark.long
-    async def test_it_tells_how_many_connections_were_left_open(self, database_url: str, backend: str) -> None:
+    async def test_it_tells_how_many_connections_were_left_open(
+        self, database_url: str, backend: str
+    ) -> None:
         async with DatabaseTemplate(database_url, seed) as template, AsyncExitStack() as left:
             async with template.copy() as copy:
                 await write(copy, "and closed")
@@ -151,7 +170,9 @@ class TestSeeding:
         assert await databases() == set()
         assert not hasattr(raised.value, "__notes__")
 
-    async def test_one_that_leaves_a_connection_open_is_told_so(self, database_url: str, databases: Look) -> None:
+    async def test_one_that_leaves_a_connection_open_is_told_so(
+        self, database_url: str, databases: Look
+    ) -> None:
         async def leave_open(manager: DatabaseSessionManager) -> None:
             await stack.enter_async_context(DatabaseSessionManager(manager.settings))
 
@@ -161,15 +182,21 @@ class TestSeeding:
                     pass
         assert await databases() == set()
 
-    async def test_nothing_is_left_wherever_it_is_cancelled(self, database_url: str, databases: Look) -> None:
+    async def test_nothing_is_left_wherever_it_is_cancelled(
+        self, database_url: str, databases: Look
+    ) -> None:
         async def use() -> None:
             async with DatabaseTemplate(database_url, seed):
                 pass
 
-        async for _ in each_cancellation(use, stride=5):  # of some sixty, each with a database made and dropped
+        async for _ in each_cancellation(
+            use, stride=5
+        ):  # of some sixty, each with a database made and dropped
             assert await databases() == set()
 
-    async def test_a_cancelled_copy_costs_the_template_nothing(self, database_url: str, databases: Look) -> None:
+    async def test_a_cancelled_copy_costs_the_template_nothing(
+        self, database_url: str, databases: Look
+    ) -> None:
         async def use() -> None:
             async with template.copy():
                 await asyncio.sleep(0)
@@ -202,7 +229,10 @@ class Seeds:
 class TestKeys:
     async def test_who_comes_second_waits_and_finds_it_ready(self, database_url: str) -> None:
         async def use(note: str) -> list[str]:
-            async with DatabaseTemplate(database_url, seeds, key="run 1") as template, template.copy() as copy:
+            async with (
+                DatabaseTemplate(database_url, seeds, key="run 1") as template,
+                template.copy() as copy,
+            ):
                 written = await write(copy, note)
                 await all_have_it.wait()
                 return written
@@ -225,7 +255,10 @@ class TestKeys:
 
     async def test_where_the_first_fails_the_next_makes_it(self, database_url: str) -> None:
         async def use() -> list[str]:
-            async with DatabaseTemplate(database_url, seeds, key="run 1") as template, template.copy() as copy:
+            async with (
+                DatabaseTemplate(database_url, seeds, key="run 1") as template,
+                template.copy() as copy,
+            ):
                 return await write(copy, "made")
 
         seeds = Seeds(failures=1)
@@ -237,7 +270,9 @@ class TestKeys:
             await first
         assert await second == ["made", "seeded"]
 
-    async def test_another_key_is_another_template(self, database_url: str, databases: Look) -> None:
+    async def test_another_key_is_another_template(
+        self, database_url: str, databases: Look
+    ) -> None:
         for key in ("run 2", None):
             seeds = Seeds()
             seeds.go_on.set()
@@ -305,10 +340,15 @@ async def arrival(program: Process, where: str) -> list[str]:
 
 @pytest.mark.long
 class TestProcesses:
-    async def test_those_with_one_key_share_one_template(self, database_url: str, databases: Look) -> None:
+    async def test_those_with_one_key_share_one_template(
+        self, database_url: str, databases: Look
+    ) -> None:
         async with AsyncExitStack() as stack:
             workers = [
-                await stack.enter_async_context(process(database_url, where="in a copy", key="run 1")) for _ in range(3)
+                await stack.enter_async_context(
+                    process(database_url, where="in a copy", key="run 1")
+                )
+                for _ in range(3)
             ]
             said = [line for worker in workers for line in await arrival(worker, "in a copy")]
             assert said.count("seeding") == 1
@@ -341,7 +381,9 @@ class TestProcesses:
             await until(is_dropped, 30)
             assert await write(copy, "live") == ["live", "seeded"]
 
-    async def test_one_that_is_being_made_is_not_taken_for_left(self, database_url: str, databases: Look) -> None:
+    async def test_one_that_is_being_made_is_not_taken_for_left(
+        self, database_url: str, databases: Look
+    ) -> None:
         async with process(database_url, where="in the seed") as living:
             await arrival(living, "in the seed")
             async with DatabaseTemplate(database_url, seed):
@@ -352,7 +394,9 @@ class TestProcesses:
 
 class TestOnPostgres(OnPostgres):
     @pytest.mark.parametrize("name", ['ein "Überraschungs"-Paket: %s', "ß" * 31])
-    async def test_the_name_of_the_database_may_be_any(self, postgres: Postgres, databases: Look, name: str) -> None:
+    async def test_the_name_of_the_database_may_be_any(
+        self, postgres: Postgres, databases: Look, name: str
+    ) -> None:
         quoted = name.replace('"', '""')
         await postgres.execute(f'CREATE DATABASE "{quoted}"')
         try:
@@ -369,9 +413,13 @@ class TestOnPostgres(OnPostgres):
                 pass
         assert "name one that exists, such as 'postgres'" in raised.value.__notes__[0]
 
-    async def test_a_user_who_may_not_create_databases_is_told(self, postgres: Postgres, databases: Look) -> None:
+    async def test_a_user_who_may_not_create_databases_is_told(
+        self, postgres: Postgres, databases: Look
+    ) -> None:
         async with clerk(postgres, "NOCREATEDB") as url:
-            with pytest.raises(ConfigurationError, match=r"user 'clerk' may not create .* ALTER ROLE … CREATEDB"):
+            with pytest.raises(
+                ConfigurationError, match=r"user 'clerk' may not create .* ALTER ROLE … CREATEDB"
+            ):
                 async with DatabaseTemplate(url, seed):
                     pass
 
@@ -387,9 +435,14 @@ class TestOnPostgres(OnPostgres):
             assert make_url(copy.settings.url).password == "s3cret"
             assert "s3cret" not in f"{copy} {copy.settings.url}"
 
-    async def test_an_embedded_server_serves_as_well(self, postgres: Postgres, databases: Look) -> None:
+    async def test_an_embedded_server_serves_as_well(
+        self, postgres: Postgres, databases: Look
+    ) -> None:
         (running,) = await postgres.execute("SHOW data_directory")
-        async with DatabaseTemplate(f"embedded:{running[0]}", seed) as template, template.copy() as copy:
+        async with (
+            DatabaseTemplate(f"embedded:{running[0]}", seed) as template,
+            template.copy() as copy,
+        ):
             assert await write(copy, "embedded") == ["embedded", "seeded"]
 
     async def test_where_its_connection_was_lost_it_says_so_and_the_next_one_drops_what_is_left(
@@ -418,7 +471,9 @@ async def clerk(postgres: Postgres, right: str) -> AsyncIterator[URL]:
         await postgres.execute("DROP ROLE clerk")
 
 
-@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:a?mode=memory&uri=true"])
+@pytest.mark.parametrize(
+    "url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:a?mode=memory&uri=true"]
+)
 async def test_without_a_file_it_is_made_in_the_directory_for_temporary_files(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,6 +487,8 @@ async def test_without_a_file_it_is_made_in_the_directory_for_temporary_files(
 
 
 def test_other_databases_are_refused_by_name() -> None:
-    settings = DatabaseSettings(url="sqlite://").model_copy(update={"url": make_url("oracle+oracledb://shop")})
+    settings = DatabaseSettings(url="sqlite://").model_copy(
+        update={"url": make_url("oracle+oracledb://shop")}
+    )
     with pytest.raises(ConfigurationError, match="PostgreSQL and SQLite databases, not of oracle"):
         DatabaseTemplate(settings, seed)

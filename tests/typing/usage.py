@@ -55,7 +55,13 @@ class Service:
     async def with_parentheses(self, item: int, *, currency: str = "EUR") -> float:
         return 1.0
 
-    @transactional(Propagation.NESTED, isolation="SERIALIZABLE", timeout=timedelta(seconds=1), retries=5, of="archive")
+    @transactional(
+        Propagation.NESTED,
+        isolation="SERIALIZABLE",
+        timeout=timedelta(seconds=1),
+        retries=5,
+        of="archive",
+    )
     async def with_options(self, item: int, *, currency: str = "EUR") -> float:
         return 1.0
 
@@ -184,7 +190,9 @@ async def use_transactions(transaction: TransactionManager) -> None:
     assert_type(await transaction.run(add, 1, "2", retries=3, timeout=1.5), bytes)
     assert_type(await transaction.detached(add(1, "2")), bytes)
     await transaction.run(add, "1", "2")  # type: ignore[arg-type]
-    async with transaction(Propagation.REQUIRES_NEW, read_only=True, timeout=timedelta(seconds=1)) as session:
+    async with transaction(
+        Propagation.REQUIRES_NEW, read_only=True, timeout=timedelta(seconds=1)
+    ) as session:
         assert_type(session, AsyncSession)
     transaction.on_commit(lambda: print("done"))
     transaction.on_commit(lambda: add(1, "2"))
@@ -206,7 +214,11 @@ async def use(manager: DatabaseSessionManager) -> None:
     sessionmanager.init("postgresql://localhost/shop")
     service = Service(CurrentSession(manager), manager.transaction)
     assert_type(await service.price(1, currency="CHF"), float)
-    async with manager.session() as session, manager.transaction() as same, manager.connect() as connection:
+    async with (
+        manager.session() as session,
+        manager.transaction() as same,
+        manager.connect() as connection,
+    ):
         assert_type(session, AsyncSession)
         assert_type(same, AsyncSession)
         assert_type(connection, AsyncConnection)
@@ -253,7 +265,9 @@ async def use_web(service: Service, transaction: TransactionManager, other: ASGI
     assert_type(await short(1, service), float)
     assert_type(await default(1), float)
     await short("1", service)  # type: ignore[arg-type]
-    app.add_middleware(TransactionMiddleware, transaction=transaction, isolation="SERIALIZABLE", timeout=1.5)
+    app.add_middleware(
+        TransactionMiddleware, transaction=transaction, isolation="SERIALIZABLE", timeout=1.5
+    )
     TransactionMiddleware(app, transaction=transaction, read_only=True)
     TransactionMiddleware(other, transaction=transaction, timeout=timedelta(seconds=1))
     TransactionMiddleware(app, transaction=transaction, retries=1)  # type: ignore[call-arg]
@@ -264,7 +278,10 @@ class Container(containers.DeclarativeContainer):
 
 
 def use_testing(manager: DatabaseSessionManager, service: Service) -> None:
-    with overriding(Container(), service=service) as container, overriding(Container, service=service) as declared:
+    with (
+        overriding(Container(), service=service) as container,
+        overriding(Container, service=service) as declared,
+    ):
         assert_type(container, Container)
         assert_type(declared, type[Container])
     with count_statements(manager, at_most=3) as sent, count_statements(container):

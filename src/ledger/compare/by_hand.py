@@ -15,7 +15,9 @@ from .models import RETRIES, Order, Payer, Payment
 
 engine = create_async_engine(os.environ["DATABASE_URL"], pool_pre_ping=True)
 sessions = async_sessionmaker(engine, expire_on_commit=False)
-serial = async_sessionmaker(engine.execution_options(isolation_level="SERIALIZABLE"), expire_on_commit=False)
+serial = async_sessionmaker(
+    engine.execution_options(isolation_level="SERIALIZABLE"), expire_on_commit=False
+)
 
 
 @asynccontextmanager
@@ -33,7 +35,10 @@ async def serializable(work: Callable[[AsyncSession], Awaitable[None]]) -> None:
             async with serial.begin() as session:
                 return await work(session)
         except DBAPIError as error:
-            if attempt == RETRIES or getattr(error.orig, "sqlstate", None) not in ("40001", "40P01"):
+            if attempt == RETRIES or getattr(error.orig, "sqlstate", None) not in (
+                "40001",
+                "40P01",
+            ):
                 raise
         await asyncio.sleep(random.uniform(0, min(1.0, 0.01 * 2**attempt)))
 
@@ -51,7 +56,9 @@ async def pay(order: Order) -> None:
 async def refund(order: Order) -> None:
     async def work(session: AsyncSession) -> None:
         session.add(Payment(**order.model_dump() | {"amount": -order.amount}))
-        balance = await session.scalar(select(func.sum(Payment.amount)).where(Payment.payer == order.payer))
+        balance = await session.scalar(
+            select(func.sum(Payment.amount)).where(Payment.payer == order.payer)
+        )
         if balance is None or balance < 0:
             raise HTTPException(409, "more than was paid")
 

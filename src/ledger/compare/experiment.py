@@ -37,18 +37,32 @@ class Result:
     lines_of_code: int
 
     def is_faultless(self) -> bool:
-        counts = self.missing_rows, self.unexpected_rows, self.spurious_failures, self.leaked_connections
+        counts = (
+            self.missing_rows,
+            self.unexpected_rows,
+            self.spurious_failures,
+            self.leaked_connections,
+        )
         return not any(counts)
 
 
-async def compare(directory: Path, requests: int, workers: int, on_answer: Callable[[], None]) -> list[Result]:
+async def compare(
+    directory: Path, requests: int, workers: int, on_answer: Callable[[], None]
+) -> list[Result]:
     """Measure all SERVICES on a PostgreSQL server in this directory."""
     async with DatabaseSessionManager(f"embedded:{directory}") as server:
-        return [await measure(server, name, generate_requests(requests), workers, on_answer) for name in SERVICES]
+        return [
+            await measure(server, name, generate_requests(requests), workers, on_answer)
+            for name in SERVICES
+        ]
 
 
 async def measure(
-    server: DatabaseSessionManager, name: str, requests: list[Request], workers: int, on_answer: Callable[[], None]
+    server: DatabaseSessionManager,
+    name: str,
+    requests: list[Request],
+    workers: int,
+    on_answer: Callable[[], None],
 ) -> Result:
     """Send the requests to one service, and check the answers against its database."""
     command = "uvicorn", f"ledger.compare.{name}:app", "--log-level=critical", "--port"
@@ -63,10 +77,13 @@ async def measure(
             rows = set(await connection.scalars(select(Payment.key)))
     return Result(
         missing_rows=sum(
-            succeeded(request) and writes(request) and request.order.key not in rows for request in requests
+            succeeded(request) and writes(request) and request.order.key not in rows
+            for request in requests
         ),
         unexpected_rows=sum(failed(request) and request.order.key in rows for request in requests),
-        spurious_failures=sum(not succeeded(request) and request.kind in VALID_KINDS for request in requests),
+        spurious_failures=sum(
+            not succeeded(request) and request.kind in VALID_KINDS for request in requests
+        ),
         leaked_connections=leaked_connections,
         lines_of_code=count_lines_of_code(Path(__file__).with_name(f"{name}.py").read_text()),
     )
@@ -91,12 +108,16 @@ async def create_rows(database: AsyncEngine) -> None:
         await connection.execute(insert(Account), [{"id": number} for number in ACCOUNT_IDS])
         await connection.execute(insert(Payer), [{"name": payer} for payer in KNOWN_PAYERS])
         deposit = {"account": ACCOUNT_IDS[0], "amount": DEPOSIT}
-        await connection.execute(insert(Payment), [{"key": payer, "payer": payer} | deposit for payer in KNOWN_PAYERS])
+        await connection.execute(
+            insert(Payment), [{"key": payer, "payer": payer} | deposit for payer in KNOWN_PAYERS]
+        )
 
 
 async def count_leaked_connections(server: DatabaseSessionManager, database: AsyncEngine) -> int:
     """Wait until no statement runs and nothing changes, then count open transactions."""
-    query = text("SELECT state, count(*) FROM pg_stat_activity WHERE datname = :name AND state <> 'idle' GROUP BY 1")
+    query = text(
+        "SELECT state, count(*) FROM pg_stat_activity WHERE datname = :name AND state <> 'idle' GROUP BY 1"
+    )
     states: dict[str, int] | None = None
     async with asyncio.timeout(SERVER_TIMEOUT), server.engine.connect() as connection:
         while True:

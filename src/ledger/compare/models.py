@@ -36,7 +36,9 @@ class Payment(Base):
 
     key: Mapped[str] = mapped_column(primary_key=True)
     payer: Mapped[str]
-    account: Mapped[int] = mapped_column(ForeignKey(Account.id, deferrable=True, initially="DEFERRED"))
+    account: Mapped[int] = mapped_column(
+        ForeignKey(Account.id, deferrable=True, initially="DEFERRED")
+    )
     amount: Mapped[int]
 
 

@@ -43,7 +43,9 @@ async def pay(order: Order, session: Session) -> None:
 async def refund(order: Order, session: Session) -> None:
     await session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
     session.add(Payment(**order.model_dump() | {"amount": -order.amount}))
-    balance = await session.scalar(select(func.sum(Payment.amount)).where(Payment.payer == order.payer))
+    balance = await session.scalar(
+        select(func.sum(Payment.amount)).where(Payment.payer == order.payer)
+    )
     if balance is None or balance < 0:
         raise HTTPException(409, "more than was paid")
 

@@ -28,7 +28,9 @@ async def new_database(server: DatabaseSessionManager) -> AsyncGenerator[AsyncEn
     async with administration.connect() as connection:
         await connection.execute(text(f"CREATE DATABASE {name}"))
         host = await connection.scalar(text("SHOW unix_socket_directories"))
-    database = create_async_engine(URL.create("postgresql+asyncpg", "postgres", database=name, query={"host": host}))
+    database = create_async_engine(
+        URL.create("postgresql+asyncpg", "postgres", database=name, query={"host": host})
+    )
     try:
         yield database
     finally:
@@ -61,7 +63,9 @@ async def run_server(*command: str, database: URL) -> AsyncGenerator[tuple[str, 
             yield await _wait_until_it_answers(process, f"http://127.0.0.1:{port}"), process
         except ChildProcessError as error:
             stderr.seek(0)
-            raise ChildProcessError(f"{' '.join(command)}: {error}\n{stderr.read()[-2000:]}") from None
+            raise ChildProcessError(
+                f"{' '.join(command)}: {error}\n{stderr.read()[-2000:]}"
+            ) from None
         finally:
             if process.returncode is None:
                 process.terminate()

@@ -41,7 +41,9 @@ class Payments:
     @transactional(isolation="SERIALIZABLE", retries=RETRIES)
     async def refund(self, order: Order) -> None:
         self.session.add(Payment(**order.model_dump() | {"amount": -order.amount}))
-        balance = await self.session.scalar(select(func.sum(Payment.amount)).where(Payment.payer == order.payer))
+        balance = await self.session.scalar(
+            select(func.sum(Payment.amount)).where(Payment.payer == order.payer)
+        )
         if balance is None or balance < 0:
             raise HTTPException(409, "more than was paid")
 

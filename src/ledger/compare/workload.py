@@ -37,7 +37,12 @@ SHARES = {
     RequestKind.CLIENT_DISCONNECT: 1,
 }
 # A service that answers one of these with an error has a fault.
-VALID_KINDS = (RequestKind.FIRST_PAYMENT, RequestKind.PAYMENT, RequestKind.REFUND, RequestKind.REPORT)
+VALID_KINDS = (
+    RequestKind.FIRST_PAYMENT,
+    RequestKind.PAYMENT,
+    RequestKind.REFUND,
+    RequestKind.REPORT,
+)
 
 
 @dataclass
@@ -53,17 +58,26 @@ def generate_requests(count: int) -> list[Request]:
     """Generate requests, equal ones at every call with this count."""
     generator = random.Random(0)
     kinds = generator.choices(list(SHARES), list(SHARES.values()), k=count)
-    return [Request(kind, _generate_order(kind, f"{position}", generator)) for position, kind in enumerate(kinds)]
+    return [
+        Request(kind, _generate_order(kind, f"{position}", generator))
+        for position, kind in enumerate(kinds)
+    ]
 
 
 def _generate_order(kind: RequestKind, key: str, generator: random.Random) -> Order:
     payer = f"payer {key}" if kind is RequestKind.FIRST_PAYMENT else generator.choice(KNOWN_PAYERS)
-    account = max(ACCOUNT_IDS) + 1 if kind is RequestKind.UNKNOWN_ACCOUNT else generator.choice(ACCOUNT_IDS)
+    account = (
+        max(ACCOUNT_IDS) + 1
+        if kind is RequestKind.UNKNOWN_ACCOUNT
+        else generator.choice(ACCOUNT_IDS)
+    )
     amount = 2 * DEPOSIT if kind is RequestKind.LARGE_REFUND else generator.randint(1, MAX_AMOUNT)
     return Order(key=key, payer=payer, account=account, amount=amount)
 
 
-async def send_all(url: str, requests: list[Request], workers: int, on_answer: Callable[[], None]) -> None:
+async def send_all(
+    url: str, requests: list[Request], workers: int, on_answer: Callable[[], None]
+) -> None:
     """Send all requests from concurrent workers, and note the answers on them."""
 
     async def work(remaining: Iterator[Request]) -> None:
@@ -73,7 +87,10 @@ async def send_all(url: str, requests: list[Request], workers: int, on_answer: C
 
     remaining = iter(requests)
     limits = httpx.Limits(max_keepalive_connections=0)  # every request comes from a new client
-    async with httpx.AsyncClient(base_url=url, timeout=30, limits=limits) as client, asyncio.TaskGroup() as group:
+    async with (
+        httpx.AsyncClient(base_url=url, timeout=30, limits=limits) as client,
+        asyncio.TaskGroup() as group,
+    ):
         for _ in range(workers):
             group.create_task(work(remaining))
 
@@ -87,7 +104,9 @@ async def _send(client: httpx.AsyncClient, request: Request) -> int | None:
             case RequestKind.REFUND | RequestKind.LARGE_REFUND:
                 return (await client.post("/refunds", json=body)).status_code
             case RequestKind.CLIENT_DISCONNECT:
-                return (await client.post("/payments", json=body, timeout=IMPATIENT_TIMEOUT)).status_code
+                return (
+                    await client.post("/payments", json=body, timeout=IMPATIENT_TIMEOUT)
+                ).status_code
             case _:
                 return (await client.post("/payments", json=body)).status_code
     except httpx.TransportError:

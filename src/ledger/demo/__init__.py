@@ -105,7 +105,9 @@ async def read_snapshot(
 
 
 @inject
-async def read_statement(account: int, accounts: AccountService = Provide[Container.accounts]) -> list[Transfer]:
+async def read_statement(
+    account: int, accounts: AccountService = Provide[Container.accounts]
+) -> list[Transfer]:
     """Read all pages of an account's statement."""
     page = await accounts.statement(account, limit=PAGE_SIZE)
     transfers = list(page)

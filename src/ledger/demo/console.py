@@ -19,7 +19,9 @@ try:
     from rich.table import Table
     from rich.text import Text
 except ImportError as error:
-    raise ImportError("the ledger's demo draws with rich, which is not installed: pip install rich") from error
+    raise ImportError(
+        "the ledger's demo draws with rich, which is not installed: pip install rich"
+    ) from error
 
 DATABASE_NAMES = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
 INDENT = "  "
@@ -30,7 +32,9 @@ class ConsoleReport:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
-        self.passed_mark, self.failed_mark = ("ok", "WRONG") if self.console.options.ascii_only else ("✔", "✘")
+        self.passed_mark, self.failed_mark = (
+            ("ok", "WRONG") if self.console.options.ascii_only else ("✔", "✘")
+        )
 
     def show_header(self, engine: AsyncEngine) -> None:
         self._line()
@@ -41,7 +45,11 @@ class ConsoleReport:
         if not audit.accounts:
             self._line("The books are empty.")
             return
-        is_right = ("the books are right.", "green") if audit.is_balanced else ("the books are WRONG.", "bold red")
+        is_right = (
+            ("the books are right.", "green")
+            if audit.is_balanced
+            else ("the books are WRONG.", "bold red")
+        )
         left = f"{_count(audit.accounts, 'account')} and {_count(audit.transfers, 'transfer')}"
         self._line(f"Earlier runs left {left}: ", is_right)
 
@@ -70,7 +78,10 @@ class ConsoleReport:
             if errors:
                 table.add_row(kind.value, *(f"{count:,}" for count in counts), "\n".join(refused))
         self.console.print(table)
-        if any(answer.transfer is not None and answer.order.kind is OrderKind.CONFLICTING for answer in answers):
+        if any(
+            answer.transfer is not None and answer.order.kind is OrderKind.CONFLICTING
+            for answer in answers
+        ):
             self._line(("Of two transfers with one key, the first to arrive is booked.", "dim"))
         self._line()
 
@@ -89,7 +100,12 @@ class ConsoleReport:
         took = f"{_count(calls, 'transfer')} in {seconds:.1f} s, {calls / seconds:,.0f} a second"
         self._line(passed if all_passed else failed, f" {took}; retries: {retries:,}.")
         if retries:
-            self._line(("Concurrent transfers at one account can conflict; one of them is tried again.", "dim"))
+            self._line(
+                (
+                    "Concurrent transfers at one account can conflict; one of them is tried again.",
+                    "dim",
+                )
+            )
 
     def _line(self, *parts: str | tuple[str, str]) -> None:
         # Wrapped here, because Rich would not indent the second line of a long one.
@@ -107,7 +123,11 @@ def _table(first: str, *, header: bool = False) -> Table:
 
 def _describe(engine: AsyncEngine) -> str:
     dialect = engine.dialect
-    version = sqlite_version_info if dialect.name == "sqlite" else getattr(dialect, "server_version_info", ())
+    version = (
+        sqlite_version_info
+        if dialect.name == "sqlite"
+        else getattr(dialect, "server_version_info", ())
+    )
     name = DATABASE_NAMES.get(dialect.name, dialect.name)
     return f"{name} {'.'.join(map(str, version))}, {engine.url.database}"
 

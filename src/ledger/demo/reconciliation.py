@@ -68,8 +68,11 @@ def reconcile(
     def is_booked_once(answer: Answer) -> bool:
         order, transfer = answer.order, answer.transfer
         found = entries.get(order.key, [])
-        return sorted(account for account, _ in found) == sorted((order.source, order.target)) and all(
-            transfer is not None and booked.id == transfer.id and order.matches(booked) for _, booked in found
+        return sorted(account for account, _ in found) == sorted(
+            (order.source, order.target)
+        ) and all(
+            transfer is not None and booked.id == transfer.id and order.matches(booked)
+            for _, booked in found
         )
 
     def is_absent(answer: Answer) -> bool:
@@ -83,7 +86,11 @@ def reconcile(
     acknowledged = [answer for answer in answers if answer.transfer is not None]
     acknowledged_keys = {answer.order.key for answer in acknowledged}
     not_acknowledged = [answer for answer in answers if answer.transfer is None]
-    refused = [answer for answer in not_acknowledged if not isinstance(answer.error, CommitOutcomeUnknownError)]
+    refused = [
+        answer
+        for answer in not_acknowledged
+        if not isinstance(answer.error, CommitOutcomeUnknownError)
+    ]
     failed = [answer for answer in not_acknowledged if not isinstance(answer.error, LedgerError)]
     must_fail = [answer for answer in answers if answer.order.kind in EXPECTED_ERRORS]
 
@@ -123,6 +130,8 @@ def reconcile(
 def _check_sum(before: Audit, opened: Decimal, after: Audit) -> Check:
     # Another demo may run on the same database.
     others = after.opening - before.opening - opened
-    details = f"{before.balance:,} + {opened:,} opened" + (f" + {others:,} by others" if others else "")
+    details = f"{before.balance:,} + {opened:,} opened" + (
+        f" + {others:,} by others" if others else ""
+    )
     passed = before.balance + opened + others == after.balance == after.opening and others >= 0
     return Check("sum of all balances", passed, f"{details} = {after.balance:,}")

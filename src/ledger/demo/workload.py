@@ -111,9 +111,13 @@ class Client:
             self._on_answer()
 
     @inject
-    async def send(self, order: Order, transfers: TransferService = Provide[Container.transfers]) -> Answer:
+    async def send(
+        self, order: Order, transfers: TransferService = Provide[Container.transfers]
+    ) -> Answer:
         """Send one order."""
         try:
-            return Answer(order, await transfers.transfer(order.source, order.target, order.amount, order.key))
+            return Answer(
+                order, await transfers.transfer(order.source, order.target, order.amount, order.key)
+            )
         except Exception as error:  # an answer too: the reconciliation checks it
             return Answer(order, error=error)

@@ -145,7 +145,9 @@ class ConnectionBlock(_Block):
 
     async def _begin(self) -> None:
         if self._is_aborted:
-            await self.connection.invalidate()  # it came out of a pool that nobody disposes any more
+            await (
+                self.connection.invalidate()
+            )  # it came out of a pool that nobody disposes any more
             raise NotInitializedError("it was closed while connect() waited for a connection")
         self._transaction = await self.connection.begin()
         await self.connection.run_sync(self._database.begin_hooks.run_if_due)
@@ -169,7 +171,9 @@ class ConnectionBlock(_Block):
                 if not is_told_otherwise(lost):
                     failure = lost
             if failure is not None:
-                explain_pending_rollback(failure, failed_statements(self.connection.sync_connection))
+                explain_pending_rollback(
+                    failure, failed_statements(self.connection.sync_connection)
+                )
             await self._release(failure)
         finally:
             self._database.release(self)
@@ -233,7 +237,9 @@ class TransactionBlock(_Block):
             in `postponed_hooks`.
     """
 
-    def __init__(self, database: Database, definition: TransactionDefinition, *, may_retry: bool = False) -> None:
+    def __init__(
+        self, database: Database, definition: TransactionDefinition, *, may_retry: bool = False
+    ) -> None:
         super().__init__(database)
         self._propagation = definition.propagation
         self._options = definition.options
@@ -255,7 +261,11 @@ class TransactionBlock(_Block):
         self._action = _ACTIONS[self._propagation][0 if in_transaction else 1]
         self._scope, self._opened_scope = self._select_scope(current)
         self._frame = self._scope.push_frame()
-        if not self._opened_scope and self._action is not _Action.SAVEPOINT and not self._options.read_only:
+        if (
+            not self._opened_scope
+            and self._action is not _Action.SAVEPOINT
+            and not self._options.read_only
+        ):
             self._scope.work += 1
         self._work_before = self._scope.work
         if self._action is _Action.BEGIN:
@@ -276,10 +286,18 @@ class TransactionBlock(_Block):
         """Return the scope to use, and whether it is new. Errors raised here leave the enclosing transaction intact."""
         if self._action is _Action.REJECT:
             if self._propagation is Propagation.NEVER:
-                raise TransactionForbiddenError("Propagation.NEVER: a transaction is current; end it before this call")
-            raise TransactionRequiredError("Propagation.MANDATORY: wrap the call in transaction() or @transactional")
+                raise TransactionForbiddenError(
+                    "Propagation.NEVER: a transaction is current; end it before this call"
+                )
+            raise TransactionRequiredError(
+                "Propagation.MANDATORY: wrap the call in transaction() or @transactional"
+            )
         if current is not None and self._propagation not in _ALWAYS_NEW_SESSION:
-            if current.generator is not None and not self._options.read_only and current.is_iterated_here:
+            if (
+                current.generator is not None
+                and not self._options.read_only
+                and current.is_iterated_here
+            ):
                 raise write_in_iteration_error()
             if current.options.read_only and not self._options.read_only:
                 raise IncompatibleTransactionError(
@@ -318,7 +336,11 @@ class TransactionBlock(_Block):
         options = self._options
         if options.autocommit and options.read_only and self._database.wraps_reads_in_transactions:
             return replace(options, autocommit=False)
-        if options.autocommit and self._database.begin_hooks and WITHOUT_HOOKS not in dict(options.execution_options):
+        if (
+            options.autocommit
+            and self._database.begin_hooks
+            and WITHOUT_HOOKS not in dict(options.execution_options)
+        ):
             return replace(options, transaction_per_statement=True)
         if options.write_intent:
             require_no_enclosing_writer(self._database)
@@ -354,13 +376,19 @@ class TransactionBlock(_Block):
                 failure = found
         elif is_left_early(error):
             loses_work = self._loses_work()
-            lost = left_early(self._transaction.rollback_cause if self._transaction is not None else None)
+            lost = left_early(
+                self._transaction.rollback_cause if self._transaction is not None else None
+            )
             if loses_work and not is_told_otherwise(lost):
                 failure = lost
         failure = await self._apply_deadline(failure)
         if self._action is _Action.BEGIN:
             failure = await self._end_transaction(failure)
-        elif self._savepoint is not None and self._transaction is not None and not self._transaction.has_ended:
+        elif (
+            self._savepoint is not None
+            and self._transaction is not None
+            and not self._transaction.has_ended
+        ):
             failure = await self._end_savepoint(self._savepoint, self._transaction, failure)
         elif self._opened_scope:
             await self._scope.close(failure)
@@ -377,7 +405,9 @@ class TransactionBlock(_Block):
         if self._action is _Action.AUTOCOMMIT:
             return self._opened_scope and scope.has_pending_changes
         ended_with_outer_block = self._frame.scope is None and not scope.is_aborted
-        return not ended_with_outer_block and (scope.work != self._work_before or scope.has_pending_changes)
+        return not ended_with_outer_block and (
+            scope.work != self._work_before or scope.has_pending_changes
+        )
 
     async def _prepare_commit(self) -> None:
         """Check what must hold for the block to end well, and flush."""
@@ -388,7 +418,9 @@ class TransactionBlock(_Block):
             raise UnexpectedRollbackError(
                 "the outer block ended before this joined block; the transaction was rolled back"
             )
-        if self._action is _Action.JOIN or (self._action is _Action.AUTOCOMMIT and not self._opened_scope):
+        if self._action is _Action.JOIN or (
+            self._action is _Action.AUTOCOMMIT and not self._opened_scope
+        ):
             return
         if scope.frames[-1] is not self._frame:
             raise unexpected_rollback(
@@ -402,7 +434,9 @@ class TransactionBlock(_Block):
         if transaction.rollback_cause is not None:
             raise unexpected_rollback(transaction.rollback_cause)
         if not scope.session.is_active and scope.last_operation_error is not None:
-            raise unexpected_rollback(scope.last_operation_error)  # a flush failed, and has rolled back
+            raise unexpected_rollback(
+                scope.last_operation_error
+            )  # a flush failed, and has rolled back
         await scope.flush()
         if failed := scope.failures[transaction.failure_mark :]:
             raise unexpected_rollback(failed[0])
@@ -417,7 +451,9 @@ class TransactionBlock(_Block):
         except TimeoutError:
             late = True
         if late or (self._deadline.expired() and not isinstance(failure, asyncio.CancelledError)):
-            timeout = TransactionTimeoutError(f"the block was not done within {self._timeout:g} s: rolled back")
+            timeout = TransactionTimeoutError(
+                f"the block was not done within {self._timeout:g} s: rolled back"
+            )
             timeout.__cause__ = failure
             return timeout
         return failure
@@ -437,12 +473,18 @@ class TransactionBlock(_Block):
             else:
                 transaction.mark_rolled_back()
                 scope.work = self._work_before
-                work = scope.run_exclusively(lambda _: cast(SessionTransaction, savepoint.sync_transaction).rollback())
-                if error := await finish_rollback(work, self._database.settings.rollback_timeout, failure):
+                work = scope.run_exclusively(
+                    lambda _: cast(SessionTransaction, savepoint.sync_transaction).rollback()
+                )
+                if error := await finish_rollback(
+                    work, self._database.settings.rollback_timeout, failure
+                ):
                     parent.mark_rollback_only(error)
         except BaseException as error:
             transaction.mark_rolled_back()
-            parent.mark_rollback_only(error)  # SQLAlchemy cannot roll back to a savepoint that failed to end
+            parent.mark_rollback_only(
+                error
+            )  # SQLAlchemy cannot roll back to a savepoint that failed to end
             failure = error
         finally:
             if not transaction.has_ended:
@@ -463,7 +505,9 @@ class TransactionBlock(_Block):
                 await scope.commit()
             except BaseException as error:
                 failure = first_cause = error
-                transaction_error = error.__cause__ if isinstance(error, asyncio.CancelledError) else error
+                transaction_error = (
+                    error.__cause__ if isinstance(error, asyncio.CancelledError) else error
+                )
         if transaction_error is not None or transaction.rollback_only:
             transaction.mark_rolled_back()
         scope.transaction = None

@@ -87,13 +87,19 @@ def _no_session_error(database: Database) -> NoSessionError:
     while frame is not None and frame.aborted_by is not database:
         frame = frame.parent
     if frame is not None:
-        return NoSessionError("the session that was open here is gone: close() of the manager has rolled it back")
+        return NoSessionError(
+            "the session that was open here is gone: close() of the manager has rolled it back"
+        )
     if database.has_unit_of_finished_task():
         return NoSessionError(
             "no session is found here, though one is open: its block was entered in another task, as "
             "asyncio.wait_for() does before Python 3.12. Write 'async with asyncio.timeout(…):' around it instead"
         )
-    mix_up = "one of another database is, was the right one injected? " if any(enclosing_frames()) else ""
+    mix_up = (
+        "one of another database is, was the right one injected? "
+        if any(enclosing_frames())
+        else ""
+    )
     error = NoSessionError(
         f"no session is open here: {mix_up}wrap the call in transaction(), @transactional or session()"
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from difflib import get_close_matches
 from enum import Enum, auto
 from typing import Any, TypedDict
 
+from sessionwire._config.suggestions import did_you_mean
 from sessionwire._database.options import ConnectionOptions
 
 
@@ -87,13 +87,17 @@ def define(
         isolation=_normalize_isolation(isolation, propagation),
         execution_options=tuple(sorted((execution_options or {}).items())),
     )
-    return TransactionDefinition(propagation, connection_options, None if timeout is None else _seconds(timeout))
+    return TransactionDefinition(
+        propagation, connection_options, None if timeout is None else _seconds(timeout)
+    )
 
 
 def attempts(retries: object) -> int:
     """Return how many attempts they allow. Raises `TypeError`, `ValueError`."""
     if isinstance(retries, bool) or not isinstance(retries, int):
-        raise TypeError(f"retries={retries!r} is not a number of retries: write an int, such as retries=3")
+        raise TypeError(
+            f"retries={retries!r} is not a number of retries: write an int, such as retries=3"
+        )
     if retries < 0:
         raise ValueError(f"retries={retries} is less than none: write retries=0 for one attempt")
     return retries + 1
@@ -103,16 +107,19 @@ def _seconds(timeout: float | timedelta) -> float:
     if isinstance(timeout, timedelta):
         timeout = timeout.total_seconds()
     if isinstance(timeout, bool) or not hasattr(timeout, "__float__"):
-        raise TypeError(f"timeout={timeout!r} is not a time: write seconds as a number, or a timedelta")
+        raise TypeError(
+            f"timeout={timeout!r} is not a time: write seconds as a number, or a timedelta"
+        )
     if not timeout >= 0:  # nor is NaN
-        raise ValueError(f"timeout={timeout!r} is not a deadline: write the seconds from now on, 0 or more")
+        raise ValueError(
+            f"timeout={timeout!r} is not a deadline: write the seconds from now on, 0 or more"
+        )
     return float(timeout)
 
 
 def _no_option(name: str) -> TypeError:
     known = list(TransactionOptions.__annotations__)
-    close = get_close_matches(name, known, n=1)
-    instead = INSTEAD_OF.get(name) or (f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}")
+    instead = INSTEAD_OF.get(name) or did_you_mean(name, known) or f"there are {', '.join(known)}"
     return TypeError(f"a block has no option {name!r}: {instead}")
 
 
@@ -122,10 +129,13 @@ def _no_propagation(given: object) -> TypeError:
         instead = f"write Propagation.{name}"
     elif name in ISOLATION_LEVELS:
         instead = f"write isolation={name!r}"
-    elif isinstance(given, str) and (close := get_close_matches(name, Propagation.__members__, n=1)):
-        instead = f"did you mean Propagation.{close[0]}?"
     else:
-        instead = f"there are Propagation.{', '.join(Propagation.__members__)}"
+        hint = (
+            did_you_mean(name, Propagation.__members__, form="Propagation.{}")
+            if isinstance(given, str)
+            else ""
+        )
+        instead = hint or f"there are Propagation.{', '.join(Propagation.__members__)}"
     return TypeError(f"{given!r} is not a Propagation: {instead}")
 
 
@@ -133,7 +143,9 @@ def _normalize_isolation(level: str | None, propagation: Propagation) -> str | N
     if level is None:
         return None
     if str(level).upper() not in ISOLATION_LEVELS:
-        raise ValueError(f"unknown isolation level {level!r}; choose one of {', '.join(ISOLATION_LEVELS)}")
+        raise ValueError(
+            f"unknown isolation level {level!r}; choose one of {', '.join(ISOLATION_LEVELS)}"
+        )
     if propagation in NON_TRANSACTIONAL_MODES:
         raise ValueError(
             f"Propagation.{propagation.name} may run without a transaction, so it cannot have an isolation level; for "

@@ -14,7 +14,9 @@ from typing import Any, cast
 
 from sessionwire.errors import UnexpectedRollbackError
 
-RESUME, GET_ANEXT, GET_AWAITABLE = (dis.opmap[name] for name in ("RESUME", "GET_ANEXT", "GET_AWAITABLE"))
+RESUME, GET_ANEXT, GET_AWAITABLE = (
+    dis.opmap[name] for name in ("RESUME", "GET_ANEXT", "GET_AWAITABLE")
+)
 AT_AEXIT = cast(Any, aclosing).__aexit__.__code__
 AFTER_YIELD = 1  # in the low bits of RESUME's argument: what the code is resumed after
 
@@ -26,7 +28,11 @@ def iterated_generator() -> FrameType | None:
     """
     frame: FrameType | None = currentframe()
     while frame is not None:
-        if frame.f_code.co_flags & CO_ASYNC_GENERATOR and frame.f_back is not None and _iterates(frame.f_back):
+        if (
+            frame.f_code.co_flags & CO_ASYNC_GENERATOR
+            and frame.f_back is not None
+            and _iterates(frame.f_back)
+        ):
             return frame
         frame = frame.f_back
     return None
@@ -43,7 +49,9 @@ def is_at_yield(frame: FrameType) -> bool:
     code, position = frame.f_code.co_code, frame.f_lasti
     if code[position] != RESUME:  # up to Python 3.12 it is the next one
         position += 2
-    return frame.f_back is None and code[position] == RESUME and code[position + 1] & 3 == AFTER_YIELD
+    return (
+        frame.f_back is None and code[position] == RESUME and code[position + 1] & 3 == AFTER_YIELD
+    )
 
 
 def is_left_early(error: BaseException | None) -> bool:
@@ -77,7 +85,9 @@ def is_told_otherwise(error: UnexpectedRollbackError) -> bool:
     while frame is not None:
         if frame.f_code is AT_AEXIT:
             raised = frame.f_locals["exc_info"][1]
-            if raised is not None and not isinstance(raised, GeneratorExit):  # this one closes another generator
+            if raised is not None and not isinstance(
+                raised, GeneratorExit
+            ):  # this one closes another generator
                 raised.add_note(str(error))
                 return True
         frame = frame.f_back

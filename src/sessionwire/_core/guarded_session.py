@@ -54,7 +54,9 @@ def _as_operation(
     def operation(self: GuardedSession, *args: Any, **options: Any) -> Any:
         scope = self.scope
         current = getcurrent()
-        if sends_sql and current.__class__ is greenlet:  # SQLAlchemy's own, in which it awaits, is a subclass
+        if (
+            sends_sql and current.__class__ is greenlet
+        ):  # SQLAlchemy's own, in which it awaits, is a subclass
             raise implicit_io_error()
         if not scope.begin_operation(current):
             return call(self, *args, **options)
@@ -62,14 +64,24 @@ def _as_operation(
             return call(self, *args, **options)
         except Exception as error:
             if isinstance(error, PendingRollbackError):  # it only reports an earlier failure
-                explain_pending_rollback(error, [scope.first_failure] if scope.first_failure else [])
+                explain_pending_rollback(
+                    error, [scope.first_failure] if scope.first_failure else []
+                )
             else:
                 scope.last_operation_error = error
-            if isinstance(error, InvalidRequestError) and isinstance(scope.first_failure, UnexpectedRollbackError):
+            if isinstance(error, InvalidRequestError) and isinstance(
+                scope.first_failure, UnexpectedRollbackError
+            ):
                 # SQLAlchemy would advise to call rollback().
                 raise unexpected_rollback(scope.first_failure) from scope.first_failure
-            transaction_is_over = not self.is_active or getattr(error, "connection_invalidated", False)
-            if scope.options.autocommit and transaction_is_over and not self.in_nested_transaction():
+            transaction_is_over = not self.is_active or getattr(
+                error, "connection_invalidated", False
+            )
+            if (
+                scope.options.autocommit
+                and transaction_is_over
+                and not self.in_nested_transaction()
+            ):
                 Session.rollback(self)  # the next statement is a transaction of its own
             _add_hints(scope, error)
             raise
@@ -205,10 +217,15 @@ def _take_write_lock(session: GuardedSession) -> None:
     scope = session.scope
     if scope.has_uncommitted_writes or scope.options.read_only or not scope.database.is_sqlite:
         return
-    if any(other.holds_write_lock and other.has_begun for other in enclosing_scopes(scope.database) - {scope}):
+    if any(
+        other.holds_write_lock and other.has_begun
+        for other in enclosing_scopes(scope.database) - {scope}
+    ):
         raise second_writer_error()
     if not (scope.has_begun or scope.options.write_intent or scope.options.autocommit):
-        session.connection(execution_options={CONNECTION_OPTIONS: replace(scope.options, write_intent=True)})
+        session.connection(
+            execution_options={CONNECTION_OPTIONS: replace(scope.options, write_intent=True)}
+        )
 
 
 def _add_hints(scope: Scope, error: Exception) -> None:
@@ -222,7 +239,9 @@ def _add_hints(scope: Scope, error: Exception) -> None:
             f"pool.size + pool.max_overflow must be at least n + {held}; it is {pool.size + pool.max_overflow}"
         )
     if sqlstate(error) == NO_TRANSACTION:
-        error.add_note("a cursor, as of stream(), needs a transaction: for reading, transaction(read_only=True)")
+        error.add_note(
+            "a cursor, as of stream(), needs a transaction: for reading, transaction(read_only=True)"
+        )
     if scope.options.read_only and sqlstate(error).startswith(READ_ONLY):
         error.add_note(
             "the enclosing block only reads, by read_only=True or @read_only: write in a transaction() or a "
@@ -236,7 +255,9 @@ def _add_hints(scope: Scope, error: Exception) -> None:
             "may be out of date: use transaction(), which waits before it reads, or roll back, and read and write again"
         )
     if any(other.holds_write_lock for other in others):
-        error.add_note("SQLite allows one writer, and it is the enclosing transaction: write in that one")
+        error.add_note(
+            "SQLite allows one writer, and it is the enclosing transaction: write in that one"
+        )
 
 
 @event.listens_for(GuardedSession, "before_flush")
@@ -270,7 +291,9 @@ def _on_commit(session: GuardedSession) -> None:
 
 
 @event.listens_for(GuardedSession, "after_begin")
-def _on_begin(session: GuardedSession, transaction: SessionTransaction, connection: Connection) -> None:
+def _on_begin(
+    session: GuardedSession, transaction: SessionTransaction, connection: Connection
+) -> None:
     scope = session.scope
     scope.transaction_connection = connection
     if scope.options.autocommit or transaction.nested:

@@ -46,7 +46,9 @@ def _name(function: Any) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-async def run_hooks(hooks: list[Callable[[], object]], failure: BaseException | None) -> BaseException | None:
+async def run_hooks(
+    hooks: list[Callable[[], object]], failure: BaseException | None
+) -> BaseException | None:
     """Call them all; the first error is what the block raises, the others are notes on it."""
     for hook in hooks:
         try:

@@ -14,7 +14,9 @@ from sqlalchemy.orm.exc import DetachedInstanceError
 from sessionwire.errors import ImplicitIOError
 
 # where code that uses an attribute comes in
-ACCESSES = {getattr(InstrumentedAttribute, name).__code__ for name in ("__get__", "__set__", "__delete__")}
+ACCESSES = {
+    getattr(InstrumentedAttribute, name).__code__ for name in ("__get__", "__set__", "__delete__")
+}
 
 
 def _access() -> FrameType | None:
@@ -33,7 +35,9 @@ def _note_of_detached(error: DetachedInstanceError, *arguments: Any, **options: 
         name = f"{type(instance).__name__}.{attribute.key}"
         is_relationship = isinstance(getattr(attribute, "property", None), RelationshipProperty)
         option = f", with selectinload({name}) in the query" if is_relationship else ""
-        error.add_note(f"{name} was not loaded when the block of its session ended: load it inside the block{option}")
+        error.add_note(
+            f"{name} was not loaded when the block of its session ended: load it inside the block{option}"
+        )
 
 
 setattr(DetachedInstanceError, "__init__", _note_of_detached)  # noqa: B010  # to type checkers it is a method of theirs
@@ -57,6 +61,12 @@ def implicit_io_error() -> ImplicitIOError:
         remedies.append(f"undefer({name}) in the query")
     if isinstance(instance, AsyncAttrs):
         remedies.append(f"await obj.awaitable_attrs.{key}")
-    if not is_relationship or not attribute.property.mapper.common_parent(attribute.property.parent):
-        remedies.append(f'await session.refresh(obj, ["{key}"])')  # which leaves a self-referential one as it is
-    return ImplicitIOError(f"{name} is not loaded, and this would load it without await: use {', or '.join(remedies)}")
+    if not is_relationship or not attribute.property.mapper.common_parent(
+        attribute.property.parent
+    ):
+        remedies.append(
+            f'await session.refresh(obj, ["{key}"])'
+        )  # which leaves a self-referential one as it is
+    return ImplicitIOError(
+        f"{name} is not loaded, and this would load it without await: use {', or '.join(remedies)}"
+    )

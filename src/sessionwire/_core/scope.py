@@ -39,7 +39,9 @@ from .usage_errors import concurrent_use_error, other_loop_error
 class Scope:
     """An open session with the frames of the blocks that use it, the outermost first."""
 
-    def __init__(self, database: Database, session: AsyncSession, options: ConnectionOptions) -> None:
+    def __init__(
+        self, database: Database, session: AsyncSession, options: ConnectionOptions
+    ) -> None:
         self.database = database
         self.session = session
         self.options = options
@@ -50,9 +52,13 @@ class Scope:
         self.last_operation_error: Exception | None = None
         self.has_uncommitted_writes = False
         self.is_bare = False  # opened by session(), whose commits are the caller's
-        self.due_hooks: list[Hook] = []  # of such a commit, to be called once no operation is running
+        self.due_hooks: list[
+            Hook
+        ] = []  # of such a commit, to be called once no operation is running
         self.work = 0  # counts writes, and joined blocks that may have written
-        self.generator: FrameType | None = None  # opened this scope inside another block, and is iterated over
+        self.generator: FrameType | None = (
+            None  # opened this scope inside another block, and is iterated over
+        )
         self.is_aborted = False
         self._loop = asyncio.get_running_loop()
         self._process = os.getpid()
@@ -70,7 +76,9 @@ class Scope:
             OwnershipError: It belongs to another event loop or process.
         """
         engines = database.admit(is_enclosed=current_scope(database) is not None)
-        session = AsyncSession(engines.engine_for(options), sync_session_class=GuardedSession, expire_on_commit=False)
+        session = AsyncSession(
+            engines.engine_for(options), sync_session_class=GuardedSession, expire_on_commit=False
+        )
         scope = cls(database, session, options)
         cast(GuardedSession, session.sync_session).scope = scope
         database.add(scope)
@@ -139,7 +147,9 @@ class Scope:
 
         If one block is open, any task may use the session; if several are, only code inside the innermost one.
         """
-        if len(self.frames) > 1 and all(frame is not self.frames[-1] for frame, _ in enclosing_frames()):
+        if len(self.frames) > 1 and all(
+            frame is not self.frames[-1] for frame, _ in enclosing_frames()
+        ):
             raise concurrent_use_error("a block that joined it in another task is still open")
 
     @property
@@ -241,7 +251,9 @@ class Scope:
         If cancelled while waiting, abort that operation together with its connection.
         """
         while self._operation is not None:
-            self._operation_finished = self._operation_finished or asyncio.get_running_loop().create_future()
+            self._operation_finished = (
+                self._operation_finished or asyncio.get_running_loop().create_future()
+            )
             try:
                 await asyncio.shield(self._operation_finished)
             except asyncio.CancelledError:
@@ -250,7 +262,9 @@ class Scope:
         self._operation = function
 
         def run_operation(session: Session) -> None:
-            self._operation = getcurrent()  # nested calls, such as the flush before a commit, belong to it
+            self._operation = (
+                getcurrent()
+            )  # nested calls, such as the flush before a commit, belong to it
             function(session)
 
         try:
@@ -285,7 +299,9 @@ class Scope:
     @property
     def has_begun(self) -> bool:
         """Whether its transaction has begun in the database."""
-        return self.transaction_connection is not None and self.transaction_connection.in_transaction()
+        return (
+            self.transaction_connection is not None and self.transaction_connection.in_transaction()
+        )
 
     @property
     def has_pending_changes(self) -> bool:
@@ -315,7 +331,9 @@ class Scope:
         if self.is_aborted:
             raise closed_while_open_error()
         if self._operation is not None:
-            raise concurrent_use_error("the block ended while another task still had an operation running on it")
+            raise concurrent_use_error(
+                "the block ended while another task still had an operation running on it"
+            )
         if not self.session.in_transaction():
             if self.transaction is not None and self.transaction.has_begun:
                 raise UnexpectedRollbackError(
@@ -337,7 +355,9 @@ class Scope:
         if self.session.in_transaction():
             await self._roll_back_with(Session.rollback, error)
 
-    async def _roll_back_with(self, method: Callable[[Session], None], error: BaseException | None) -> None:
+    async def _roll_back_with(
+        self, method: Callable[[Session], None], error: BaseException | None
+    ) -> None:
         def roll_back_or_invalidate(session: Session) -> None:
             try:
                 (Session.invalidate if self.is_aborted else method)(session)

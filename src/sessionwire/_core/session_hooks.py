@@ -19,7 +19,9 @@ class CommitHooks:
     """Hooks that wait for a commit of the session. A rollback of the enclosing savepoint drops them."""
 
     def __init__(self, session: GuardedSession) -> None:
-        self._waiting: list[tuple[Hook, SessionTransaction | None]] = []  # with the savepoint of each
+        self._waiting: list[
+            tuple[Hook, SessionTransaction | None]
+        ] = []  # with the savepoint of each
         event.listen(session, "after_commit", self._on_commit)
         event.listen(session, "after_soft_rollback", self._on_rollback)
         event.listen(session, "after_transaction_end", self._on_transaction_end)
@@ -40,7 +42,9 @@ class CommitHooks:
 
     def _on_rollback(self, _session: GuardedSession, rolled_back: SessionTransaction) -> None:
         self._waiting = [
-            (hook, savepoint) for hook, savepoint in self._waiting if not _is_within(savepoint, rolled_back)
+            (hook, savepoint)
+            for hook, savepoint in self._waiting
+            if not _is_within(savepoint, rolled_back)
         ]
 
     def _on_transaction_end(self, session: GuardedSession, transaction: SessionTransaction) -> None:

@@ -12,7 +12,9 @@ Hook = Callable[[], object]
 class Transaction:
     """What rolls back as one: a transaction, or a savepoint, which is a transaction with a parent."""
 
-    def __init__(self, block: object, parent: Transaction | None = None, failure_mark: int = 0) -> None:
+    def __init__(
+        self, block: object, parent: Transaction | None = None, failure_mark: int = 0
+    ) -> None:
         self.block = block  # the outer block, which began it
         self.parent = parent
         self.failure_mark = failure_mark  # how many statements had failed before it
@@ -36,7 +38,9 @@ class Transaction:
         if block is self.block:
             self.rollback_only = True
         else:
-            self.mark_rollback_only(TransactionError("set_rollback_only() was called in a joined block"))
+            self.mark_rollback_only(
+                TransactionError("set_rollback_only() was called in a joined block")
+            )
 
     def mark_rolled_back(self) -> None:
         self._rolled_back = True
@@ -50,6 +54,10 @@ class Transaction:
 
     def take_due_hooks(self) -> list[Hook]:
         """Return the hooks to run now, in the order in which they were added, and forget all of them."""
-        due = [hook for hook, added_in, on_rollback in self._hooks if added_in.rolled_back is on_rollback]
+        due = [
+            hook
+            for hook, added_in, on_rollback in self._hooks
+            if added_in.rolled_back is on_rollback
+        ]
         self._hooks.clear()  # they know this transaction: without them it is freed at once
         return due

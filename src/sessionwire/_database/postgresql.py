@@ -18,7 +18,7 @@ from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
 from sqlalchemy.util import await_only
 
-from sessionwire._config.url import LIBPQ_KEYS, typed_arguments
+from sessionwire._config.url_parameters import LIBPQ_KEYS, typed_arguments
 from sessionwire.embedded import EmbeddedServer
 from sessionwire.errors import (
     CommitOutcomeUnknownError,

@@ -28,7 +28,8 @@ from .begin_hooks import WITHOUT_HOOKS, BeginHooks
 from .engines import DatabaseEngines
 
 NOT_INITIALIZED_HINT = (
-    "call init(url) or await open() first, or start the container with Lifespan; after close() open it again"
+    "call init(url) or await open() first, or start the container with Lifespan; "
+    "after close() open it anew"
 )
 
 
@@ -127,7 +128,9 @@ class Database:
             self._abandon()
             self._engines = None
         if self._engines is not None:
-            raise AlreadyInitializedError("close() it first, or make another manager for another database")
+            raise AlreadyInitializedError(
+                "close() it first, or make another manager for another database"
+            )
         self._settings = settings
         self._engines = self._make_engines(settings)
 
@@ -187,7 +190,11 @@ class Database:
             root_cause: BaseException = error
             while root_cause.__cause__ is not None:
                 root_cause = root_cause.__cause__
-            why = f"no answer within {timeout:g} s" if isinstance(error, TimeoutError) else str(root_cause)
+            why = (
+                f"no answer within {timeout:g} s"
+                if isinstance(error, TimeoutError)
+                else str(root_cause)
+            )
             raise ConnectionFailedError(
                 f"could not open {whereabouts(make_url(self.settings.url))}: {type(root_cause).__name__}: {why}"
             ) from error
@@ -292,7 +299,11 @@ class Database:
         is_forked = self._process != os.getpid()
         error = OwnershipError(
             "this manager belongs to "
-            + ("the process that this one was forked from" if is_forked else "another event loop, which is still open")
+            + (
+                "the process that this one was forked from"
+                if is_forked
+                else "another event loop, which is still open"
+            )
             + ": its connections cannot be shared. close() it there first, or make a manager for each"
         )
         if not is_forked:
@@ -319,7 +330,9 @@ class Database:
             self._constructor_settings, self._settings = own
 
     @contextmanager
-    def substitute_engines(self, factory: Callable[[DatabaseEngines], DatabaseEngines]) -> Generator[None]:
+    def substitute_engines(
+        self, factory: Callable[[DatabaseEngines], DatabaseEngines]
+    ) -> Generator[None]:
         """Use `factory(engines)` instead of its engines, also after a `close()` and an `init()`."""
         real, make_real, settings = self.engines, self._make_engines, self._settings
 

@@ -29,7 +29,9 @@ class LeakDetector:
 
     def __init__(self, *managers: DatabaseSessionManager) -> None:
         self._tasks_before = asyncio.all_tasks()
-        self._units_before = {database: database.open_units for database in map(database_of, managers)}
+        self._units_before = {
+            database: database.open_units for database in map(database_of, managers)
+        }
         self._checked_out: dict[ConnectionPoolEntry, tuple[PoolProxiedConnection, str]] = {}
 
     def watch_pool(self, pool: Pool) -> None:
@@ -37,7 +39,9 @@ class LeakDetector:
         event.listen(pool, "checkout", self._on_checkout)
         event.listen(pool, "checkin", self._on_checkin)
 
-    async def cancel_leftover_tasks(self, caller: Task | None, uncancellable: set[Task], timeout: float) -> list[str]:
+    async def cancel_leftover_tasks(
+        self, caller: Task | None, uncancellable: set[Task], timeout: float
+    ) -> list[str]:
         """Cancel the tasks that still run, except for the caller's, and report them.
 
         Args:
@@ -49,7 +53,9 @@ class LeakDetector:
         reports: list[str] = []
         loop = asyncio.get_running_loop()
         deadline = loop.time() + TASK_GRACE
-        while (tasks := await self._running_tasks(caller, uncancellable, timeout)) and loop.time() < deadline:
+        while (
+            tasks := await self._running_tasks(caller, uncancellable, timeout)
+        ) and loop.time() < deadline:
             await asyncio.wait(tasks, timeout=deadline - loop.time())
         while tasks := await self._running_tasks(caller, uncancellable, timeout):
             for task in tasks:
@@ -61,9 +67,13 @@ class LeakDetector:
             reports.append(f"a task goes on although it was cancelled: {describe_task(task)}")
         return reports
 
-    async def _running_tasks(self, caller: Task | None, uncancellable: set[Task], timeout: float) -> set[Task]:
+    async def _running_tasks(
+        self, caller: Task | None, uncancellable: set[Task], timeout: float
+    ) -> set[Task]:
         """Wait for the managers' clean-up tasks, and return the others that run."""
-        while cleanups := {cleanup for database in self._units_before for cleanup in database.cleanup_tasks}:
+        while cleanups := {
+            cleanup for database in self._units_before for cleanup in database.cleanup_tasks
+        }:
             if not (await asyncio.wait(cleanups, timeout=timeout))[0]:
                 break
         callers = {cast(Task, caller), cast(Task, asyncio.current_task())}
@@ -81,7 +91,9 @@ class LeakDetector:
             for unit in database.open_units - before:
                 borrower = borrower_of(unit)
                 line = borrower.call_site if borrower else UNKNOWN_CALL_SITE
-                blocks.append(f"a session or connection was left open: the block that began at {line}")
+                blocks.append(
+                    f"a session or connection was left open: the block that began at {line}"
+                )
                 unit.abort()
                 database.release(unit)
         connections: list[str] = []
@@ -90,7 +102,9 @@ class LeakDetector:
             connection.invalidate()
         return blocks or connections
 
-    def _on_checkout(self, _: object, record: ConnectionPoolEntry, connection: PoolProxiedConnection) -> None:
+    def _on_checkout(
+        self, _: object, record: ConnectionPoolEntry, connection: PoolProxiedConnection
+    ) -> None:
         self._checked_out[record] = connection, call_site()
 
     def _on_checkin(self, _: object, record: ConnectionPoolEntry) -> None:

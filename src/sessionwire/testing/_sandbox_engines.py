@@ -38,7 +38,9 @@ class SandboxEngines(DatabaseEngines):
         self.cleanup_tasks = shared.cleanup_tasks
         self._database = database
         self._shared = shared
-        self.dialect: Any = real.dialect if isinstance(real, SandboxEngines) else real.primary.dialect
+        self.dialect: Any = (
+            real.dialect if isinstance(real, SandboxEngines) else real.primary.dialect
+        )
         self.primary = AsyncEngine(self._build_sandbox_engine(real.primary.sync_engine))
         detector.watch_pool(self.primary.pool)
         for pool in real.pools:

@@ -44,7 +44,9 @@ class VirtualConnection:
         return self.running_task is None and not self.is_aborted
 
     def commit(self) -> None:
-        raise SandboxError("commit() of the driver's connection would end the sandbox itself: use SQLAlchemy's")
+        raise SandboxError(
+            "commit() of the driver's connection would end the sandbox itself: use SQLAlchemy's"
+        )
 
     rollback = commit
 
@@ -103,7 +105,9 @@ class SavepointStack:
         """Roll back its transaction, and those that are open inside it."""
         _, *nested = self.with_nested(virtual)
         access_modes = [
-            statement for other in (*reversed(nested), virtual) for statement in self._access_mode_on_exit(other)
+            statement
+            for other in (*reversed(nested), virtual)
+            for statement in self._access_mode_on_exit(other)
         ]
         for inner in nested:
             inner.rolled_back_by_outer = True
@@ -204,7 +208,9 @@ class SavepointStack:
         enclosing = self._enclosing(virtual)
         return enclosing is not None and enclosing.options.read_only
 
-    def _send(self, virtual: VirtualConnection, *statements: str, then: Callable[[], None] | None = None) -> list[Any]:
+    def _send(
+        self, virtual: VirtualConnection, *statements: str, then: Callable[[], None] | None = None
+    ) -> list[Any]:
         """Execute `statements`, then call `then`, shielded from cancellation.
 
         The record of the open savepoints must stay correct.

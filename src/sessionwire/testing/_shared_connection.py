@@ -85,7 +85,10 @@ class SharedConnection:
         innermost = self._savepoints.open[-1]
         if innermost is virtual:
             return innermost.is_idle
-        may_nest = virtual not in self._savepoints.open and innermost.borrower in virtual.borrower.enclosing
+        may_nest = (
+            virtual not in self._savepoints.open
+            and innermost.borrower in virtual.borrower.enclosing
+        )
         return innermost.is_idle and may_nest
 
     async def _wait_for_turn(self, virtual: VirtualConnection) -> None:
@@ -172,7 +175,9 @@ class SharedConnection:
         if self._is_closed:
             raise SandboxError("the sandbox has ended, and this connection with it")
         if not self._savepoints.is_alive:
-            raise SandboxError("the database has ended the sandbox's transaction, and rolled back everything in it")
+            raise SandboxError(
+                "the database has ended the sandbox's transaction, and rolled back everything in it"
+            )
 
     def _check_allowed(self, statement: str) -> None:
         if TRANSACTION_CONTROL.match(statement):
@@ -217,7 +222,9 @@ class SharedConnection:
             # other tasks wait for the rollback, so it must be tried in any case
             with suppress(Exception):
                 await self._interrupt_sqlite()
-        while busy := [other for other in self._savepoints.with_nested(virtual) if other.running_task]:
+        while busy := [
+            other for other in self._savepoints.with_nested(virtual) if other.running_task
+        ]:
             for other in busy:
                 if other.is_aborted and other.running_task is not None:
                     other.running_task.cancel()
@@ -246,16 +253,22 @@ class SharedConnection:
 
     def _reject_checkout(self, *_: object) -> None:
         if not self._is_closed:
-            raise SandboxError("this engine is from before the sandbox: take it from the manager inside the sandbox")
+            raise SandboxError(
+                "this engine is from before the sandbox: take it from the manager inside the sandbox"
+            )
         if asyncio.current_task() in self.uncancellable_tasks:
-            raise SandboxError("this task began in a sandbox, which has ended: await it inside the sandbox")
+            raise SandboxError(
+                "this task began in a sandbox, which has ended: await it inside the sandbox"
+            )
 
 
 def _virtual(connection: PoolProxiedConnection) -> VirtualConnection:
     return cast(VirtualConnection, connection.dbapi_connection)
 
 
-def _deadlock_error(virtual: VirtualConnection, holder: VirtualConnection, reason: str) -> SandboxError:
+def _deadlock_error(
+    virtual: VirtualConnection, holder: VirtualConnection, reason: str
+) -> SandboxError:
     task = holder.borrower.task
     held_by = "" if task is None else f" by task {describe_task(task)}"
     return SandboxError(

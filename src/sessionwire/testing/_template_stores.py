@@ -41,7 +41,9 @@ class TemplateStore(ABC):
 
     separator = "_"
 
-    def __init__(self, settings: DatabaseSettings, url: URL, name: str, user: str | int, directory: str = "") -> None:
+    def __init__(
+        self, settings: DatabaseSettings, url: URL, name: str, user: str | int, directory: str = ""
+    ) -> None:
         self._settings = settings
         self._url = url
         # PostgreSQL limits names to 63 bytes, so only a part of the database's name is
@@ -100,7 +102,9 @@ class PostgresTemplateStore(TemplateStore):
     it.
     """
 
-    def __init__(self, settings: DatabaseSettings, connection: AsyncConnection, database: str, user: str) -> None:
+    def __init__(
+        self, settings: DatabaseSettings, connection: AsyncConnection, database: str, user: str
+    ) -> None:
         super().__init__(settings, make_url(settings.url), database, user)
         self._connection = connection
         self._connection_lock = asyncio.Lock()
@@ -120,7 +124,9 @@ class PostgresTemplateStore(TemplateStore):
                 manager = await stack.enter_async_context(DatabaseSessionManager(settings))
             except ConnectionFailedError as error:
                 if sqlstate(error.__cause__) == INVALID_CATALOG_NAME:
-                    error.add_note("name one that exists, such as 'postgres': templates are made beside it")
+                    error.add_note(
+                        "name one that exists, such as 'postgres': templates are made beside it"
+                    )
                 raise
             engine = manager.engine.execution_options(isolation_level="AUTOCOMMIT")
             connection = await stack.enter_async_context(engine.connect())
@@ -248,7 +254,9 @@ class SQLiteTemplateStore(TemplateStore):
             if self._lock_fd is None:
                 os.makedirs(directory, 0o700, exist_ok=True)
                 self._lock_fd = os.open(directory, os.O_RDONLY)
-            fcntl.flock(self._lock_fd, fcntl.LOCK_NB | (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH))
+            fcntl.flock(
+                self._lock_fd, fcntl.LOCK_NB | (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+            )
             # not so if the previous holder has removed the directory meanwhile
             if os.path.samestat(os.fstat(self._lock_fd), os.stat(directory)):
                 return True

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
-from difflib import get_close_matches
 from typing import Any, TypeVar, cast
 
 from dependency_injector import containers, providers
 
+from sessionwire._config.suggestions import did_you_mean
 from sessionwire.errors import ConfigurationError
 
 C = TypeVar("C", bound=containers.Container | type[containers.Container])
@@ -44,7 +44,9 @@ def overriding(container: C, /, **values: object) -> Generator[C]:
             for restored in (*reversed(nested), name):
                 stack.callback(_restore_overrides, known[restored], before[known[restored]])
             known[name].override(value)
-        changed = {provider for provider in known.values() if provider.overridden != before[provider]}
+        changed = {
+            provider for provider in known.values() if provider.overridden != before[provider]
+        }
         for singleton in list(cast(Any, container).traverse(types=[providers.BaseSingleton])):
             if singleton.overridden:
                 continue
@@ -75,7 +77,11 @@ def _fresh_copy(singleton: Any) -> Any:
     """Return a singleton with equal dependencies that has not built its object."""
     copy = type(singleton)()
     copy.set_provides(singleton.provides)
-    return copy.set_args(*singleton.args).set_kwargs(**singleton.kwargs).set_attributes(**singleton.attributes)
+    return (
+        copy.set_args(*singleton.args)
+        .set_kwargs(**singleton.kwargs)
+        .set_attributes(**singleton.attributes)
+    )
 
 
 @contextmanager
@@ -113,8 +119,8 @@ def _restore_overrides(provider: Any, before: tuple[Any, ...]) -> None:
 
 
 def _unknown_provider_error(name: str, container: Any, known: dict[str, Any]) -> ConfigurationError:
-    close = get_close_matches(name, known, n=1)
-    suggestion = f": did you mean {close[0]!r}?" if close else "."
+    hint = did_you_mean(name, known)
+    suggestion = f": {hint}" if hint else "."
     owner = container.parent_name or type(container).__name__
     names = ", ".join(sorted(known))
     return ConfigurationError(f"{owner} has no provider {name!r}{suggestion} It has {names}")

@@ -34,7 +34,9 @@ D = TypeVar("D", bound=DatabaseSessionManager | containers.Container)
 
 
 @asynccontextmanager
-async def sandbox(database: D, *, check_deferred: bool = False, patience: float = 5.0) -> AsyncGenerator[D]:
+async def sandbox(
+    database: D, *, check_deferred: bool = False, patience: float = 5.0
+) -> AsyncGenerator[D]:
     """Roll back at the end of the block everything that was done to the database in it.
 
     Commits, rollbacks, retries, hooks and every kind of block keep their meaning.
@@ -77,7 +79,9 @@ async def sandbox(database: D, *, check_deferred: bool = False, patience: float 
 
 
 @asynccontextmanager
-async def _sandbox(manager: DatabaseSessionManager, check_deferred: bool, patience: float) -> AsyncGenerator[None]:
+async def _sandbox(
+    manager: DatabaseSessionManager, check_deferred: bool, patience: float
+) -> AsyncGenerator[None]:
     database = database_of(manager)
     if current_scope(database) is not None:
         raise SandboxError(
@@ -104,7 +108,9 @@ async def _sandbox(manager: DatabaseSessionManager, check_deferred: bool, patien
         )
         detector = LeakDetector(manager)
         error: BaseException | None = None
-        with database.substitute_engines(lambda real: SandboxEngines(database, real, shared, detector)):
+        with database.substitute_engines(
+            lambda real: SandboxEngines(database, real, shared, detector)
+        ):
             try:
                 with Interruptible():
                     yield

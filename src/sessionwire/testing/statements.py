@@ -61,7 +61,9 @@ def count_statements(
     sent: list[SentStatement] = []
 
     def record(connection: Connection, _cursor: Any, sql: str, *_: Any) -> None:
-        if not sql.startswith(UNCOUNTED) and any(database.uses_engine(connection.engine) for database in databases):
+        if not sql.startswith(UNCOUNTED) and any(
+            database.uses_engine(connection.engine) for database in databases
+        ):
             sent.append(SentStatement(sql, call_site()))
 
     event.listen(Engine, "before_cursor_execute", record)

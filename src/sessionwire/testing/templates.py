@@ -24,7 +24,7 @@ from sessionwire._error_reports import summarize
 from sessionwire._shield import run_shielded
 from sessionwire.errors import ConfigurationError, SessionwireError
 from sessionwire.manager import DatabaseSessionManager
-from sessionwire.settings import DatabaseSettings, settings_of
+from sessionwire.settings import DatabaseSettings, as_settings
 
 from ._template_stores import (
     DATABASE_TIMEOUT,
@@ -79,8 +79,10 @@ class DatabaseTemplate:
         Exception: Any error of `seed`.
     """
 
-    def __init__(self, database: DatabaseSettings | str | URL, seed: Seed, *, key: str | None = None) -> None:
-        self._settings = settings_of(database)
+    def __init__(
+        self, database: DatabaseSettings | str | URL, seed: Seed, *, key: str | None = None
+    ) -> None:
+        self._settings = as_settings(database)
         self._backend = make_url(self._settings.url).get_backend_name()
         if self._backend not in ("postgresql", "embedded", "sqlite"):
             raise ConfigurationError(
@@ -113,7 +115,9 @@ class DatabaseTemplate:
             SessionwireError: The template is not open.
         """
         if (store := self._store) is None:
-            raise SessionwireError("the template is not open: call copy() inside `async with template:`")
+            raise SessionwireError(
+                "the template is not open: call copy() inside `async with template:`"
+            )
         name = store.database_name(self._id, secrets.token_hex(4))
         copy = DatabaseCopy(store.settings_of_database(name))
 
@@ -151,7 +155,9 @@ class DatabaseTemplate:
         template = store.database_name(self._id, "template")
         if await _drop_if_unused(store, self._id):
             await self._build_template(store, template)
-        return await store.try_lock_shared(self._id) and template in await store.databases_of(self._id)
+        return await store.try_lock_shared(self._id) and template in await store.databases_of(
+            self._id
+        )
 
     async def _build_template(self, store: TemplateStore, template: str) -> None:
         unfinished = store.database_name(self._id, "unfinished")

@@ -57,4 +57,6 @@ class Desk:
 
 
 def new_sessions() -> async_sessionmaker[AsyncSession]:
-    return async_sessionmaker(create_async_engine(os.environ["DATABASE_URL"], **POOL), expire_on_commit=False)
+    return async_sessionmaker(
+        create_async_engine(os.environ["DATABASE_URL"], **POOL), expire_on_commit=False
+    )

@@ -38,7 +38,9 @@ class Accounts(service.SQLAlchemyAsyncRepositoryService[Account]):
         return (await self.get(number)).owner
 
 
-async def make_desk(accounts: Annotated[Accounts, Depends(alchemy.provide_service(Accounts))]) -> Desk:
+async def make_desk(
+    accounts: Annotated[Accounts, Depends(alchemy.provide_service(Accounts))],
+) -> Desk:
     return Desk(Books(Rates(Limits(accounts))))
 
 

@@ -29,7 +29,9 @@ class Database:
 
 
 class Accounts:
-    def __init__(self, session_factory: Callable[[], AbstractAsyncContextManager[AsyncSession]]) -> None:
+    def __init__(
+        self, session_factory: Callable[[], AbstractAsyncContextManager[AsyncSession]]
+    ) -> None:
         self.session_factory = session_factory
 
     async def owner(self, number: int) -> str:

@@ -29,4 +29,6 @@ async def read(number: int, desk: Injected[Desk]) -> Answer:
 app = FastAPI()
 app.include_router(router)
 graph = [injectable(part, lifetime="scoped") for part in (Accounts, Limits, Rates, Books, Desk)]
-wireup.integration.fastapi.setup(wireup.create_async_container(injectables=[make_session, *graph]), app)
+wireup.integration.fastapi.setup(
+    wireup.create_async_container(injectables=[make_session, *graph]), app
+)
