@@ -25,14 +25,14 @@ class TransactionMiddleware:
     `session()` or `transaction()` themselves.
 
     If the commit fails, its error replaces the response. `send` raises it in the
-    application, which may still answer with a status of 400 or more; if it does not, the
-    middleware re-raises the error. Most frameworks' exception handlers no longer run at
-    that point (Starlette's handler for `Exception` does): to have them answer a
+    application, which may still answer with a status of 400 or more; if it does not,
+    the middleware re-raises the error. Most frameworks' exception handlers no longer
+    run at that point (Starlette's handler for `Exception` does): to have them answer a
     constraint violation, call `flush()` in the endpoint.
 
     Add it as the innermost middleware. Starlette's `BaseHTTPMiddleware`, between it and
-    the endpoint, runs a streamed body before the response begins: a body that queries at
-    once makes the request fail.
+    the endpoint, runs a streamed body before the response begins: a body that queries
+    at once makes the request fail.
 
     Args:
         app: The ASGI application.

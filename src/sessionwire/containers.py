@@ -14,14 +14,15 @@ from .transaction import TransactionManager
 class DatabaseContainer(containers.DeclarativeContainer):
     """Provide one database: its manager, sessions and transactions.
 
-    `sessionmanager` provides the manager; `manager` is the resource that opens and closes
-    it, for `Lifespan`. Nothing depends on the resource, so nothing above the database
-    becomes awaitable. Inject `session` into repositories, and `transaction` into
-    services.
+    `sessionmanager` provides the manager; `manager` is the resource that opens and
+    closes it, for `Lifespan`. Nothing depends on the resource, so nothing above the
+    database becomes awaitable. Inject `session` into repositories, and `transaction`
+    into services.
 
     Args:
         settings: A `DatabaseSettings`, or a URL, or a provider of one of them.
-        config: Raw values in place of `settings`, as `Configuration` providers hold them.
+        config: Raw values in place of `settings`, as `Configuration` providers hold
+            them.
         metadata: The `MetaData` of the models; that of `Base` by default.
 
     Raises:

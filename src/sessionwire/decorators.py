@@ -60,14 +60,14 @@ def transactional(
         propagation: What to do if there is a current transaction, or none.
         retries: How often to call the function again after a conflict with another
             transaction, as in `TransactionManager.run()`.
-        of: The parameter that holds the `TransactionManager`, or the attribute of `self`
-            if the function has no such parameter.
-        **options: The options of `transaction()`: `isolation`, `read_only`, `timeout` in
-            seconds, `execution_options`.
+        of: The parameter that holds the `TransactionManager`, or the attribute of
+            `self` if the function has no such parameter.
+        **options: The options of `transaction()`: `isolation`, `read_only`, `timeout`
+            in seconds, `execution_options`.
 
     Raises:
-        TypeError: The function is no coroutine function, or an option is unknown or has a
-            wrong type. When the function is called: there is no `TransactionManager`.
+        TypeError: The function is no coroutine function, or an option is unknown or has
+            a wrong type. When the function is called: there is no `TransactionManager`.
         ValueError: An option has a wrong value.
 
     Example:
@@ -112,8 +112,8 @@ def read_only(function: Any = None, /, *, of: str = "transaction") -> Any:
 
     Args:
         function: The coroutine function.
-        of: The parameter that holds the `TransactionManager`, or the attribute of `self`
-            if the function has no such parameter.
+        of: The parameter that holds the `TransactionManager`, or the attribute of
+            `self` if the function has no such parameter.
 
     Raises:
         TypeError: The function is no coroutine function. When the function is called:

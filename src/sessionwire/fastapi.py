@@ -32,8 +32,8 @@ else:
     class Provide(wiring.Provide):
         """dependency-injector's marker, called in the event loop, not in a thread.
 
-        If an endpoint receives the marker itself, because nothing was injected, using it
-        raises an `AttributeError` with the remedy.
+        If an endpoint receives the marker itself, because nothing was injected, using
+        it raises an `AttributeError` with the remedy.
         """
 
         async def __call__(self):
@@ -60,10 +60,10 @@ else:
 def inject(function: F) -> F:
     """Inject the parameters that have a `Provide[…]` marker.
 
-    Such a parameter is written `service: Annotated[Service, Provide[Container.service]]`,
-    without `Depends`. FastAPI does not see it: it resolves nothing for it, and OpenAPI
-    does not contain it. Write `@inject` below the route's decorator, and wire the
-    container to the module when the function is there.
+    Such a parameter is written `service: Annotated[Service,
+    Provide[Container.service]]`, without `Depends`. FastAPI does not see it: it
+    resolves nothing for it, and OpenAPI does not contain it. Write `@inject` below the
+    route's decorator, and wire the container to the module when the function is there.
 
     Args:
         function: A function, coroutine function or async generator function.
@@ -151,7 +151,8 @@ def _inject_async_generator(function: Callable[..., AsyncGenerator[Any, Any]]) -
 def _resolve_annotations(function: Callable[..., Any]) -> inspect.Signature:
     """Return the signature, with annotations that are strings evaluated.
 
-    An annotation with a name that only type checkers know stays a string, as in FastAPI.
+    An annotation with a name that only type checkers know stays a string, as in
+    FastAPI.
     """
     signature = inspect.signature(function)
     names: dict[str, Any] = getattr(inspect.unwrap(function), "__globals__", {})

@@ -24,11 +24,11 @@ AnyResource: TypeAlias = "providers.Resource[Any]"
 class Lifespan(Generic[C]):
     """Open all resources of a container, and close them when the block ends.
 
-    Each resource is opened after those that it depends on, and closed before them. If one
-    fails to open, those already open are closed, and its error is raised. All are closed
-    even if some fail: then the first error is raised after that, or noted on the error of
-    the block. A Lifespan nested in another one of the same container, such as an app's
-    inside a test's, closes only what it opened.
+    Each resource is opened after those that it depends on, and closed before them. If
+    one fails to open, those already open are closed, and its error is raised. All are
+    closed even if some fail: then the first error is raised after that, or noted on the
+    error of the block. A Lifespan nested in another one of the same container, such as
+    an app's inside a test's, closes only what it opened.
 
     It is an async context manager, and the `lifespan=` of FastAPI and Starlette.
 

@@ -1,4 +1,6 @@
-"""`DatabaseSessionManager`: opens one database, hands out sessions and transactions, and closes cleanly."""
+"""`DatabaseSessionManager`: opens one database, hands out sessions and transactions,
+and closes cleanly.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,13 @@ SCHEMA_LOCK = int.from_bytes(b"sessionw")  # the key of the advisory lock, 83151
 class DatabaseSessionManager:
     """Open one database, hand out sessions and transactions, and close cleanly.
 
-    The constructor does no I/O. A manager belongs to the event loop and process in which it is first used, until it
-    or that loop is closed; elsewhere it raises `OwnershipError`. In a forked process it begins anew.
+    The constructor does no I/O. A manager belongs to the event loop and process in
+    which it is first used, until it or that loop is closed; elsewhere it raises
+    `OwnershipError`. In a forked process it begins anew.
 
     Args:
-        settings: What `open()` opens with: settings, or a URL. `init()` gives them later.
+        settings: What `open()` opens with: settings, or a URL. `init()` gives them
+            later.
         metadata: The tables of `create_all()`. Default: `Base.metadata`.
 
     Example:
@@ -51,7 +55,9 @@ class DatabaseSessionManager:
         self.transaction = TransactionManager(self)
 
     def __copy__(self) -> Self:
-        """Return the manager itself: a second one on the same database would not find the open scopes of the first."""
+        """Return the manager itself: a second one on the same database would not find
+        the open scopes of the first.
+        """
         return self
 
     def __deepcopy__(self, memo: object) -> Self:
@@ -84,8 +90,9 @@ class DatabaseSessionManager:
     async def close(self) -> None:
         """Close all connections.
 
-        Refuse new scopes, wait `drain_timeout` seconds for the open ones, roll back the rest, and dispose the engine.
-        It does not wait for scopes that enclose this call, because they cannot end before it.
+        Refuse new scopes, wait `drain_timeout` seconds for the open ones, roll back the
+        rest, and dispose the engine. It does not wait for scopes that enclose this
+        call, because they cannot end before it.
 
         Raises:
             NotInitializedError: It is not initialized.
@@ -123,16 +130,19 @@ class DatabaseSessionManager:
 
     @property
     def is_open(self) -> bool:
-        """Whether `open()` has found that the database answers, and `close()` was not called since."""
+        """Whether `open()` has found that the database answers, and `close()` was not
+        called since.
+        """
         return self._database.is_open
 
     # Use
 
     def session(self) -> AbstractAsyncContextManager[AsyncSession]:
-        """Open a new `AsyncSession`, which is the current one inside the block. It commits nothing by itself.
+        """Open a new `AsyncSession`, which is the current one inside the block. It
+        commits nothing by itself.
 
-        It is rolled back and closed at the block's end. Changes that were neither committed nor rolled back raise an
-        `UncommittedChangesWarning`.
+        It is rolled back and closed at the block's end. Changes that were neither
+        committed nor rolled back raise an `UncommittedChangesWarning`.
 
         Example:
             ```python
@@ -144,17 +154,19 @@ class DatabaseSessionManager:
         return SessionBlock(self._database)
 
     def connect(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """Open an `AsyncConnection` in a transaction, which commits if the block ends well, and otherwise rolls back.
+        """Open an `AsyncConnection` in a transaction, which commits if the block ends
+        well, and otherwise rolls back.
 
-        Leaving the block raises `UnexpectedRollbackError` if a statement had failed and its error was caught, and
-        `CommitOutcomeUnknownError`.
+        Leaving the block raises `UnexpectedRollbackError` if a statement had failed and
+        its error was caught, and `CommitOutcomeUnknownError`.
         """
         return ConnectionBlock(self._database)
 
     async def create_all(self, connection: AsyncConnection) -> None:
         """Create the missing tables of `metadata`.
 
-        On PostgreSQL, processes that start at once take turns: an advisory lock is held until the transaction ends.
+        On PostgreSQL, processes that start at once take turns: an advisory lock is held
+        until the transaction ends.
         """
         await _lock_schema(connection)
         await connection.run_sync(self.metadata.create_all)

@@ -320,7 +320,8 @@ def container(request: pytest.FixtureRequest, sessionwire_settings: DatabaseSett
         return request.getfixturevalue("_sessionwire_ready")
     if not request.config.pluginmanager.has_plugin("asyncio"):
         raise pytest.UsageError(
-            "this test or one of its fixtures is async: install pytest-asyncio, or use anyio's plugin"
+            "this test or one of its fixtures is async: install pytest-asyncio, or use anyio's "
+            "plugin"
         )
     marker: Any = request.node.get_closest_marker("asyncio")
     loop_scope = marker and marker.kwargs.get("loop_scope")

@@ -22,19 +22,21 @@ NO_INFO = cast("dict[Any, Any]", MappingProxyType({}))
 class CurrentSession(AsyncSession):
     """Behave as the `AsyncSession` of the scope in which it is used.
 
-    It holds no session itself and is never closed, so it can be injected into objects of any lifetime.
+    It holds no session itself and is never closed, so it can be injected into objects
+    of any lifetime.
 
     Args:
         manager: The manager whose scopes it stands for.
 
     Raises:
         NoSessionError: On use, if no scope of the manager is open.
-        ConcurrentSessionError: On use, if another operation is running on the session, or code in another task has
-            joined it.
+        ConcurrentSessionError: On use, if another operation is running on the session,
+            or code in another task has joined it.
     """
 
     def __init__(self, manager: DatabaseSessionManager) -> None:
-        # super().__init__() is not called: all its state belongs to the scope's session.
+        # super().__init__() is not called: all its state belongs to the scope's
+        # session.
         self._database = database_of(manager)
 
     @property
@@ -53,7 +55,9 @@ class CurrentSession(AsyncSession):
 
     @property  # type: ignore[misc]  # where AsyncSession has an attribute
     def bind(self) -> AsyncEngine | AsyncConnection | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The engine of the scope's session; outside of a block the manager's, for code that asks for its dialect."""
+        """The engine of the scope's session; outside of a block the manager's, for code
+        that asks for its dialect.
+        """
         if current_scope(self._database) is None:
             return self._database.engine_for_reference
         return self._current.bind

@@ -44,14 +44,16 @@ class TransactionManager:
     ) -> TransactionBlock:
         """Open a block that joins or begins a transaction, as `propagation` says.
 
-        The block that began a transaction commits it when the block ends well, and otherwise rolls it back. Nothing
-        is sent before the first statement.
+        The block that began a transaction commits it when the block ends well, and
+        otherwise rolls it back. Nothing is sent before the first statement.
 
         Args:
             propagation: What to do about the current transaction.
-            isolation: `"READ COMMITTED"`, `"REPEATABLE READ"` or `"SERIALIZABLE"`. SQLite always gives the last.
+            isolation: `"READ COMMITTED"`, `"REPEATABLE READ"` or `"SERIALIZABLE"`.
+                SQLite always gives the last.
             read_only: The database refuses to write.
-            timeout: A deadline for the block, up to its commit, in seconds or as a `timedelta`.
+            timeout: A deadline for the block, up to its commit, in seconds or as a
+                `timedelta`.
             execution_options: SQLAlchemy's, for the connection of the block.
 
         Raises:
@@ -59,9 +61,12 @@ class TransactionManager:
             ValueError: An isolation level is unknown, or `timeout` is negative.
             TransactionRequiredError: On entering, by `MANDATORY`.
             TransactionForbiddenError: On entering, by `NEVER`.
-            IncompatibleTransactionError: On entering, if the current transaction has other options.
-            ConcurrentSessionError: On entering, if code in another task has joined the session.
-            UnexpectedRollbackError: On leaving, if the block ended well and its transaction could not commit.
+            IncompatibleTransactionError: On entering, if the current transaction has
+                other options.
+            ConcurrentSessionError: On entering, if code in another task has joined the
+                session.
+            UnexpectedRollbackError: On leaving, if the block ended well and its
+                transaction could not commit.
             TransactionTimeoutError: On leaving, after the deadline.
             CommitOutcomeUnknownError: On leaving, if the answer to the COMMIT was lost.
 
@@ -77,8 +82,9 @@ class TransactionManager:
 
         async def __aenter__(self):
             raise TypeError(
-                "this is the TransactionManager, which opens blocks: call it, as in `async with transaction():`, or "
-                "`async with container.db.transaction()():`, where the first call only builds it"
+                "this is the TransactionManager, which opens blocks: call it, as in `async with "
+                "transaction():`, or `async with container.db.transaction()():`, where the first "
+                "call only builds it"
             )
 
         async def __aexit__(self, *_):
@@ -93,8 +99,8 @@ class TransactionManager:
     def set_rollback_only(self) -> None:
         """Let the current transaction, or savepoint, end in a rollback.
 
-        Silent if the block that began the transaction calls it. If a joined block does, the outer block raises
-        `UnexpectedRollbackError`.
+        Silent if the block that began the transaction calls it. If a joined block does,
+        the outer block raises `UnexpectedRollbackError`.
 
         Raises:
             TransactionRequiredError: No transaction is current.
@@ -107,12 +113,14 @@ class TransactionManager:
     def on_commit(self, function: Hook) -> None:
         """Call `function` after the commit of the current transaction.
 
-        It is dropped if the enclosing savepoint is rolled back. In `session()` it waits for the next `commit()` of
-        that session, and is dropped at a rollback. Without any of them it is called at once. An error in a hook rolls
-        nothing back: the other hooks run, then the block raises it.
+        It is dropped if the enclosing savepoint is rolled back. In `session()` it waits
+        for the next `commit()` of that session, and is dropped at a rollback. Without
+        any of them it is called at once. An error in a hook rolls nothing back: the
+        other hooks run, then the block raises it.
 
         Args:
-            function: A function without arguments, sync or async; only sync if no transaction is current.
+            function: A function without arguments, sync or async; only sync if no
+                transaction is current.
 
         Raises:
             TypeError: It can't be called without arguments.
@@ -133,9 +141,11 @@ class TransactionManager:
             )
 
     def on_rollback(self, function: Hook) -> None:
-        """Call `function` after the outermost transaction has ended, if it or the enclosing savepoint rolled back.
+        """Call `function` after the outermost transaction has ended, if it or the
+        enclosing savepoint rolled back.
 
-        Never called without a transaction, nor in `session()`, whose rollback is the caller's own.
+        Never called without a transaction, nor in `session()`, whose rollback is the
+        caller's own.
 
         Args:
             function: A function without arguments, sync or async.
@@ -149,7 +159,10 @@ class TransactionManager:
             transaction.add_hook(function, on_rollback=True)
 
     def _current(self) -> Transaction | None:
-        """Return the current transaction. Raises `ConcurrentSessionError` if a block of another task has joined it."""
+        """Return the current transaction.
+
+        Raises `ConcurrentSessionError` if a block of another task has joined it.
+        """
         scope = current_scope(self._database)
         if scope is None or scope.transaction is None:
             return None
@@ -157,12 +170,15 @@ class TransactionManager:
         return scope.transaction
 
     def on_begin(self, function: BeginHook) -> BeginHook:
-        """Call `function` at the begin of every transaction of this manager, from now on.
+        """Call `function` at the begin of every transaction of this manager, from now
+        on.
 
-        Use it for settings that every transaction needs, such as `SET LOCAL` for row-level security. While a hook is
-        set, no statement is sent without it: reads run in transactions too, and in a block without a transaction each
-        statement is a transaction of its own. AUTOCOMMIT on `manager.engine` raises `IncompatibleTransactionError`,
-        unless it is marked with `execution_options(sessionwire_without_hooks=True)`.
+        Use it for settings that every transaction needs, such as `SET LOCAL` for
+        row-level security. While a hook is set, no statement is sent without it: reads
+        run in transactions too, and in a block without a transaction each statement is
+        a transaction of its own. AUTOCOMMIT on `manager.engine` raises
+        `IncompatibleTransactionError`, unless it is marked with
+        `execution_options(sessionwire_without_hooks=True)`.
 
         Args:
             function: A function of the `AsyncConnection`, sync or async.
@@ -190,10 +206,12 @@ class TransactionManager:
         propagation: Propagation = Propagation.REQUIRED,
         **options: Unpack[TransactionOptions],
     ) -> R:
-        """Run a coroutine function in a block, and again after errors that are certain to have done nothing.
+        """Run a coroutine function in a block, and again after errors that are certain
+        to have done nothing.
 
-        `is_retryable()` says which these are, such as a serialization failure, a deadlock, or a connection that was
-        lost before the commit was sent. Each retry waits a little longer. Inside another scope there is one attempt.
+        `is_retryable()` says which these are, such as a serialization failure, a
+        deadlock, or a connection that was lost before the commit was sent. Each retry
+        waits a little longer. Inside another scope there is one attempt.
 
         Args:
             function: A coroutine function.
@@ -203,7 +221,8 @@ class TransactionManager:
             options: Those of the block.
 
         Raises:
-            TypeError: The function can't be called with these arguments, or an option is of a wrong type.
+            TypeError: The function can't be called with these arguments, or an option
+                is of a wrong type.
             ValueError: An option has a value that is not allowed.
         """
         to_call(function, "run()", *args)

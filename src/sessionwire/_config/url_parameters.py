@@ -149,7 +149,8 @@ def check_sqlite_query(url: URL) -> None:
     for key, value in url.query.items():
         if key in SQLITE_URI_KEYS and not is_uri and (key, value) != ("mode", "memory"):
             raise ValueError(
-                f"{key} is a parameter of SQLite's URIs: write sqlite:///file:shop.db?{key}=…&uri=true"
+                f"{key} is a parameter of SQLite's URIs: write "
+                f"sqlite:///file:shop.db?{key}=…&uri=true"
             )
 
 

@@ -75,8 +75,8 @@ class _Block:
             if name.startswith("_"):
                 raise AttributeError(name)
             raise AttributeError(
-                f"{name!r} was looked for in a block that is not entered: write `async with …() as session:`, and use "
-                "that session inside it"
+                f"{name!r} was looked for in a block that is not entered: write `async with …() as "
+                "session:`, and use that session inside it"
             )
 
 
@@ -111,8 +111,8 @@ class SessionBlock(_Block):
             raise failure
         if loses_work and error is None:
             warnings.warn(
-                "a session() block ended with changes that are now lost: call commit() or rollback() in it, "
-                "or use transaction(), which commits at its end",
+                "a session() block ended with changes that are now lost: call commit() or "
+                "rollback() in it, or use transaction(), which commits at its end",
                 UncommittedChangesWarning,
                 stacklevel=2,
             )
@@ -233,8 +233,8 @@ class TransactionBlock(_Block):
     Args:
         database: The database of the transaction.
         definition: What the block asks for.
-        may_retry: The caller repeats the block after an error that a retry may mend. Hooks of such an end are left
-            in `postponed_hooks`.
+        may_retry: The caller repeats the block after an error that a retry may mend.
+            Hooks of such an end are left in `postponed_hooks`.
     """
 
     def __init__(
@@ -283,7 +283,10 @@ class TransactionBlock(_Block):
         return self._scope.session
 
     def _select_scope(self, current: Scope | None) -> tuple[Scope, bool]:
-        """Return the scope to use, and whether it is new. Errors raised here leave the enclosing transaction intact."""
+        """Return the scope to use, and whether it is new.
+
+        Errors raised here leave the enclosing transaction intact.
+        """
         if self._action is _Action.REJECT:
             if self._propagation is Propagation.NEVER:
                 raise TransactionForbiddenError(
@@ -301,7 +304,8 @@ class TransactionBlock(_Block):
                 raise write_in_iteration_error()
             if current.options.read_only and not self._options.read_only:
                 raise IncompatibleTransactionError(
-                    "this block may write, and the enclosing one is read-only: make the outer call transactional"
+                    "this block may write, and the enclosing one is read-only: make the outer "
+                    "call transactional"
                 )
             if self._can_reuse(current):
                 self._check_compatible(current.options)
@@ -328,8 +332,9 @@ class TransactionBlock(_Block):
         ):
             if value and value != present:
                 raise IncompatibleTransactionError(
-                    f"{name}={value!r} was requested, but the enclosing transaction has {present or 'the default'!r}: "
-                    "request it in the outermost transaction(), or use Propagation.REQUIRES_NEW"
+                    f"{name}={value!r} was requested, but the enclosing transaction has "
+                    f"{present or 'the default'!r}: request it in the outermost transaction(), or "
+                    "use Propagation.REQUIRES_NEW"
                 )
 
     def _options_for_new_scope(self) -> ConnectionOptions:
@@ -355,7 +360,9 @@ class TransactionBlock(_Block):
     # End
 
     def set_rollback_only(self) -> None:
-        """Do what `TransactionManager.set_rollback_only()` does, for this block even if another is innermost."""
+        """Do what `TransactionManager.set_rollback_only()` does, for this block even if
+        another is innermost.
+        """
         if self._transaction is not None:
             self._transaction.set_rollback_only(self._frame)
 
@@ -400,7 +407,9 @@ class TransactionBlock(_Block):
             raise failure
 
     def _loses_work(self) -> bool:
-        """Tell whether a rollback would undo work of this block without any other error that says so."""
+        """Tell whether a rollback would undo work of this block without any other error
+        that says so.
+        """
         scope = self._scope
         if self._action is _Action.AUTOCOMMIT:
             return self._opened_scope and scope.has_pending_changes

@@ -1,7 +1,8 @@
 """Find the blocks that enclose the running code, and the current scope.
 
-A context variable holds the innermost frame. It is never reset with a token. Look-ups skip
-frames that have ended, so blocks may end in any order, and in another task than they began in.
+A context variable holds the innermost frame. It is never reset with a token. Look-ups
+skip frames that have ended, so blocks may end in any order, and in another task than
+they began in.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def require_scope(database: Database) -> Scope:
 
 
 def require_no_enclosing_writer(database: Database) -> None:
-    """Check that no enclosing transaction holds SQLite's write lock: waiting for it would never end.
+    """Check that no enclosing transaction holds SQLite's write lock: waiting for it
+    would never end.
 
     Raises:
         IncompatibleTransactionError: One holds it.
@@ -92,8 +94,9 @@ def _no_session_error(database: Database) -> NoSessionError:
         )
     if database.has_unit_of_finished_task():
         return NoSessionError(
-            "no session is found here, though one is open: its block was entered in another task, as "
-            "asyncio.wait_for() does before Python 3.12. Write 'async with asyncio.timeout(…):' around it instead"
+            "no session is found here, though one is open: its block was entered in another task, "
+            "as asyncio.wait_for() does before Python 3.12. Write 'async with "
+            "asyncio.timeout(…):' around it instead"
         )
     mix_up = (
         "one of another database is, was the right one injected? "
@@ -101,10 +104,11 @@ def _no_session_error(database: Database) -> NoSessionError:
         else ""
     )
     error = NoSessionError(
-        f"no session is open here: {mix_up}wrap the call in transaction(), @transactional or session()"
+        f"no session is open here: {mix_up}wrap the call in transaction(), @transactional or "
+        "session()"
     )
     error.add_note(
-        "Code that outlives the enclosing block, such as a streaming body or a background task, must open its "
-        "own session(). A request's transaction ends when its response begins."
+        "Code that outlives the enclosing block, such as a streaming body or a background task, "
+        "must open its own session(). A request's transaction ends when its response begins."
     )
     return error

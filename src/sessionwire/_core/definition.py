@@ -148,7 +148,8 @@ def _normalize_isolation(level: str | None, propagation: Propagation) -> str | N
         )
     if propagation in NON_TRANSACTIONAL_MODES:
         raise ValueError(
-            f"Propagation.{propagation.name} may run without a transaction, so it cannot have an isolation level; for "
-            "a consistent snapshot use REQUIRED, with read_only=True if it only reads"
+            f"Propagation.{propagation.name} may run without a transaction, so it cannot have an "
+            "isolation level; for a consistent snapshot use REQUIRED, with read_only=True if it "
+            "only reads"
         )
     return level.upper()

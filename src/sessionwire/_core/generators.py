@@ -1,6 +1,8 @@
-"""Async generators share their context with the code that iterates over them: which is running, and how it was left.
+"""Async generators share their context with the code that iterates over them: which is
+running, and how it was left.
 
-A block that is open in one is found by that code between two items. Fixtures and `@asynccontextmanager` rely on it.
+A block that is open in one is found by that code between two items. Fixtures and
+`@asynccontextmanager` rely on it.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ AFTER_YIELD = 1  # in the low bits of RESUME's argument: what the code is resume
 
 
 def iterated_generator() -> FrameType | None:
-    """Find the frame of the innermost async generator around the running code which an `async for` iterates over.
+    """Find the frame of the innermost async generator around the running code which an
+    `async for` iterates over.
 
-    One that something else steps, as `@asynccontextmanager` and fixtures do, opens its blocks for the code inside.
+    One that something else steps, as `@asynccontextmanager` and fixtures do, opens its
+    blocks for the code inside.
     """
     frame: FrameType | None = currentframe()
     while frame is not None:
@@ -39,13 +43,17 @@ def iterated_generator() -> FrameType | None:
 
 
 def _iterates(frame: FrameType) -> bool:
-    """Tell whether the frame, which waits for something, waits for the next item of an `async for`."""
+    """Tell whether the frame, which waits for something, waits for the next item of an
+    `async for`.
+    """
     before = frame.f_code.co_code[: frame.f_lasti : 2]  # the operations, without their arguments
     return before.rfind(bytes((GET_ANEXT,))) > before.rfind(bytes((GET_AWAITABLE,)))
 
 
 def is_at_yield(frame: FrameType) -> bool:
-    """Tell whether the generator has yielded, so that the code that iterates over it runs, and not its own."""
+    """Tell whether the generator has yielded, so that the code that iterates over it
+    runs, and not its own.
+    """
     code, position = frame.f_code.co_code, frame.f_lasti
     if code[position] != RESUME:  # up to Python 3.12 it is the next one
         position += 2
@@ -63,20 +71,25 @@ def is_left_early(error: BaseException | None) -> bool:
 
 
 def left_early(cause: BaseException | None = None) -> UnexpectedRollbackError:
-    """Make the error of a block whose generator was closed or dropped after something was done in the block."""
+    """Make the error of a block whose generator was closed or dropped after something
+    was done in the block.
+    """
     error = UnexpectedRollbackError(
-        "the async generator that opened this block was left before its end, so all that was done in the block was "
-        "rolled back, also by the code that iterated over the generator: let the generator run to its end, or "
-        "write in a transaction() around the loop and let the generator only read"
+        "the async generator that opened this block was left before its end, so all that was done "
+        "in the block was rolled back, also by the code that iterated over the generator: let the "
+        "generator run to its end, or write in a transaction() around the loop and let the "
+        "generator only read"
     )
     error.__cause__ = cause
     return error
 
 
 def is_told_otherwise(error: UnexpectedRollbackError) -> bool:
-    """Tell whether the generator is closed because of an error or a cancellation, which goes on to the caller.
+    """Tell whether the generator is closed because of an error or a cancellation, which
+    goes on to the caller.
 
-    The error gets a note then. It is known where `aclosing()` closes the generator; elsewhere Python hides it.
+    The error gets a note then. It is known where `aclosing()` closes the generator;
+    elsewhere Python hides it.
     """
     task = asyncio.current_task()
     if task is not None and task.cancelling():

@@ -1,6 +1,8 @@
-"""SQLAlchemy's session with the rules of its scope: one operation at a time, and only its block commits.
+"""SQLAlchemy's session with the rules of its scope: one operation at a time, and only
+its block commits.
 
-All use of a session passes through here: lazy loads, `awaitable_attrs` and `run_sync()` too.
+All use of a session passes through here: lazy loads, `awaitable_attrs` and `run_sync()`
+too.
 """
 
 from __future__ import annotations
@@ -40,8 +42,9 @@ def _as_operation(
 ) -> Callable[..., Any]:
     """Wrap a `Session` method as one operation of its scope.
 
-    Methods that send SQL are refused outside SQLAlchemy's greenlet, where nothing can be awaited, before they do
-    anything, because an autoflush or BEGIN that fails half-way would end the transaction.
+    Methods that send SQL are refused outside SQLAlchemy's greenlet, where nothing can
+    be awaited, before they do anything, because an autoflush or BEGIN that fails
+    half-way would end the transaction.
 
     Args:
         name: The method of `Session`.
@@ -109,7 +112,9 @@ def _as_execution(name: str) -> Callable[..., Any]:
 
 
 def _as_transaction_control(name: str) -> Callable[..., Any]:
-    """Wrap a method that begins or ends transactions; it is refused if a block manages the transaction."""
+    """Wrap a method that begins or ends transactions; it is refused if a block manages
+    the transaction.
+    """
     call, rollback = _as_operation(name), _as_operation("rollback")
 
     @functools.wraps(call)
@@ -182,7 +187,8 @@ def _is_write(statement: Executable) -> bool:
 
 
 class ReadingSession(GuardedSession):
-    """The session of a generator's scope, for the loop that iterates over the generator: it may not write there.
+    """The session of a generator's scope, for the loop that iterates over the
+    generator: it may not write there.
 
     It shares the state of the session itself.
     """
@@ -207,9 +213,11 @@ class ReadingSession(GuardedSession):
 
 
 def _take_write_lock(session: GuardedSession) -> None:
-    """Wait for SQLite's write lock before the first statement of a transaction, if that one writes.
+    """Wait for SQLite's write lock before the first statement of a transaction, if that
+    one writes.
 
-    Later nothing can wait for the lock, because the data that was read may be out of date.
+    Later nothing can wait for the lock, because the data that was read may be out of
+    date.
 
     Raises:
         IncompatibleTransactionError: An enclosing transaction holds the lock.
@@ -235,24 +243,27 @@ def _add_hints(scope: Scope, error: Exception) -> None:
     if isinstance(error, PoolTimeoutError) and held:
         pool = scope.database.settings.pool
         error.add_note(
-            f"this task already held {held} connection(s) while waiting for another: for n such tasks at once, "
-            f"pool.size + pool.max_overflow must be at least n + {held}; it is {pool.size + pool.max_overflow}"
+            f"this task already held {held} connection(s) while waiting for another: for n such "
+            f"tasks at once, pool.size + pool.max_overflow must be at least n + {held}; it is "
+            f"{pool.size + pool.max_overflow}"
         )
     if sqlstate(error) == NO_TRANSACTION:
         error.add_note(
-            "a cursor, as of stream(), needs a transaction: for reading, transaction(read_only=True)"
+            "a cursor, as of stream(), needs a transaction: for reading, "
+            "transaction(read_only=True)"
         )
     if scope.options.read_only and sqlstate(error).startswith(READ_ONLY):
         error.add_note(
-            "the enclosing block only reads, by read_only=True or @read_only: write in a transaction() or a "
-            "@transactional without read_only"
+            "the enclosing block only reads, by read_only=True or @read_only: write in a "
+            "transaction() or a @transactional without read_only"
         )
     if not sqlstate(error).startswith("SQLITE_BUSY"):
         return
     if scope.has_begun and not scope.options.write_intent and not scope.options.autocommit:
         error.add_note(
-            "on SQLite a session() that has read can't wait for its turn to write, because the data that it has read "
-            "may be out of date: use transaction(), which waits before it reads, or roll back, and read and write again"
+            "on SQLite a session() that has read can't wait for its turn to write, because the "
+            "data that it has read may be out of date: use transaction(), which waits before it "
+            "reads, or roll back, and read and write again"
         )
     if any(other.holds_write_lock for other in others):
         error.add_note(

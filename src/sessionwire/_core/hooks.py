@@ -12,10 +12,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def to_call(function: F, taken_by: str, *arguments: object) -> F:
-    """Check that the function can be called later with so many arguments, and return it.
+    """Check that the function can be called later with so many arguments, and return
+    it.
 
     Raises:
-        TypeError: It can't be called so. A coroutine that was passed instead of a function is closed.
+        TypeError: It can't be called so. A coroutine that was passed instead of a
+            function is closed.
     """
     if callable(function):
         try:
@@ -32,13 +34,15 @@ def to_call(function: F, taken_by: str, *arguments: object) -> F:
     if isinstance(function, Coroutine):
         function.close()
         raise TypeError(
-            f"{taken_by} takes a function, to call it later, and was given the coroutine that {_name(function)}() "
-            f"returned; it was closed. Write functools.partial({_name(function)}, …) or lambda: {_name(function)}(…)"
+            f"{taken_by} takes a function, to call it later, and was given the coroutine that "
+            f"{_name(function)}() returned; it was closed. Write "
+            f"functools.partial({_name(function)}, …) or lambda: {_name(function)}(…)"
         )
     given = "None" if function is None else f"an object of type {type(function).__name__}"
     raise TypeError(
-        f"{taken_by} takes a function, to call it later, and was given {given}. If a call returned that, don't call "
-        "the function here: write functools.partial(function, …) or lambda: function(…)"
+        f"{taken_by} takes a function, to call it later, and was given {given}. If a call returned "
+        "that, don't call the function here: write functools.partial(function, …) or lambda: "
+        "function(…)"
     )
 
 

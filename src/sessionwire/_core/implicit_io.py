@@ -28,7 +28,9 @@ def _access() -> FrameType | None:
 
 
 def _note_of_detached(error: DetachedInstanceError, *arguments: Any, **options: Any) -> None:
-    """Says what to write instead where it is made, since SQLAlchemy, which raises it, has no session to tell."""
+    """Says what to write instead where it is made, since SQLAlchemy, which raises it,
+    has no session to tell.
+    """
     super(DetachedInstanceError, error).__init__(*arguments, **options)
     if frame := _access():
         attribute, instance = frame.f_locals["self"], frame.f_locals["instance"]
@@ -36,7 +38,8 @@ def _note_of_detached(error: DetachedInstanceError, *arguments: Any, **options: 
         is_relationship = isinstance(getattr(attribute, "property", None), RelationshipProperty)
         option = f", with selectinload({name}) in the query" if is_relationship else ""
         error.add_note(
-            f"{name} was not loaded when the block of its session ended: load it inside the block{option}"
+            f"{name} was not loaded when the block of its session ended: load it inside the "
+            f"block{option}"
         )
 
 
@@ -48,8 +51,8 @@ def implicit_io_error() -> ImplicitIOError:
     frame = _access()
     if frame is None:
         return ImplicitIOError(
-            "this would send a statement without await: call the AsyncSession's own methods, or call this in "
-            "a function that is given to session.run_sync()"
+            "this would send a statement without await: call the AsyncSession's own methods, or "
+            "call this in a function that is given to session.run_sync()"
         )
     attribute, instance = frame.f_locals["self"], frame.f_locals["instance"]
     key, name = attribute.key, f"{type(instance).__name__}.{attribute.key}"

@@ -32,7 +32,9 @@ async def run_with_retries(
     attempts: int,
     function: Callable[[], Awaitable[R]],
 ) -> R:
-    """Run the function in a block, up to `attempts` times; once if a scope is open, whose outer block retries."""
+    """Run the function in a block, up to `attempts` times; once if a scope is open,
+    whose outer block retries.
+    """
     if current_scope(database) is not None:
         attempts = 1
     postponed_hooks: list[Hook] = []  # of the failed attempt: they run if no other one begins

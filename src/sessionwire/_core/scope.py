@@ -87,8 +87,8 @@ class Scope:
     async def close(self, error: BaseException | None) -> None:
         """Roll back what was not committed, and release the connection.
 
-        If nothing is rolled back, loaded objects stay readable. Otherwise they return to their previous state, so
-        that a retry can use them.
+        If nothing is rolled back, loaded objects stay readable. Otherwise they return
+        to their previous state, so that a retry can use them.
 
         Args:
             error: The error of the block.
@@ -113,7 +113,10 @@ class Scope:
     # Frames
 
     def push_frame(self) -> Frame:
-        """Begin a block, inside which this scope is the current one. Raises `ConcurrentSessionError`."""
+        """Begin a block, inside which this scope is the current one.
+
+        Raises `ConcurrentSessionError`.
+        """
         self.require_innermost_frame()
         frame = Frame(self, innermost_open_frame())
         if frame.parent is not None and not self.frames:
@@ -125,7 +128,8 @@ class Scope:
     def pop_frame(self, frame: Frame, *, including_nested: bool = False) -> None:
         """End a block; with `including_nested`, also the blocks inside it.
 
-        Ending the outermost block ends the scope: it is no longer found, and its session refuses use.
+        Ending the outermost block ends the scope: it is no longer found, and its
+        session refuses use.
         """
         if frame in self.frames:
             position = self.frames.index(frame)
@@ -145,7 +149,8 @@ class Scope:
     def require_innermost_frame(self) -> None:
         """Check that the running code is inside the innermost block.
 
-        If one block is open, any task may use the session; if several are, only code inside the innermost one.
+        If one block is open, any task may use the session; if several are, only code
+        inside the innermost one.
         """
         if len(self.frames) > 1 and all(
             frame is not self.frames[-1] for frame, _ in enclosing_frames()
@@ -154,7 +159,9 @@ class Scope:
 
     @property
     def is_iterated_here(self) -> bool:
-        """Whether the running code iterates, in a transaction of its own, over the generator that opened this scope."""
+        """Whether the running code iterates, in a transaction of its own, over the
+        generator that opened this scope.
+        """
         others = enclosing_scopes(self.database) - {self}
         return (
             self.generator is not None
@@ -170,7 +177,8 @@ class Scope:
         If its event loop is closed, or this is another process, the scope ends here.
 
         Raises:
-            OwnershipError: Another event loop is running, as in a thread that has inherited a block.
+            OwnershipError: Another event loop is running, as in a thread that has
+                inherited a block.
         """
         loop = running_loop()
         if loop is self._loop:
@@ -181,7 +189,8 @@ class Scope:
         return False
 
     def ends_elsewhere(self, error: BaseException | None) -> bool:
-        """Tell whether a block ends in a loop or process that may not touch its session.
+        """Tell whether a block ends in a loop or process that may not touch its
+        session.
 
         In another event loop the scope stays open.
 
@@ -213,11 +222,13 @@ class Scope:
         """Claim the session.
 
         Returns:
-            True if the caller must call `end_operation()`, False if this call is part of the running operation.
+            True if the caller must call `end_operation()`, False if this call is part
+            of the running operation.
 
         Raises:
             NoSessionError: The scope has ended.
-            ConcurrentSessionError: Another operation is running, or a joined block is open in another task.
+            ConcurrentSessionError: Another operation is running, or a joined block is
+                open in another task.
             OwnershipError: The session belongs to another event loop or process.
         """
         if self._operation is operation:
@@ -280,7 +291,9 @@ class Scope:
 
     @property
     def failures(self) -> list[BaseException]:
-        """The statements that failed in the transaction, except in savepoints that were rolled back."""
+        """The statements that failed in the transaction, except in savepoints that were
+        rolled back.
+        """
         return failed_statements(self.transaction_connection)
 
     @property
@@ -316,13 +329,17 @@ class Scope:
     # Ends of the transaction
 
     async def flush(self) -> None:
-        """Flush. Objects marked dirty but unchanged count too, because a commit would flush them."""
+        """Flush.
+
+        Objects marked dirty but unchanged count too, because a commit would flush them.
+        """
         session = self.session.sync_session
         if session.new or session.dirty or session.deleted:
             await self.session.flush()
 
     async def commit(self) -> None:
-        """Send the COMMIT and wait for its answer, even if cancelled. The caller has flushed before.
+        """Send the COMMIT and wait for its answer, even if cancelled. The caller has
+        flushed before.
 
         Raises:
             UnexpectedRollbackError: A failure had made the transaction roll back.
@@ -337,8 +354,8 @@ class Scope:
         if not self.session.in_transaction():
             if self.transaction is not None and self.transaction.has_begun:
                 raise UnexpectedRollbackError(
-                    "the transaction was ended inside the block without going through the session; its changes were "
-                    "not kept"
+                    "the transaction was ended inside the block without going through the "
+                    "session; its changes were not kept"
                 )
             return
         work = self.run_exclusively(Session.commit)
@@ -350,7 +367,10 @@ class Scope:
         self.has_uncommitted_writes = False
 
     async def roll_back(self, error: BaseException | None) -> None:
-        """Roll back after the block's `error`. If the rollback fails, the connection is discarded."""
+        """Roll back after the block's `error`.
+
+        If the rollback fails, the connection is discarded.
+        """
         self.has_uncommitted_writes = False
         if self.session.in_transaction():
             await self._roll_back_with(Session.rollback, error)
@@ -369,7 +389,9 @@ class Scope:
         await finish_rollback(work, self.database.settings.rollback_timeout, error)
 
     def end_savepoints(self, *, inside: Transaction) -> None:
-        """End the savepoints that are open inside a transaction, so that it is the innermost again."""
+        """End the savepoints that are open inside a transaction, so that it is the
+        innermost again.
+        """
         while self.transaction is not None and self.transaction is not inside:
             self.transaction.has_ended = True
             self.transaction = self.transaction.parent
@@ -382,7 +404,10 @@ class Scope:
         return due
 
     async def run_due_hooks(self) -> None:
-        """Call them as from outside this scope, like those of `transaction()`. Raises the first of their errors."""
+        """Call them as from outside this scope, like those of `transaction()`.
+
+        Raises the first of their errors.
+        """
         enclosing = current_frame.get()
         current_frame.set(self.frames[0].parent if self.frames else None)
         try:

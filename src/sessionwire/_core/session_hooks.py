@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class CommitHooks:
-    """Hooks that wait for a commit of the session. A rollback of the enclosing savepoint drops them."""
+    """Hooks that wait for a commit of the session.
+
+    A rollback of the enclosing savepoint drops them.
+    """
 
     def __init__(self, session: GuardedSession) -> None:
         self._waiting: list[
@@ -30,7 +33,9 @@ class CommitHooks:
         self._waiting.append((hook, savepoint))
 
     def finish(self, scope: Scope) -> None:
-        """Drop the waiting hooks, and call the due ones; within an operation, leave that to its end."""
+        """Drop the waiting hooks, and call the due ones; within an operation, leave
+        that to its end.
+        """
         self._waiting.clear()
         if scope.due_hooks and not scope.is_operating:
             await_only(scope.run_due_hooks())

@@ -10,7 +10,9 @@ Hook = Callable[[], object]
 
 
 class Transaction:
-    """What rolls back as one: a transaction, or a savepoint, which is a transaction with a parent."""
+    """What rolls back as one: a transaction, or a savepoint, which is a transaction
+    with a parent.
+    """
 
     def __init__(
         self, block: object, parent: Transaction | None = None, failure_mark: int = 0
@@ -27,14 +29,19 @@ class Transaction:
         self._hooks: list[tuple[Hook, Transaction, bool]] = parent._hooks if parent else []
 
     def mark_rollback_only(self, cause: BaseException) -> None:
-        """Make it roll back even if its block succeeds; once it has ended, its parent. The first cause is kept."""
+        """Make it roll back even if its block succeeds; once it has ended, its parent.
+
+        The first cause is kept.
+        """
         if self.has_ended and self.parent is not None:
             self.parent.mark_rollback_only(cause)
         else:
             self.rollback_cause = self.rollback_cause or cause
 
     def set_rollback_only(self, block: object) -> None:
-        """Handle a request of `block`: silently if it is the outer block, otherwise as an unexpected rollback."""
+        """Handle a request of `block`: silently if it is the outer block, otherwise as
+        an unexpected rollback.
+        """
         if block is self.block:
             self.rollback_only = True
         else:
@@ -53,7 +60,9 @@ class Transaction:
         self._hooks.append((hook, self, on_rollback))
 
     def take_due_hooks(self) -> list[Hook]:
-        """Return the hooks to run now, in the order in which they were added, and forget all of them."""
+        """Return the hooks to run now, in the order in which they were added, and
+        forget all of them.
+        """
         due = [
             hook
             for hook, added_in, on_rollback in self._hooks

@@ -17,23 +17,25 @@ def already_entered_error() -> ScopeError:
 
 def concurrent_use_error(reason: str) -> ConcurrentSessionError:
     return ConcurrentSessionError(
-        f"a session serves one operation at a time: {reason}. In a task of its own, work in session() "
-        "or in transaction(Propagation.REQUIRES_NEW), or start it with transaction.detached()"
+        f"a session serves one operation at a time: {reason}. In a task of its own, work in "
+        "session() or in transaction(Propagation.REQUIRES_NEW), or start it with "
+        "transaction.detached()"
     )
 
 
 def managed_transaction_error(method: str) -> ScopeOwnsTransactionError:
     return ScopeOwnsTransactionError(
-        f"{method}() is not allowed inside transaction(), which commits when the block ends. To roll back, "
-        "raise or call set_rollback_only(); to roll back a part, use Propagation.NESTED; to commit "
-        "yourself, use session()"
+        f"{method}() is not allowed inside transaction(), which commits when the block ends. To "
+        "roll back, raise or call set_rollback_only(); to roll back a part, use "
+        "Propagation.NESTED; to commit yourself, use session()"
     )
 
 
 def other_loop_error() -> OwnershipError:
     return OwnershipError(
-        "the session of the enclosing block belongs to another event loop or process: use it only there, as "
-        "with asyncio.run_coroutine_threadsafe() from a thread, or make a manager for each"
+        "the session of the enclosing block belongs to another event loop or process: use it only "
+        "there, as with asyncio.run_coroutine_threadsafe() from a thread, or make a manager for "
+        "each"
     )
 
 
@@ -47,7 +49,8 @@ def second_writer_error() -> IncompatibleTransactionError:
 def write_in_iteration_error() -> IncompatibleTransactionError:
     """Make the error of a write that would silently leave the enclosing transaction."""
     return IncompatibleTransactionError(
-        "an async generator that this code iterates over has opened a session of its own, so this write "
-        "would go there and not to the transaction around the loop: fetch all items before you write, "
-        "use the session that transaction() gave you, or write in transaction(Propagation.REQUIRES_NEW)"
+        "an async generator that this code iterates over has opened a session of its own, so this "
+        "write would go there and not to the transaction around the loop: fetch all items before "
+        "you write, use the session that transaction() gave you, or write in "
+        "transaction(Propagation.REQUIRES_NEW)"
     )

@@ -1,4 +1,6 @@
-"""One database at runtime: its settings, its engines, the event loop that owns it, and all that is open on it."""
+"""One database at runtime: its settings, its engines, the event loop that owns it, and
+all that is open on it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ NOT_INITIALIZED_HINT = (
 
 
 class Unit(Protocol):
-    """What uses a connection of the database until it is released: a scope, or a block of `connect()`."""
+    """What uses a connection of the database until it is released: a scope, or a block
+    of `connect()`.
+    """
 
     task: asyncio.Task[Any] | None
 
@@ -50,7 +54,8 @@ class Unit(Protocol):
 class Database:
     """The engines of one manager, and the units that are open on them.
 
-    It belongs to the event loop and process in which it is first used, until it or that loop is closed.
+    It belongs to the event loop and process in which it is first used, until it or that
+    loop is closed.
     """
 
     def __init__(self, settings: DatabaseSettings | None) -> None:
@@ -67,14 +72,19 @@ class Database:
         self._unit_released: asyncio.Event | None = None
 
     def __deepcopy__(self, memo: object) -> Self:
-        """Return the database itself: containers copy the arguments of their providers, such as sessions."""
+        """Return the database itself: containers copy the arguments of their providers,
+        such as sessions.
+        """
         return self
 
     # State
 
     @property
     def settings(self) -> DatabaseSettings:
-        """The settings of `init()`, or of the constructor. Raises `NotInitializedError` if there are none."""
+        """The settings of `init()`, or of the constructor.
+
+        Raises `NotInitializedError` if there are none.
+        """
         if self._settings is None:
             raise NotInitializedError(NOT_INITIALIZED_HINT)
         return self._settings
@@ -99,7 +109,9 @@ class Database:
 
     @property
     def engine_for_reference(self) -> AsyncEngine:
-        """The engine, even before the database is initialized: for code that asks for the dialect."""
+        """The engine, even before the database is initialized: for code that asks for
+        the dialect.
+        """
         return (self._engines or DatabaseEngines(self.settings)).primary
 
     @property
@@ -108,7 +120,9 @@ class Database:
 
     @property
     def wraps_reads_in_transactions(self) -> bool:
-        """Whether reads need a transaction: for the hooks of its begin, or because a pooler is in front."""
+        """Whether reads need a transaction: for the hooks of its begin, or because a
+        pooler is in front.
+        """
         return bool(self.begin_hooks) or not self.settings.read_only_connections
 
     @property
@@ -123,7 +137,10 @@ class Database:
     # Opening and closing
 
     def init(self, settings: DatabaseSettings) -> None:
-        """Create the engines. Does no I/O. Raises `ConfigurationError`, `AlreadyInitializedError`."""
+        """Create the engines.
+
+        Does no I/O. Raises `ConfigurationError`, `AlreadyInitializedError`.
+        """
         if self._is_abandoned:
             self._abandon()
             self._engines = None
@@ -159,10 +176,12 @@ class Database:
                     await self._dispose(engines, reset=created_here)
 
     async def close(self, *, enclosing: Collection[Unit]) -> None:
-        """Refuse new units, wait for the open ones, abort the rest, and dispose the engines.
+        """Refuse new units, wait for the open ones, abort the rest, and dispose the
+        engines.
 
         Args:
-            enclosing: The units that enclose this call. They cannot end before it, so it does not wait for them.
+            enclosing: The units that enclose this call. They cannot end before it, so
+                it does not wait for them.
         """
         self.check_loop()
         engines = self.engines
@@ -196,7 +215,8 @@ class Database:
                 else str(root_cause)
             )
             raise ConnectionFailedError(
-                f"could not open {whereabouts(make_url(self.settings.url))}: {type(root_cause).__name__}: {why}"
+                f"could not open {whereabouts(make_url(self.settings.url))}: "
+                f"{type(root_cause).__name__}: {why}"
             ) from error
 
     async def _drain(self, units: set[Unit]) -> None:
@@ -208,7 +228,10 @@ class Database:
                     await self._unit_released.wait()
 
     async def _dispose(self, engines: DatabaseEngines, *, reset: bool) -> None:
-        """Close all connections, even those in use. Connections that do not close in time are abandoned."""
+        """Close all connections, even those in use.
+
+        Connections that do not close in time are abandoned.
+        """
         timeout = self.settings.rollback_timeout
         try:
             if self._open_units:
@@ -232,7 +255,8 @@ class Database:
         """Return the engines for one more unit in this event loop.
 
         Args:
-            is_enclosed: The unit begins inside another one, which a closing database still serves.
+            is_enclosed: The unit begins inside another one, which a closing database
+                still serves.
 
         Raises:
             NotInitializedError: The database is not initialized, or is closing.
@@ -263,7 +287,8 @@ class Database:
     # Ownership
 
     def check_loop(self) -> None:
-        """Let the first event loop that uses the database own it, and another one after that is closed.
+        """Let the first event loop that uses the database own it, and another one after
+        that is closed.
 
         Raises:
             OwnershipError: Another loop or process owns it.
@@ -280,7 +305,9 @@ class Database:
 
     @property
     def _is_abandoned(self) -> bool:
-        """Whether its loop is closed, or this process was forked since: nobody can use or close what is open."""
+        """Whether its loop is closed, or this process was forked since: nobody can use
+        or close what is open.
+        """
         return self._loop is not None and (self._loop.is_closed() or self._process != os.getpid())
 
     def _abandon(self) -> None:
@@ -308,8 +335,9 @@ class Database:
         )
         if not is_forked:
             error.add_note(
-                "In an async test, send requests with httpx.AsyncClient(transport=ASGITransport(app)): a TestClient "
-                "runs the application in another event loop."
+                "In an async test, send requests with "
+                "httpx.AsyncClient(transport=ASGITransport(app)): a TestClient runs the "
+                "application in another event loop."
             )
         return error
 
@@ -362,5 +390,7 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 def database_of(manager: object) -> Database:
-    """Return the database behind a `DatabaseSessionManager`, which shows only what users may call."""
+    """Return the database behind a `DatabaseSessionManager`, which shows only what
+    users may call.
+    """
     return cast(Database, vars(manager)["_database"])

@@ -182,7 +182,8 @@ class SharedConnection:
     def _check_allowed(self, statement: str) -> None:
         if TRANSACTION_CONTROL.match(statement):
             raise SandboxError(
-                f"{statement!r} would end the sandbox itself: use SQLAlchemy's begin(), commit() and rollback()"
+                f"{statement!r} would end the sandbox itself: use SQLAlchemy's begin(), commit() "
+                "and rollback()"
             )
         if self._savepoints.is_sqlite and foreign_keys_switch(statement) is False:
             raise SandboxError(
@@ -254,7 +255,8 @@ class SharedConnection:
     def _reject_checkout(self, *_: object) -> None:
         if not self._is_closed:
             raise SandboxError(
-                "this engine is from before the sandbox: take it from the manager inside the sandbox"
+                "this engine is from before the sandbox: take it from the manager inside the "
+                "sandbox"
             )
         if asyncio.current_task() in self.uncancellable_tasks:
             raise SandboxError(

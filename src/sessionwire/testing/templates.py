@@ -86,7 +86,8 @@ class DatabaseTemplate:
         self._backend = make_url(self._settings.url).get_backend_name()
         if self._backend not in ("postgresql", "embedded", "sqlite"):
             raise ConfigurationError(
-                f"url: templates are made of PostgreSQL and SQLite databases, not of {self._backend}"
+                "url: templates are made of PostgreSQL and SQLite databases, not of "
+                f"{self._backend}"
             )
         self._seed = seed
         self._id = secrets.token_hex(ID_LENGTH // 2) if key is None else hex_digest(key, ID_LENGTH)
