@@ -1,22 +1,24 @@
 """The exceptions and the warning of this library, in one tree.
 
-    SessionwireError ├── ConfigurationError              settings or overrides cannot
-    work ├── ConnectionFailedError           open() could not reach the database ├──
-    NotInitializedError             the manager is not open yet, or closed already ├──
-    AlreadyInitializedError         init() on a manager that has an engine ├──
-    OwnershipError                  the manager belongs to another event loop or process
-    ├── ScopeError │   ├── NoSessionError              no block is open here, or the
-    session has ended │   ├── ConcurrentSessionError      two operations at once on one
-    session │   ├── ScopeOwnsTransactionError   commit(), rollback() and the like in
-    transaction() │   └── ImplicitIOError             an unloaded attribute was used
-    without await ├── TransactionError │   ├── TransactionRequiredError      MANDATORY
-    without a transaction │   ├── TransactionForbiddenError     NEVER inside a
-    transaction │   ├── IncompatibleTransactionError  the current transaction lacks what
-    a block needs │   ├── TransactionTimeoutError       the deadline of a block has
-    passed │   ├── UnexpectedRollbackError       the block finished, its transaction
-    rolled back │   └── CommitOutcomeUnknownError     the commit was sent, and no answer
-    came └── SandboxError                    a sandbox cannot do this, or a test left it
-    open
+    SessionwireError
+    ├── ConfigurationError              settings or overrides cannot work
+    ├── ConnectionFailedError           open() could not reach the database
+    ├── NotInitializedError             the manager is not open yet, or closed already
+    ├── AlreadyInitializedError         init() on a manager that has an engine
+    ├── OwnershipError                  the manager belongs to another event loop or process
+    ├── ScopeError
+    │   ├── NoSessionError              no block is open here, or the session has ended
+    │   ├── ConcurrentSessionError      two operations at once on one session
+    │   ├── ScopeOwnsTransactionError   commit(), rollback() and the like in transaction()
+    │   └── ImplicitIOError             an unloaded attribute was used without await
+    ├── TransactionError
+    │   ├── TransactionRequiredError      MANDATORY without a transaction
+    │   ├── TransactionForbiddenError     NEVER inside a transaction
+    │   ├── IncompatibleTransactionError  the current transaction lacks what a block needs
+    │   ├── TransactionTimeoutError       the deadline of a block has passed
+    │   ├── UnexpectedRollbackError       the block finished, its transaction rolled back
+    │   └── CommitOutcomeUnknownError     the commit was sent, and no answer came
+    └── SandboxError                    a sandbox cannot do this, or a test left it open
 
     UncommittedChangesWarning           a session() block ended with uncommitted changes
 
