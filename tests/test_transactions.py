@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event, select
+from sqlalchemy import Engine, event, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -342,6 +342,27 @@ class TestOptions:
 
 
 class TestBlocksThatCannotBe:
+    @pytest.mark.parametrize("sql", ["ROLLBACK", "commit", "-- now\nEND;", "BEGIN", "ABORT"])
+    async def test_transaction_control_as_text_is_refused_and_loses_nothing(
+        self, manager: DatabaseSessionManager, sql: str
+    ) -> None:
+        async with manager.transaction() as session:
+            session.add(Note(text="kept"))
+            await session.flush()
+            with pytest.raises(ScopeOwnsTransactionError, match=r"text\('[A-Z]+'\) is not allowed"):
+                await session.execute(text(sql))
+        assert await notes(manager) == ["kept"]
+
+    async def test_savepoints_as_text_are_the_callers(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        async with manager.transaction() as session:
+            await session.execute(text("SAVEPOINT here"))
+            await session.execute(insert(Note).values(text="undone"))
+            await session.execute(text("ROLLBACK TO SAVEPOINT here"))
+            session.add(Note(text="kept"))
+        assert await notes(manager) == ["kept"]
+
     @pytest.mark.parametrize("timeout", ["soon", object(), [1]])
     async def test_a_timeout_that_is_none_is_refused_before_the_block(
         self, manager: DatabaseSessionManager, timeout: Any

@@ -11,7 +11,7 @@ from typing import Self
 from sqlalchemy import URL, MetaData, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
-from ._core.blocks import ConnectionBlock, SessionBlock
+from ._core.blocks import SessionBlock, connection_block
 from ._core.context import enclosing_scopes
 from ._database.runtime import Database
 from .base import Base
@@ -160,7 +160,7 @@ class DatabaseSessionManager:
         Leaving the block raises `UnexpectedRollbackError` if a statement had failed and
         its error was caught, and `CommitOutcomeUnknownError`.
         """
-        return ConnectionBlock(self._database)
+        return connection_block(self._database)
 
     async def create_all(self, connection: AsyncConnection) -> None:
         """Create the missing tables of `metadata`.

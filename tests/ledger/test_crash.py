@@ -34,8 +34,9 @@ async def send_all():
     async with Lifespan(Container()) as container:
         async def send(sender):
             for number in range(100_000):
-                await container.transfers().transfer(1, 2, Decimal("0.01"),
-                f"{sender}-{number}") print(f"{sender}-{number}", flush=True)
+                key = f"{sender}-{number}"
+                await container.transfers().transfer(1, 2, Decimal("0.01"), key)
+                print(key, flush=True)
         await asyncio.gather(*map(send, range(10)))
 
 asyncio.run(send_all())

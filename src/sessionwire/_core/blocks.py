@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import warnings
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from enum import Enum, auto
 from types import TracebackType
@@ -118,92 +120,74 @@ class SessionBlock(_Block):
             )
 
 
-class ConnectionBlock(_Block):
-    """`async with manager.connect()`: a connection in a transaction, which the block ends."""
+class _ConnectionUnit:
+    """The connection of one `connect()` block, as the database knows it."""
 
-    async def __aenter__(self) -> AsyncConnection:
-        self._enter_once()
-        engines = self._database.admit(is_enclosed=current_scope(self._database) is not None)
-        require_no_enclosing_writer(self._database)
+    def __init__(self, connection: AsyncConnection) -> None:
+        self.connection = connection
         self.task = asyncio.current_task()
-        self._loop = running_loop()
-        self._is_aborted = self._has_written = False
-        self.connection = engines.engine_for(ConnectionOptions(write_intent=True)).connect()
-        self._database.add(self)
-        try:
-            await self.connection
-            try:
-                await self._begin()
-            except BaseException as error:
-                explain_pending_rollback(error, failed_statements(self.connection.sync_connection))
-                await self._release(error)
-                raise
-        except BaseException:
-            self._database.release(self)
-            raise
-        return self.connection
-
-    async def _begin(self) -> None:
-        if self._is_aborted:
-            await (
-                self.connection.invalidate()
-            )  # it came out of a pool that nobody disposes any more
-            raise NotInitializedError("it was closed while connect() waited for a connection")
-        self._transaction = await self.connection.begin()
-        await self.connection.run_sync(self._database.begin_hooks.run_if_due)
-        event.listen(self.connection.sync_connection, "after_cursor_execute", self._record_write)
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        failure = error
-        try:
-            if error is None:
-                try:
-                    await self._commit()
-                except BaseException as refused:
-                    failure = refused
-            elif self._has_written and is_left_early(error):
-                lost = left_early()
-                if not is_told_otherwise(lost):
-                    failure = lost
-            if failure is not None:
-                explain_pending_rollback(
-                    failure, failed_statements(self.connection.sync_connection)
-                )
-            await self._release(failure)
-        finally:
-            self._database.release(self)
-        if failure is not None and failure is not error:
-            raise failure
-
-    async def _commit(self) -> None:
-        if running_loop() is not self._loop:
-            raise self._database.ownership_error()
-        if self._is_aborted:
-            raise closed_while_open_error()
-        if failed := failed_statements(self.connection.sync_connection):
-            raise unexpected_rollback(failed[0])
-        await finish_commit(self._transaction.commit(), self._database.settings.commit_timeout)
-
-    async def _release(self, error: BaseException | None) -> None:
-        """Close the connection, which rolls back what was not committed."""
-        if running_loop() is self._loop:  # otherwise it is another process's, or its loop is closed
-            work = close_or_invalidate(self.connection)
-            await finish_rollback(work, self._database.settings.rollback_timeout, error)
+        self.is_aborted = False
+        self.has_written = False
 
     @property
     def engine(self) -> AsyncEngine:
         return self.connection.engine
 
     def abort(self) -> None:
-        self._is_aborted = True
+        self.is_aborted = True
 
-    def _record_write(self, _connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        self._has_written = self._has_written or is_dml(statement)
+    def record_write(self, _connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        self.has_written = self.has_written or is_dml(statement)
+
+
+@asynccontextmanager
+async def connection_block(database: Database) -> AsyncGenerator[AsyncConnection]:
+    """`async with manager.connect()`: a connection in a transaction, which the block ends.
+
+    A generator, which asyncio closes if its block is dropped or its event loop shut down.
+    """
+    engines = database.admit(is_enclosed=current_scope(database) is not None)
+    require_no_enclosing_writer(database)
+    loop = running_loop()
+    connection = engines.engine_for(ConnectionOptions(write_intent=True)).connect()
+    unit = _ConnectionUnit(connection)
+    database.add(unit)
+    failure: BaseException | None = None
+    try:
+        await connection
+        try:
+            if unit.is_aborted:
+                # It came out of a pool that nobody disposes any more.
+                await connection.invalidate()
+                raise NotInitializedError("it was closed while connect() waited for a connection")
+            transaction = await connection.begin()
+            await connection.run_sync(database.begin_hooks.run_if_due)
+            event.listen(connection.sync_connection, "after_cursor_execute", unit.record_write)
+            yield connection
+            if running_loop() is not loop:
+                raise database.ownership_error()
+            if unit.is_aborted:
+                raise closed_while_open_error()
+            if failed := failed_statements(connection.sync_connection):
+                raise unexpected_rollback(failed[0])
+            await finish_commit(transaction.commit(), database.settings.commit_timeout)
+        except GeneratorExit as exit:
+            failure = exit
+            lost = left_early()
+            if not (unit.has_written and is_left_early(exit)) or is_told_otherwise(lost):
+                raise
+            failure = lost
+            raise lost from None
+        except BaseException as error:
+            failure = error
+            explain_pending_rollback(error, failed_statements(connection.sync_connection))
+            raise
+        finally:
+            if running_loop() is loop:  # otherwise it is another process's, or its loop is closed
+                work = close_or_invalidate(connection)
+                await finish_rollback(work, database.settings.rollback_timeout, failure)
+    finally:
+        database.release(unit)
 
 
 class _Action(Enum):

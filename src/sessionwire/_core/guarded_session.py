@@ -8,6 +8,7 @@ too.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
 NO_TRANSACTION = "25P01"  # SQLSTATE no_active_sql_transaction
 READ_ONLY = ("25006", "SQLITE_READONLY")
 DISCARDING = ("close", "reset", "invalidate")
+TRANSACTION_CONTROL = re.compile(
+    r"(?>\s|;|--[^\n]*|/\*.*?\*/)*+(BEGIN|START|COMMIT|END|ABORT|PREPARE\s+TRANSACTION"
+    r"|ROLLBACK(?!\s+((WORK|TRANSACTION)\s+)?TO\b))\b",
+    re.IGNORECASE | re.DOTALL,
+)
 DML_VERBS = ("INSERT", "UPDATE", "DELETE", "MERGE", "REPLACE", "TRUNCATE", "COPY")
 
 
@@ -100,6 +106,7 @@ def _as_execution(name: str) -> Callable[..., Any]:
 
     @functools.wraps(execute)
     def execution(self: GuardedSession, statement: Executable, *args: Any, **options: Any) -> Any:
+        _refuse_transaction_control(self.scope, statement)
         writes = _is_write(statement)
         if writes:
             _take_write_lock(self)
@@ -123,7 +130,7 @@ def _as_transaction_control(name: str) -> Callable[..., Any]:
         if name in DISCARDING and not scope.frames:
             return None  # the end of its block has done so; close_all_sessions() comes by here
         if scope.transaction is not None and not options.get("nested"):
-            raise managed_transaction_error(name)
+            raise managed_transaction_error(f"{name}()")
         if name == "commit" and scope.frames and (failure := scope.first_failure):
             rollback(self)
             scope.has_uncommitted_writes = False
@@ -176,6 +183,14 @@ def _refusing(name: str, is_write: Callable[[Any], bool] = lambda _: True) -> Ca
         return method(self, subject, *args, **options)
 
     return refusing
+
+
+def _refuse_transaction_control(scope: Scope, statement: Executable) -> None:
+    """Refuse a COMMIT or ROLLBACK as text: the block would take its work for committed."""
+    if scope.transaction is None or not isinstance(statement, TextClause):
+        return
+    if control := TRANSACTION_CONTROL.match(statement.text):
+        raise managed_transaction_error(f"text('{control[1].upper()}')")
 
 
 def is_dml(sql: str) -> bool:
@@ -292,7 +307,7 @@ def _on_before_commit(session: GuardedSession) -> None:
         if failure := scope.first_failure:
             raise unexpected_rollback(failure)
     elif not scope.transaction.is_ending:
-        raise managed_transaction_error("commit")
+        raise managed_transaction_error("commit()")
 
 
 @event.listens_for(GuardedSession, "after_commit")

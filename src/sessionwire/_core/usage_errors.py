@@ -23,9 +23,9 @@ def concurrent_use_error(reason: str) -> ConcurrentSessionError:
     )
 
 
-def managed_transaction_error(method: str) -> ScopeOwnsTransactionError:
+def managed_transaction_error(call: str) -> ScopeOwnsTransactionError:
     return ScopeOwnsTransactionError(
-        f"{method}() is not allowed inside transaction(), which commits when the block ends. To "
+        f"{call} is not allowed inside transaction(), which commits when the block ends. To "
         "roll back, raise or call set_rollback_only(); to roll back a part, use "
         "Propagation.NESTED; to commit yourself, use session()"
     )

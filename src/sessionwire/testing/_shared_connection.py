@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
@@ -11,7 +10,7 @@ from typing import Any, cast
 from sqlalchemy import Connection, Pool, PoolProxiedConnection, event
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from sessionwire._core.guarded_session import DML_VERBS
+from sessionwire._core.guarded_session import DML_VERBS, TRANSACTION_CONTROL
 from sessionwire._database.begin_hooks import WITHOUT_HOOKS, BeginHooks
 from sessionwire._database.sqlite import foreign_keys_switch
 from sessionwire._database.sqlite_connections import interrupt_for
@@ -22,11 +21,6 @@ from ._cpython import close_unfinished_cursors, is_waiting_for
 from ._interruptible import interrupt_if_unretrieved
 from ._savepoint_stack import SavepointStack, VirtualConnection
 
-TRANSACTION_CONTROL = re.compile(
-    r"(?>\s|;|--[^\n]*|/\*.*?\*/)*+(BEGIN|START|COMMIT|END|ABORT|PREPARE\s+TRANSACTION"
-    r"|ROLLBACK(?!\s+((WORK|TRANSACTION)\s+)?TO\b))\b",
-    re.IGNORECASE | re.DOTALL,
-)
 POLL_INTERVAL = 0.05  # seconds between two searches for a deadlock
 
 
