@@ -22,8 +22,8 @@ from sessionwire import (
     Propagation,
     SessionwireError,
 )
-from sessionwire._core.blocks import TransactionBlock
 from sessionwire._core.scope import Scope
+from sessionwire._core.transaction_block import TransactionBlock
 
 from .conftest import Postgres
 from .postgres import OnPostgres, kill

@@ -25,7 +25,7 @@ from sessionwire import (
     OwnershipError,
     Propagation,
 )
-from sessionwire._core.blocks import SessionBlock
+from sessionwire._core.session_block import SessionBlock
 
 from .conftest import DATABASE, Postgres, notes
 from .postgres import OnPostgres, until

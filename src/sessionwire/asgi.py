@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias, Unpack
 
-from ._core.blocks import TransactionBlock
 from ._core.definition import TransactionOptions
+from ._core.transaction_block import TransactionBlock
 from .transaction import TransactionManager
 
 ASGIScope: TypeAlias = MutableMapping[str, Any]

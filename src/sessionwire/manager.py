@@ -11,8 +11,9 @@ from typing import Self
 from sqlalchemy import URL, MetaData, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
-from ._core.blocks import SessionBlock, connection_block
+from ._core.connection_block import connection_block
 from ._core.context import enclosing_scopes
+from ._core.session_block import SessionBlock
 from ._database.runtime import Database
 from .base import Base
 from .settings import DatabaseSettings, as_settings

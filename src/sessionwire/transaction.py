@@ -7,13 +7,13 @@ from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
 
-from ._core.blocks import TransactionBlock
 from ._core.context import current_frame, current_scope
 from ._core.definition import Propagation, TransactionOptions, attempts, define
 from ._core.hooks import to_call
 from ._core.retry import run_with_retries
 from ._core.session_hooks import call_after_commit
 from ._core.transaction import Hook, Transaction
+from ._core.transaction_block import TransactionBlock
 from ._database.begin_hooks import BeginHook
 from ._database.runtime import database_of
 from .errors import TransactionRequiredError

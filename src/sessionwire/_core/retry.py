@@ -11,11 +11,11 @@ from typing import TypeVar
 from sessionwire._database.runtime import Database
 from sessionwire._error_reports import summarize
 
-from .blocks import TransactionBlock
 from .context import current_scope
 from .definition import TransactionDefinition
 from .hooks import run_hooks
 from .transaction import Hook
+from .transaction_block import TransactionBlock
 
 logger = logging.getLogger("sessionwire.retry")
 R = TypeVar("R")

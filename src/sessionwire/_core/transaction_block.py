@@ -1,193 +1,46 @@
-"""The blocks that users enter: what each does about the current transaction, and how it ends."""
+"""`transaction()`: what a block does about the current transaction, and how it ends."""
 
 from __future__ import annotations
 
 import asyncio
-import warnings
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from enum import Enum, auto
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
-from sqlalchemy import event
 from sqlalchemy.ext.asyncio import (
-    AsyncConnection,
-    AsyncEngine,
     AsyncSession,
     AsyncSessionTransaction,
 )
 from sqlalchemy.orm import SessionTransaction
 
 from sessionwire._database.begin_hooks import WITHOUT_HOOKS
-from sessionwire._database.completion import close_or_invalidate, finish_commit, finish_rollback
+from sessionwire._database.completion import finish_rollback
 from sessionwire._database.driver_errors import is_retryable, root_cause
-from sessionwire._database.failed_statements import failed_statements
 from sessionwire._database.options import ConnectionOptions
-from sessionwire._database.runtime import Database, running_loop
+from sessionwire._database.runtime import Database
 from sessionwire._error_reports import (
     closed_while_open_error,
-    explain_pending_rollback,
     unexpected_rollback,
 )
 from sessionwire.errors import (
     CommitOutcomeUnknownError,
     ConcurrentSessionError,
     IncompatibleTransactionError,
-    NotInitializedError,
     TransactionForbiddenError,
     TransactionRequiredError,
     TransactionTimeoutError,
-    UncommittedChangesWarning,
     UnexpectedRollbackError,
 )
 
+from .block import Block
 from .context import current_scope, require_no_enclosing_writer
 from .definition import Propagation, TransactionDefinition
 from .generators import is_left_early, is_told_otherwise, left_early
-from .guarded_session import is_dml
 from .hooks import run_hooks
 from .scope import Scope
 from .transaction import Hook, Transaction
-from .usage_errors import already_entered_error, write_in_iteration_error
-
-
-class _Block:
-    """What is entered with `async with`, once."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._was_entered = False
-
-    def _enter_once(self) -> None:
-        if self._was_entered:
-            raise already_entered_error()
-        self._was_entered = True
-
-    if not TYPE_CHECKING:  # to which it has no such methods
-
-        def __enter__(self):
-            raise TypeError("a block of sessionwire is entered with `async with`, not with `with`")
-
-        def __exit__(self, *_):
-            """Let Python call the one above."""
-
-        def __getattr__(self, name):
-            if name.startswith("_"):
-                raise AttributeError(name)
-            raise AttributeError(
-                f"{name!r} was looked for in a block that is not entered: write `async with …() as "
-                "session:`, and use that session inside it"
-            )
-
-
-class SessionBlock(_Block):
-    """`async with manager.session()`: a session that commits nothing by itself."""
-
-    async def __aenter__(self) -> AsyncSession:
-        self._enter_once()
-        self._scope = Scope.open(self._database, ConnectionOptions())
-        self._scope.is_bare = True
-        self._frame = self._scope.push_frame()
-        return self._scope.session
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        scope = self._scope
-        if scope.ends_elsewhere(error):
-            return
-        loses_work = (error is None or is_left_early(error)) and (
-            scope.has_uncommitted_writes or scope.has_pending_changes
-        )
-        failure = left_early() if loses_work and error is not None else None
-        if failure is not None and is_told_otherwise(failure):
-            failure = None
-        scope.pop_frame(self._frame)
-        await scope.close(failure or error)
-        if failure is not None:
-            raise failure
-        if loses_work and error is None:
-            warnings.warn(
-                "a session() block ended with changes that are now lost: call commit() or "
-                "rollback() in it, or use transaction(), which commits at its end",
-                UncommittedChangesWarning,
-                stacklevel=2,
-            )
-
-
-class _ConnectionUnit:
-    """The connection of one `connect()` block, as the database knows it."""
-
-    def __init__(self, connection: AsyncConnection) -> None:
-        self.connection = connection
-        self.task = asyncio.current_task()
-        self.is_aborted = False
-        self.has_written = False
-
-    @property
-    def engine(self) -> AsyncEngine:
-        return self.connection.engine
-
-    def abort(self) -> None:
-        self.is_aborted = True
-
-    def record_write(self, _connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        self.has_written = self.has_written or is_dml(statement)
-
-
-@asynccontextmanager
-async def connection_block(database: Database) -> AsyncGenerator[AsyncConnection]:
-    """`async with manager.connect()`: a connection in a transaction, which the block ends.
-
-    A generator, which asyncio closes if its block is dropped or its event loop shut down.
-    """
-    engines = database.admit(is_enclosed=current_scope(database) is not None)
-    require_no_enclosing_writer(database)
-    loop = running_loop()
-    connection = engines.engine_for(ConnectionOptions(write_intent=True)).connect()
-    unit = _ConnectionUnit(connection)
-    database.add(unit)
-    failure: BaseException | None = None
-    try:
-        await connection
-        try:
-            if unit.is_aborted:
-                # It came out of a pool that nobody disposes any more.
-                await connection.invalidate()
-                raise NotInitializedError("it was closed while connect() waited for a connection")
-            transaction = await connection.begin()
-            await connection.run_sync(database.begin_hooks.run_if_due)
-            event.listen(connection.sync_connection, "after_cursor_execute", unit.record_write)
-            yield connection
-            if running_loop() is not loop:
-                raise database.ownership_error()
-            if unit.is_aborted:
-                raise closed_while_open_error()
-            if failed := failed_statements(connection.sync_connection):
-                raise unexpected_rollback(failed[0])
-            await finish_commit(transaction.commit(), database.settings.commit_timeout)
-        except GeneratorExit as exit:
-            failure = exit
-            lost = left_early()
-            if not (unit.has_written and is_left_early(exit)) or is_told_otherwise(lost):
-                raise
-            failure = lost
-            raise lost from None
-        except BaseException as error:
-            failure = error
-            explain_pending_rollback(error, failed_statements(connection.sync_connection))
-            raise
-        finally:
-            if running_loop() is loop:  # otherwise it is another process's, or its loop is closed
-                work = close_or_invalidate(connection)
-                await finish_rollback(work, database.settings.rollback_timeout, failure)
-    finally:
-        database.release(unit)
+from .usage_errors import write_in_iteration_error
 
 
 class _Action(Enum):
@@ -211,7 +64,7 @@ _ACTIONS = {
 _ALWAYS_NEW_SESSION = (Propagation.REQUIRES_NEW, Propagation.NOT_SUPPORTED)
 
 
-class TransactionBlock(_Block):
+class TransactionBlock(Block):
     """`async with transaction(…)`.
 
     Args:

@@ -1,0 +1,101 @@
+"""`connect()`: a connection in a transaction, which the block ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+)
+
+from sessionwire._database.completion import close_or_invalidate, finish_commit, finish_rollback
+from sessionwire._database.failed_statements import failed_statements
+from sessionwire._database.options import ConnectionOptions
+from sessionwire._database.runtime import Database, running_loop
+from sessionwire._error_reports import (
+    closed_while_open_error,
+    explain_pending_rollback,
+    unexpected_rollback,
+)
+from sessionwire.errors import (
+    NotInitializedError,
+)
+
+from .context import current_scope, require_no_enclosing_writer
+from .generators import is_left_early, is_told_otherwise, left_early
+from .guarded_session import is_dml
+
+
+class _ConnectionUnit:
+    """The connection of one `connect()` block, as the database knows it."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        self.connection = connection
+        self.task = asyncio.current_task()
+        self.is_aborted = False
+        self.has_written = False
+
+    @property
+    def engine(self) -> AsyncEngine:
+        return self.connection.engine
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+    def record_write(self, _connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        self.has_written = self.has_written or is_dml(statement)
+
+
+@asynccontextmanager
+async def connection_block(database: Database) -> AsyncGenerator[AsyncConnection]:
+    """`async with manager.connect()`: a connection in a transaction, which the block ends.
+
+    A generator, which asyncio closes if its block is dropped or its event loop shut down.
+    """
+    engines = database.admit(is_enclosed=current_scope(database) is not None)
+    require_no_enclosing_writer(database)
+    loop = running_loop()
+    connection = engines.engine_for(ConnectionOptions(write_intent=True)).connect()
+    unit = _ConnectionUnit(connection)
+    database.add(unit)
+    failure: BaseException | None = None
+    try:
+        await connection
+        try:
+            if unit.is_aborted:
+                # It came out of a pool that nobody disposes any more.
+                await connection.invalidate()
+                raise NotInitializedError("it was closed while connect() waited for a connection")
+            transaction = await connection.begin()
+            await connection.run_sync(database.begin_hooks.run_if_due)
+            event.listen(connection.sync_connection, "after_cursor_execute", unit.record_write)
+            yield connection
+            if running_loop() is not loop:
+                raise database.ownership_error()
+            if unit.is_aborted:
+                raise closed_while_open_error()
+            if failed := failed_statements(connection.sync_connection):
+                raise unexpected_rollback(failed[0])
+            await finish_commit(transaction.commit(), database.settings.commit_timeout)
+        except GeneratorExit as exit:
+            failure = exit
+            lost = left_early()
+            if not (unit.has_written and is_left_early(exit)) or is_told_otherwise(lost):
+                raise
+            failure = lost
+            raise lost from None
+        except BaseException as error:
+            failure = error
+            explain_pending_rollback(error, failed_statements(connection.sync_connection))
+            raise
+        finally:
+            if running_loop() is loop:  # otherwise it is another process's, or its loop is closed
+                work = close_or_invalidate(connection)
+                await finish_rollback(work, database.settings.rollback_timeout, failure)
+    finally:
+        database.release(unit)
