@@ -114,22 +114,17 @@ class Server(Postgres):
 
     async def kill(self) -> None:
         """Kill all its processes, without a word to anybody."""
-        processes = self._processes()
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        processes = self._for_each_process(psutil.Process.kill)
         await self._until(lambda: all(map(_is_gone, processes)) and not self.is_running, "end")
         if processes:
             self._remove_shared_memory()
 
     def pause(self) -> None:
         """Stop its processes where they are: connections stay open, and nothing answers."""
-        for process in self._processes():
-            process.suspend()
+        self._for_each_process(psutil.Process.suspend)
 
     def resume(self) -> None:
-        for process in self._processes():
-            process.resume()
+        self._for_each_process(psutil.Process.resume)
 
     async def promote(self) -> None:
         """Make a primary of a standby, and wait until it takes writes."""
@@ -144,6 +139,14 @@ class Server(Postgres):
             self.resume()
             self._process.send_signal(how)
             await self._until(lambda: not self.is_running, "end")
+
+    def _for_each_process(self, act: Callable[[psutil.Process], None]) -> list[psutil.Process]:
+        """Act on all that still live: a worker of the server may end at any moment."""
+        processes = self._processes()
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                act(process)
+        return processes
 
     def _processes(self) -> list[psutil.Process]:
         """The first process, and its children, which go on for a while where it is killed alone."""
