@@ -77,7 +77,7 @@ def reconcile(
 
     def is_absent(answer: Answer) -> bool:
         # If another call with this key was acknowledged, the transfer belongs to that
-        # call, whose own check covers it.
+        # call, and the check of that call covers it.
         return answer.order.key in acknowledged_keys or answer.order.key not in entries
 
     def is_refused_as_expected(answer: Answer) -> bool:

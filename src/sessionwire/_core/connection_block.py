@@ -82,10 +82,10 @@ async def connection_block(database: Database) -> AsyncGenerator[AsyncConnection
             if failed := failed_statements(connection.sync_connection):
                 raise unexpected_rollback(failed[0])
             await finish_commit(transaction.commit(), database.settings.commit_timeout)
-        except GeneratorExit as exit:
-            failure = exit
+        except GeneratorExit as closing:
+            failure = closing
             lost = left_early()
-            if not (unit.has_written and is_left_early(exit)) or is_told_otherwise(lost):
+            if not (unit.has_written and is_left_early(closing)) or is_told_otherwise(lost):
                 raise
             failure = lost
             raise lost from None

@@ -10,7 +10,7 @@ from typing import Any, cast
 from sqlalchemy import Connection, Pool, PoolProxiedConnection, event
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from sessionwire._core.guarded_session import DML_VERBS, TRANSACTION_CONTROL
+from sessionwire._core.guarded_session import TRANSACTION_CONTROL, is_dml
 from sessionwire._database.begin_hooks import WITHOUT_HOOKS, BeginHooks
 from sessionwire._database.sqlite import foreign_keys_switch
 from sessionwire._database.sqlite_connections import interrupt_for
@@ -155,7 +155,7 @@ class SharedConnection:
             raise
         finally:
             self._savepoints.mark_idle(virtual)
-        virtual.has_written |= statement.lstrip().upper().startswith(DML_VERBS)
+        virtual.has_written |= is_dml(statement)
         if in_autocommit:
             self._savepoints.release(virtual)
 
