@@ -32,8 +32,17 @@ class BeginHooks(list[BeginHook]):
     def __init__(self) -> None:
         super().__init__()
         self._due: weakref.WeakSet[Connection] = weakref.WeakSet()
+        # Without hooks, no engine is listened to.
+        self._silent_engines: weakref.WeakKeyDictionary[Engine, bool]
+        self._silent_engines = weakref.WeakKeyDictionary()
 
-    def install_listeners(self, engine: Engine, *, autocommit: bool = False) -> None:
+    def append(self, hook: BeginHook) -> None:
+        """Add a hook, from the next begin on."""
+        super().append(hook)
+        while self._silent_engines:
+            self._listen(*self._silent_engines.popitem())
+
+    def watch(self, engine: Engine, *, autocommit: bool = False) -> None:
         """Run the hooks in all transactions of an engine and of those derived from it.
 
         Args:
@@ -41,20 +50,19 @@ class BeginHooks(list[BeginHook]):
             autocommit: The engine has no transactions, so that statements which would
                 need the hooks raise `IncompatibleTransactionError`.
         """
-        is_listening = False
+        if self:
+            self._listen(engine, autocommit)
+        else:
+            self._silent_engines[engine] = autocommit
 
+    def _listen(self, engine: Engine, autocommit: bool) -> None:
         def on_begin(connection: Connection, *_: object) -> None:
-            nonlocal is_listening
-            if not self:
-                return
             options = connection.get_execution_options()
             ours = options.get(CONNECTION_OPTIONS)
-            if options.get(WITHOUT_HOOKS) or getattr(ours, "transaction_per_statement", False):
-                return
-            self._due.add(connection)
-            if not is_listening:  # Without hooks, statements are spared the listener.
-                is_listening = True
-                event.listen(engine, "before_cursor_execute", on_statement)
+            if not (
+                options.get(WITHOUT_HOOKS) or getattr(ours, "transaction_per_statement", False)
+            ):
+                self._due.add(connection)
 
         def on_statement(connection: Connection, *_: object) -> None:
             if self and connection in self._due:
@@ -64,6 +72,7 @@ class BeginHooks(list[BeginHook]):
 
         event.listen(engine, "begin", on_begin)
         event.listen(engine, "begin_twophase", on_begin)
+        event.listen(engine, "before_cursor_execute", on_statement)
 
     def run_if_due(self, connection: Connection) -> None:
         """Run the hooks now, unless the transaction of this connection has run them.

@@ -142,7 +142,7 @@ class DatabaseEngines:
         event.listen(sync_engine, "checkout", self._on_checkout)
         event.listen(sync_engine, "close", self._on_close)
         install_disconnect_listener(sync_engine, read_only=read_only)
-        self._begin_hooks.install_listeners(sync_engine, autocommit=read_only)
+        self._begin_hooks.watch(sync_engine, autocommit=read_only)
         if not read_only:  # The other connections have no transactions.
             install_failure_listeners(sync_engine)
             install_cancellation_listener(sync_engine)

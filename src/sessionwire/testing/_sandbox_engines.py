@@ -74,7 +74,7 @@ class SandboxEngines(DatabaseEngines):
         event.listen(engine, "begin", self._on_begin)
         event.listen(engine, "checkout", shared.on_checkout)
         install_disconnect_listener(engine)
-        self._database.begin_hooks.install_listeners(engine)
+        self._database.begin_hooks.watch(engine)
         install_failure_listeners(engine)
         install_cancellation_listener(engine)
         return engine
