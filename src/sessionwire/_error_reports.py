@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from sqlalchemy.exc import PendingRollbackError
 
 from .errors import UnexpectedRollbackError
@@ -17,10 +15,10 @@ def summarize(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def explain_pending_rollback(error: BaseException, failures: Sequence[BaseException]) -> None:
+def explain_pending_rollback(error: BaseException, first: BaseException | None) -> None:
     """Make the first failure the cause of a `PendingRollbackError`, which has none."""
-    if isinstance(error, PendingRollbackError) and error.__cause__ is None and failures:
-        error.__cause__ = failures[0]
+    if isinstance(error, PendingRollbackError) and error.__cause__ is None:
+        error.__cause__ = first
 
 
 def chain_errors(first: BaseException | None, later: BaseException, action: str) -> BaseException:

@@ -6,20 +6,12 @@ from typing import TYPE_CHECKING
 
 from sessionwire._database.runtime import Database
 
-from .usage_errors import already_entered_error
-
 
 class Block:
     """What is entered with `async with`, once."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._was_entered = False
-
-    def _enter_once(self) -> None:
-        if self._was_entered:
-            raise already_entered_error()
-        self._was_entered = True
+    _database: Database
+    _was_entered = False
 
     if not TYPE_CHECKING:  # to which it has no such methods
 

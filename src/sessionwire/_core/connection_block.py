@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import event
-from sqlalchemy.ext.asyncio import (
-    AsyncConnection,
-    AsyncEngine,
-)
+from sqlalchemy import Connection, event
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from sessionwire._database.completion import close_or_invalidate, finish_commit, finish_rollback
-from sessionwire._database.failed_statements import failed_statements
+from sessionwire._database.failed_statements import failure_log
 from sessionwire._database.options import ConnectionOptions
 from sessionwire._database.runtime import Database, running_loop
 from sessionwire._error_reports import (
@@ -22,12 +19,10 @@ from sessionwire._error_reports import (
     explain_pending_rollback,
     unexpected_rollback,
 )
-from sessionwire.errors import (
-    NotInitializedError,
-)
+from sessionwire.errors import NotInitializedError
 
 from .context import current_scope, require_no_enclosing_writer
-from .generators import is_left_early, is_told_otherwise, left_early
+from .generators import early_end_error
 from .guarded_session import is_dml
 
 
@@ -66,6 +61,7 @@ async def connection_block(database: Database) -> AsyncGenerator[AsyncConnection
     failure: BaseException | None = None
     try:
         await connection
+        failures = failure_log(cast(Connection, connection.sync_connection)).errors
         try:
             if unit.is_aborted:
                 # It came out of a pool that nobody disposes any more.
@@ -79,19 +75,18 @@ async def connection_block(database: Database) -> AsyncGenerator[AsyncConnection
                 raise database.ownership_error()
             if unit.is_aborted:
                 raise closed_while_open_error()
-            if failed := failed_statements(connection.sync_connection):
-                raise unexpected_rollback(failed[0])
+            if failures:
+                raise unexpected_rollback(failures[0])
             await finish_commit(transaction.commit(), database.settings.commit_timeout)
         except GeneratorExit as closing:
             failure = closing
-            lost = left_early()
-            if not (unit.has_written and is_left_early(closing)) or is_told_otherwise(lost):
-                raise
-            failure = lost
-            raise lost from None
+            if unit.has_written and (lost := early_end_error(closing)):
+                failure = lost
+                raise lost from None
+            raise
         except BaseException as error:
             failure = error
-            explain_pending_rollback(error, failed_statements(connection.sync_connection))
+            explain_pending_rollback(error, failures[0] if failures else None)
             raise
         finally:
             if running_loop() is loop:  # otherwise it is another process's, or its loop is closed

@@ -70,10 +70,20 @@ def is_left_early(error: BaseException | None) -> bool:
     return traceback is not None and bool(traceback.tb_frame.f_code.co_flags & CO_ASYNC_GENERATOR)
 
 
-def left_early(cause: BaseException | None = None) -> UnexpectedRollbackError:
-    """Make the error of a block whose generator was closed or dropped after something
-    was done in the block.
+def early_end_error(
+    end: BaseException | None, cause: BaseException | None = None
+) -> UnexpectedRollbackError | None:
+    """Make the error of a block that loses work because its generator is left early.
+
+    Args:
+        end: What ends the block.
+        cause: Why its transaction would have been rolled back in any case.
+
+    Returns:
+        None if the generator is not left early, or the caller hears of another error.
     """
+    if not is_left_early(end):
+        return None
     error = UnexpectedRollbackError(
         "the async generator that opened this block was left before its end, so all that was done "
         "in the block was rolled back, also by the code that iterated over the generator: let the "
@@ -81,10 +91,10 @@ def left_early(cause: BaseException | None = None) -> UnexpectedRollbackError:
         "generator only read"
     )
     error.__cause__ = cause
-    return error
+    return None if _is_told_otherwise(error) else error
 
 
-def is_told_otherwise(error: UnexpectedRollbackError) -> bool:
+def _is_told_otherwise(error: UnexpectedRollbackError) -> bool:
     """Tell whether the generator is closed because of an error or a cancellation, which
     goes on to the caller.
 

@@ -20,6 +20,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from sessionwire._database.driver_errors import sqlstate
+from sessionwire._database.failed_statements import failure_log
 from sessionwire._database.options import CONNECTION_OPTIONS
 from sessionwire._error_reports import explain_pending_rollback, unexpected_rollback
 from sessionwire.errors import UnexpectedRollbackError
@@ -73,16 +74,15 @@ def _as_operation(
             return call(self, *args, **options)
         except Exception as error:
             if isinstance(error, PendingRollbackError):  # it only reports an earlier failure
-                explain_pending_rollback(
-                    error, [scope.first_failure] if scope.first_failure else []
-                )
+                explain_pending_rollback(error, scope.failure_since(0))
             else:
                 scope.last_operation_error = error
+            first = scope.failure_since(0)
             if isinstance(error, InvalidRequestError) and isinstance(
-                scope.first_failure, UnexpectedRollbackError
+                first, UnexpectedRollbackError
             ):
                 # SQLAlchemy would advise to call rollback().
-                raise unexpected_rollback(scope.first_failure) from scope.first_failure
+                raise unexpected_rollback(first) from first
             transaction_is_over = not self.is_active or getattr(
                 error, "connection_invalidated", False
             )
@@ -131,7 +131,7 @@ def _as_transaction_control(name: str) -> Callable[..., Any]:
             return None  # the end of its block has done so; close_all_sessions() comes by here
         if scope.transaction is not None and not options.get("nested"):
             raise managed_transaction_error(f"{name}()")
-        if name == "commit" and scope.frames and (failure := scope.first_failure):
+        if name == "commit" and scope.frames and (failure := scope.failure_since(0)):
             rollback(self)
             scope.has_uncommitted_writes = False
             raise unexpected_rollback(failure)
@@ -304,7 +304,7 @@ def _on_before_commit(session: GuardedSession) -> None:
     if session.in_nested_transaction():
         return
     if scope.transaction is None:
-        if failure := scope.first_failure:
+        if failure := scope.failure_since(0):
             raise unexpected_rollback(failure)
     elif not scope.transaction.is_ending:
         raise managed_transaction_error("commit()")
@@ -322,6 +322,7 @@ def _on_begin(
 ) -> None:
     scope = session.scope
     scope.transaction_connection = connection
+    scope.failure_log = failure_log(connection)
     if scope.options.autocommit or transaction.nested:
         return
     if scope.transaction is not None:

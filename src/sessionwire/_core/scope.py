@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from sessionwire._database.completion import finish_commit, finish_rollback
-from sessionwire._database.failed_statements import failed_statements
+from sessionwire._database.failed_statements import FailureLog
 from sessionwire._database.options import ConnectionOptions
 from sessionwire._database.runtime import Database, running_loop
 from sessionwire._error_reports import closed_while_open_error, unexpected_rollback
@@ -49,6 +49,7 @@ class Scope:
         self.frames: list[Frame] = []
         self.transaction: Transaction | None = None  # the innermost: a savepoint, if one is open
         self.transaction_connection: Connection | None = None  # once the transaction has begun
+        self.failure_log: FailureLog | None = None  # of that connection
         self.last_operation_error: Exception | None = None
         self.has_uncommitted_writes = False
         self.is_bare = False  # opened by session(), whose commits are the caller's
@@ -140,7 +141,7 @@ class Scope:
             if not self.frames:
                 self.generator = None
         if current_frame.get() is frame:
-            current_frame.set(innermost_open_frame())
+            current_frame.set(frame.parent)  # which is skipped if it has ended
 
     def end_frames(self) -> None:
         if self.frames:
@@ -290,17 +291,16 @@ class Scope:
     # State of the transaction
 
     @property
-    def failures(self) -> list[BaseException]:
-        """The statements that failed in the transaction, except in savepoints that were
-        rolled back.
-        """
-        return failed_statements(self.transaction_connection)
+    def failure_count(self) -> int:
+        """How many statements have failed, except in savepoints that were rolled back."""
+        return len(self.failure_log.errors) if self.failure_log else 0
 
-    @property
-    def first_failure(self) -> BaseException | None:
-        """The first of them, or the failed flush, which has rolled back already."""
-        if self.failures:
-            return self.failures[0]
+    def failure_since(self, count: int) -> BaseException | None:
+        """Return the first failure after so many, or the failed flush, which has rolled
+        back already.
+        """
+        if self.failure_log and len(self.failure_log.errors) > count:
+            return self.failure_log.errors[count]
         return None if self.session.is_active else self.last_operation_error
 
     @property

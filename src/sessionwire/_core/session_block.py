@@ -5,25 +5,28 @@ from __future__ import annotations
 import warnings
 from types import TracebackType
 
-from sqlalchemy.ext.asyncio import (
-    AsyncSession,
-)
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from sessionwire._database.options import ConnectionOptions
-from sessionwire.errors import (
-    UncommittedChangesWarning,
-)
+from sessionwire._database.runtime import Database
+from sessionwire.errors import UncommittedChangesWarning
 
 from .block import Block
-from .generators import is_left_early, is_told_otherwise, left_early
+from .generators import early_end_error
 from .scope import Scope
+from .usage_errors import already_entered_error
 
 
 class SessionBlock(Block):
     """`async with manager.session()`: a session that commits nothing by itself."""
 
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
     async def __aenter__(self) -> AsyncSession:
-        self._enter_once()
+        if self._was_entered:
+            raise already_entered_error()
+        self._was_entered = True
         self._scope = Scope.open(self._database, ConnectionOptions())
         self._scope.is_bare = True
         self._frame = self._scope.push_frame()
@@ -38,12 +41,8 @@ class SessionBlock(Block):
         scope = self._scope
         if scope.ends_elsewhere(error):
             return
-        loses_work = (error is None or is_left_early(error)) and (
-            scope.has_uncommitted_writes or scope.has_pending_changes
-        )
-        failure = left_early() if loses_work and error is not None else None
-        if failure is not None and is_told_otherwise(failure):
-            failure = None
+        loses_work = scope.has_uncommitted_writes or scope.has_pending_changes
+        failure = early_end_error(error) if loses_work else None
         scope.pop_frame(self._frame)
         await scope.close(failure or error)
         if failure is not None:

@@ -36,11 +36,11 @@ from sessionwire.errors import (
 from .block import Block
 from .context import current_scope, require_no_enclosing_writer
 from .definition import Propagation, TransactionDefinition
-from .generators import is_left_early, is_told_otherwise, left_early
+from .generators import early_end_error, is_left_early
 from .hooks import run_hooks
 from .scope import Scope
 from .transaction import Hook, Transaction
-from .usage_errors import write_in_iteration_error
+from .usage_errors import already_entered_error, write_in_iteration_error
 
 
 class _Action(Enum):
@@ -77,7 +77,7 @@ class TransactionBlock(Block):
     def __init__(
         self, database: Database, definition: TransactionDefinition, *, may_retry: bool = False
     ) -> None:
-        super().__init__(database)
+        self._database = database
         self._propagation = definition.propagation
         self._options = definition.options
         self._timeout = definition.timeout
@@ -91,7 +91,9 @@ class TransactionBlock(Block):
     # Begin
 
     async def __aenter__(self) -> AsyncSession:
-        self._enter_once()
+        if self._was_entered:
+            raise already_entered_error()
+        self._was_entered = True
         while (current := current_scope(self._database)) is not None and not current.check_loop():
             pass
         in_transaction = current is not None and current.transaction is not None
@@ -189,7 +191,7 @@ class TransactionBlock(Block):
         return options
 
     async def _set_savepoint(self) -> None:
-        failure_mark = len(self._scope.failures)
+        failure_mark = self._scope.failure_count
         self._savepoint = await self._scope.session.begin_nested()
         self._transaction = Transaction(self._frame, self._scope.transaction, failure_mark)
         self._scope.transaction = self._transaction
@@ -211,35 +213,27 @@ class TransactionBlock(Block):
     ) -> None:
         if self._scope.ends_elsewhere(error):
             return
-        failure = error
-        loses_work = True
-        if failure is None:
+        failure, transaction = error, self._transaction
+        loses_work = error is None or not is_left_early(error) or self._loses_work()
+        if error is None:
             try:
                 await self._prepare_commit()
             except BaseException as found:
                 failure = found
-        elif is_left_early(error):
-            loses_work = self._loses_work()
-            lost = left_early(
-                self._transaction.rollback_cause if self._transaction is not None else None
-            )
-            if loses_work and not is_told_otherwise(lost):
-                failure = lost
+        elif loses_work:
+            cause = None if transaction is None else transaction.rollback_cause
+            failure = early_end_error(error, cause) or error
         failure = await self._apply_deadline(failure)
         if self._action is _Action.BEGIN:
             failure = await self._end_transaction(failure)
-        elif (
-            self._savepoint is not None
-            and self._transaction is not None
-            and not self._transaction.has_ended
-        ):
-            failure = await self._end_savepoint(self._savepoint, self._transaction, failure)
+        elif self._savepoint is not None and transaction is not None and not transaction.has_ended:
+            failure = await self._end_savepoint(self._savepoint, transaction, failure)
         elif self._opened_scope:
             await self._scope.close(failure)
         else:  # it had joined, or is a savepoint that ended with the enclosing transaction
             self._scope.pop_frame(self._frame)
-            if failure is not None and self._transaction is not None and loses_work:
-                self._transaction.mark_rollback_only(failure)
+            if failure is not None and transaction is not None and loses_work:
+                transaction.mark_rollback_only(failure)
         if failure is not None and failure is not error:
             raise failure
 
@@ -277,15 +271,11 @@ class TransactionBlock(Block):
             return
         if transaction.rollback_only:
             return
-        if transaction.rollback_cause is not None:
-            raise unexpected_rollback(transaction.rollback_cause)
-        if not scope.session.is_active and scope.last_operation_error is not None:
-            raise unexpected_rollback(
-                scope.last_operation_error
-            )  # a flush failed, and has rolled back
+        if cause := transaction.rollback_cause or scope.failure_since(transaction.failure_mark):
+            raise unexpected_rollback(cause)
         await scope.flush()
-        if failed := scope.failures[transaction.failure_mark :]:
-            raise unexpected_rollback(failed[0])
+        if failed := scope.failure_since(transaction.failure_mark):
+            raise unexpected_rollback(failed)
 
     async def _apply_deadline(self, failure: BaseException | None) -> BaseException | None:
         if self._deadline is None:
@@ -341,7 +331,7 @@ class TransactionBlock(Block):
     async def _end_transaction(self, failure: BaseException | None) -> BaseException | None:
         scope, transaction = self._scope, self._transaction
         assert transaction is not None
-        first_cause = failure and root_cause(failure, scope.first_failure)
+        first_cause = failure and root_cause(failure, scope.failure_since(0))
         scope.end_savepoints(inside=transaction)
         transaction.is_ending = True
         scope.pop_frame(self._frame, including_nested=True)

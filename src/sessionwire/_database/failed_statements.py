@@ -15,34 +15,30 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 
 
-class _FailureLog:
-    """The failures in the current transaction of one connection."""
+class FailureLog:
+    """The failures in the current transaction of one connection, except those that were
+    rolled back with a savepoint.
+    """
 
     def __init__(self) -> None:
         self.errors: list[BaseException] = []
         self.savepoints: list[int] = []  # the number of errors before each open savepoint
 
+    def record(self, error: BaseException, *, whole: bool = False) -> None:
+        """Record a failure of the innermost savepoint, or of the `whole` transaction."""
+        if whole:
+            self.errors.insert(0, error)
+            self.savepoints = [before + 1 for before in self.savepoints]
+        else:
+            self.errors.append(error)
 
-def _log_of(connection: Connection) -> _FailureLog:
+
+def failure_log(connection: Connection) -> FailureLog:
+    """Return the log of a connection."""
     # A mapping, even with weak keys, would keep the connection alive through the
     # tracebacks of its errors. An attribute does not.
-    log: _FailureLog = vars(connection).setdefault("_sessionwire_failures", _FailureLog())
+    log: FailureLog = vars(connection).setdefault("_sessionwire_failures", FailureLog())
     return log
-
-
-def failed_statements(connection: Connection | None) -> list[BaseException]:
-    """Return the failures in a connection's transaction, except those rolled back."""
-    return [] if connection is None else _log_of(connection).errors
-
-
-def record_failure(connection: Connection, error: BaseException, *, whole: bool = False) -> None:
-    """Record a failure of the innermost savepoint, or of the `whole` transaction."""
-    log = _log_of(connection)
-    if whole:
-        log.errors.insert(0, error)
-        log.savepoints = [before + 1 for before in log.savepoints]
-    else:
-        log.errors.append(error)
 
 
 def install_failure_listeners(engine: Engine) -> None:
@@ -51,22 +47,24 @@ def install_failure_listeners(engine: Engine) -> None:
     @event.listens_for(engine, "handle_error")
     def on_error(context: ExceptionContext) -> None:
         if context.connection is not None and isinstance(context.sqlalchemy_exception, DBAPIError):
-            record_failure(context.connection, context.sqlalchemy_exception)
+            failure_log(context.connection).record(context.sqlalchemy_exception)
 
     @event.listens_for(engine, "savepoint")
     def on_savepoint(connection: Connection, _name: Any) -> None:
-        log = _log_of(connection)
+        log = failure_log(connection)
         log.savepoints.append(len(log.errors))
 
     @event.listens_for(engine, "release_savepoint")
     def on_release(connection: Connection, _name: Any, _context: Any) -> None:
-        _log_of(connection).savepoints.pop()
+        failure_log(connection).savepoints.pop()
 
     @event.listens_for(engine, "rollback_savepoint")
     def on_rollback_to(connection: Connection, _name: Any, _context: Any) -> None:
-        log = _log_of(connection)
+        log = failure_log(connection)
         del log.errors[log.savepoints.pop() :]
 
     @event.listens_for(engine, "rollback")
     def on_rollback(connection: Connection) -> None:
-        vars(connection).pop("_sessionwire_failures", None)
+        log = failure_log(connection)
+        log.errors.clear()
+        log.savepoints.clear()

@@ -17,7 +17,7 @@ from sqlalchemy.util import await_only
 from sessionwire.errors import UnexpectedRollbackError
 
 from .driver_errors import IN_FAILED_TRANSACTION, sqlstate
-from .failed_statements import record_failure
+from .failed_statements import failure_log
 from .sqlite_connections import interrupt_for
 
 STOP_TIMEOUT = 0.3  # seconds for a cancelled statement to be stopped
@@ -38,7 +38,7 @@ def install_cancellation_listener(engine: Engine) -> None:
             return
         if (context.statement or "").startswith(SAVEPOINT_STATEMENTS):
             how = "while a savepoint was set, released or rolled back"
-            record_failure(connection, _lost_transaction_error(how), whole=True)
+            failure_log(connection).record(_lost_transaction_error(how), whole=True)
         elif connection.in_nested_transaction():
             is_stopped = False
             try:
@@ -46,10 +46,10 @@ def install_cancellation_listener(engine: Engine) -> None:
             finally:  # After a second cancellation the connection is closed.
                 if is_stopped:
                     context.is_disconnect = False
-                    record_failure(connection, _lost_savepoint_error())
+                    failure_log(connection).record(_lost_savepoint_error())
                 else:
                     how = f"and could not be stopped within {STOP_TIMEOUT:g} s"
-                    record_failure(connection, _lost_transaction_error(how), whole=True)
+                    failure_log(connection).record(_lost_transaction_error(how), whole=True)
 
 
 def _lost_savepoint_error() -> UnexpectedRollbackError:
