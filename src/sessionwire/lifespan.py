@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import weakref
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
@@ -50,21 +51,30 @@ class Lifespan(Generic[C]):
 
     def __init__(self, container: C) -> None:
         given: Any = container
+        if inspect.isclass(given) and issubclass(given, containers.DeclarativeContainer):
+            name = given.__name__
+            raise ConfigurationError(
+                f"Lifespan needs a container, and {name} is a class: write Lifespan({name}())"
+            )
         if not isinstance(given, containers.DynamicContainer | providers.Container):
-            raise ConfigurationError(_no_container(given))
+            raise ConfigurationError(
+                "Lifespan needs a container, such as Lifespan(Container()), and this is of type "
+                f"{type(given).__name__}"
+            )
         self.container = container
-        self._started: list[AnyResource] = []
-        # An enclosing Lifespan of this container has opened these, and will close them.
-        self._already_started: list[AnyResource] = []
 
     async def __aenter__(self) -> C:
         self.container.check_dependencies()
         for database in database_containers(self.container):
             _check_overrides(database)
         is_nested = any(other.container is self.container for other in _active_lifespans)
-        resources = _in_dependency_order(self.container) if is_nested else ()
-        self._started.clear()
-        self._already_started = [resource for resource in resources if resource.initialized]
+        # The enclosing Lifespan has opened these, and will close them.
+        self._already_started = [
+            resource
+            for resource in _in_dependency_order(self.container)
+            if is_nested and resource.initialized
+        ]
+        self._started: list[AnyResource] = []
         _active_lifespans.add(self)
         try:
             for resource in _in_dependency_order(self.container):
@@ -72,7 +82,7 @@ class Lifespan(Generic[C]):
                     self._started.append(resource)
                     await _await_if_needed(resource.init())
         except BaseException as error:
-            await self._shut_down(error)
+            await self.__aexit__(type(error), error, None)
             raise
         return self.container
 
@@ -82,15 +92,6 @@ class Lifespan(Generic[C]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._shut_down(error)
-
-    @asynccontextmanager
-    async def __call__(self, app: object) -> AsyncGenerator[None]:
-        """Open and close as `lifespan=` of an ASGI framework, which passes its app."""
-        async with self:
-            yield
-
-    async def _shut_down(self, error: BaseException | None) -> None:
         first = error
         _active_lifespans.discard(self)
         known = self._started + self._already_started
@@ -105,16 +106,14 @@ class Lifespan(Generic[C]):
         if first is not None and first is not error:
             raise first
 
+    @asynccontextmanager
+    async def __call__(self, app: object) -> AsyncGenerator[None]:
+        """Open and close as `lifespan=` of an ASGI framework, which passes its app."""
+        async with self:
+            yield
+
 
 _active_lifespans: weakref.WeakSet[Lifespan[Any]] = weakref.WeakSet()
-
-
-def _no_container(given: object) -> str:
-    kind = type(given).__name__
-    if isinstance(given, type) and issubclass(given, containers.DeclarativeContainer):
-        name = given.__name__
-        return f"Lifespan needs a container, and {name} is a class: write Lifespan({name}())"
-    return f"Lifespan needs a container, such as Lifespan(Container()), and this is of type {kind}"
 
 
 async def _await_if_needed(result: Any) -> None:
