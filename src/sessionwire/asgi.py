@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias, Unpack
 
 from ._core.definition import TransactionOptions
@@ -67,46 +68,47 @@ class TransactionMiddleware:
         response = _TransactionalSend(block, send)
         try:
             await self._app(scope, receive, response.send)
-        except BaseException as error:
-            await response.end_transaction(error)
-            if response.end_error is None or not isinstance(error, Exception):
-                raise
-        else:
             # If the transaction has not ended yet, there was no response.
             await response.end_transaction(rollback_only=True)
+        except BaseException as error:
+            await response.end_transaction(error)
+            if not (isinstance(error, Exception) and isinstance(response.end_error, Exception)):
+                raise
         # Raise the error of the commit even if the application swallowed it.
-        if response.end_error is not None:
+        if isinstance(response.end_error, Exception):
             raise response.end_error
 
 
+@dataclass(eq=False)
 class _TransactionalSend:
-    """The `send` of one request, which ends the transaction before the response."""
+    """The `send` of one request, which ends the transaction before the response.
 
-    def __init__(self, block: TransactionBlock, send: Send) -> None:
-        self._block = block
-        self._send = send
-        self._has_ended = False
-        self._end_error: BaseException | None = None
+    Attributes:
+        block: The transaction.
+        send_on: The server's own `send`.
+        has_ended: Whether the transaction has ended, or tried to.
+        end_error: The error of the end, until the application has answered it.
+    """
 
-    @property
-    def end_error(self) -> Exception | None:
-        """The error of the end, until the application has answered it."""
-        return self._end_error if isinstance(self._end_error, Exception) else None
+    block: TransactionBlock
+    send_on: Send
+    has_ended: bool = False
+    end_error: BaseException | None = None
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             is_error = message["status"] >= 400
             if is_error:
-                self._end_error = None
+                self.end_error = None
             try:
                 await self.end_transaction(rollback_only=is_error)
             except BaseException as error:
                 # Keep a cancellation too: an application that swallows it must not
                 # report success.
-                self._end_error = error
-        if self._end_error is not None:
-            raise self._end_error
-        await self._send(message)
+                self.end_error = error
+        if self.end_error is not None:
+            raise self.end_error
+        await self.send_on(message)
 
     async def end_transaction(
         self, error: BaseException | None = None, *, rollback_only: bool = False
@@ -120,9 +122,9 @@ class _TransactionalSend:
         Raises:
             Exception: Any error of the end of a `transaction()` block.
         """
-        if self._has_ended:
+        if self.has_ended:
             return
-        self._has_ended = True
+        self.has_ended = True
         if rollback_only:
-            self._block.set_rollback_only()
-        await self._block.__aexit__(type(error) if error else None, error, None)
+            self.block.set_rollback_only()
+        await self.block.__aexit__(type(error) if error else None, error, None)
