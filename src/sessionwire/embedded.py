@@ -103,9 +103,11 @@ class EmbeddedServer:
         Raises:
             NotInitializedError: The server is not started.
         """
-        host = {"host": self.socket_directory}
         return DatabaseURL.create(
-            "postgresql+asyncpg", username="postgres", database="postgres", query=host
+            "postgresql+asyncpg",
+            username="postgres",
+            database="postgres",
+            query={"host": self.socket_directory},
         )
 
     @property

@@ -84,11 +84,11 @@ def inject(function: F) -> F:
         return function
     # dependency-injector looks for its markers there.
     function.__signature__ = signature  # type: ignore[attr-defined]
-    injected: Any
-    if inspect.isasyncgenfunction(function):
-        injected = _inject_async_generator(function)
-    else:
-        injected = wiring.inject(_with_wiring_hint(function))
+    injected: Any = (
+        _inject_async_generator(function)
+        if inspect.isasyncgenfunction(function)
+        else wiring.inject(_with_wiring_hint(function))
+    )
     injected.__signature__ = signature.replace(parameters=visible)
     return cast(F, injected)
 
@@ -100,10 +100,8 @@ def _with_wiring_hint(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         except TypeError as error:
-            is_of_this_call = (
-                error.__traceback__ is not None and error.__traceback__.tb_next is None
-            )
-            if is_of_this_call:
+            # Only an error of this very call has no frame below this one.
+            if error.__traceback__ and error.__traceback__.tb_next is None:
                 error.add_note(
                     "Nothing was injected: call container.wire(modules=[…]) with the module of "
                     "this function, once the function is there."
@@ -127,11 +125,10 @@ def _inject_async_generator(function: Callable[..., AsyncGenerator[Any, Any]]) -
     marker is closed before the generator begins.
     """
 
+    @wiring.inject
     @functools.wraps(function)
-    async def arguments(**given: Any) -> dict[str, Any]:
+    async def with_injected(**given: Any) -> dict[str, Any]:
         return given
-
-    with_injected = wiring.inject(arguments)
 
     @functools.wraps(function)
     async def injected(*args: Any, **given: Any) -> AsyncGenerator[Any]:
