@@ -29,6 +29,7 @@ from sessionwire import (
     NotInitializedError,
 )
 
+from . import asgi_requests
 from .conftest import notes
 from .services import Container, Notebook, Notes, create_tables
 
@@ -647,31 +648,9 @@ async def served(app: Any) -> AsyncIterator[Callable[[str], Any]]:
             raise failure(answer["message"])
 
     async def get(path: str) -> Any:
-        sent: list[dict[str, Any]] = []
-
-        async def receive() -> dict[str, Any]:
-            return {"type": "http.request", "body": b"", "more_body": False}
-
-        async def send(message: dict[str, Any]) -> None:
-            sent.append(message)
-
-        address = {
-            "path": path,
-            "raw_path": path.encode(),
-            "root_path": "",
-            "query_string": b"",
-            "scheme": "http",
-        }
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": "GET",
-            "headers": [],
-        }
-        await app({**scope, **address}, receive, send)
-        assert sent[0]["status"] == 200
-        return json.loads(b"".join(message.get("body", b"") for message in sent))
+        status, body = await asgi_requests.get(app, path)
+        assert status == 200
+        return json.loads(body)
 
     life = asyncio.create_task(
         app({"type": "lifespan", "asgi": {"version": "3.0"}}, to_app.get, from_app.put)

@@ -9,12 +9,13 @@ import sys
 from collections.abc import Awaitable, Callable
 from statistics import median
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Annotated
 
 from dependency_injector import containers, providers, wiring
 from fastapi import Depends, FastAPI
 
 from sessionwire import fastapi
+from tests.asgi_requests import get
 
 ROUNDS, CALLS = 15, 400
 
@@ -75,30 +76,8 @@ FORMS = {
 
 
 async def call(path: str) -> bytes:
-    received: list[bytes] = []
-
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(message: Any) -> None:
-        received.append(message.get("body", b""))
-
-    address = {
-        "path": path,
-        "raw_path": path.encode(),
-        "root_path": "",
-        "query_string": b"",
-        "scheme": "http",
-    }
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "GET",
-        "headers": [],
-    }
-    await app({**scope, **address}, receive, send)
-    return b"".join(received)
+    _, body = await get(app, path)
+    return body
 
 
 async def seconds(work: Callable[[], Awaitable[bytes]]) -> float:
