@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
+from collections.abc import Awaitable, Callable
+from functools import partial, wraps
 from types import TracebackType
 from typing import Any
 
@@ -44,6 +45,18 @@ class Interruptible:
         if error is None or (is_ours and isinstance(error, asyncio.CancelledError)):
             raise SandboxError(f"in a task that nobody awaits: {self.reason}") from self.reason
         error.add_note(f"a task that nobody awaits has raised: {self.reason}")
+
+
+def interruptible(function: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Make the body of an async function an `Interruptible` block."""
+
+    @wraps(function)
+    async def call(*args: Any, **options: Any) -> Any:
+        __tracebackhide__ = True
+        with Interruptible():
+            return await function(*args, **options)
+
+    return call
 
 
 def interrupt_if_unretrieved(error: SandboxError) -> None:

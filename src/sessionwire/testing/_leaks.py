@@ -18,6 +18,7 @@ from sessionwire.manager import DatabaseSessionManager
 from ._borrowers import BORROWER, Borrower, borrower_of
 from ._call_sites import UNKNOWN_CALL_SITE, call_site, describe_task
 
+CANCELLATION_TIMEOUT = 5.0  # seconds for a cancelled task to end
 TASK_GRACE = 0.5  # seconds for tasks that are about to end
 ANYIO_FIXTURE_RUNNER = "TestRunner._call_in_runner_task"
 
@@ -38,6 +39,12 @@ class LeakDetector:
         """Record the connections of this pool too."""
         event.listen(pool, "checkout", self._on_checkout)
         event.listen(pool, "checkin", self._on_checkin)
+
+    async def end_leftovers(self) -> list[str]:
+        """Cancel the tasks and abort the blocks that are left, and report them."""
+        caller = asyncio.current_task()
+        tasks = await self.cancel_leftover_tasks(caller, set(), CANCELLATION_TIMEOUT)
+        return tasks + self.abort_leftover_blocks()
 
     async def cancel_leftover_tasks(
         self, caller: Task | None, uncancellable: set[Task], timeout: float

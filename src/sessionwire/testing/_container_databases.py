@@ -1,0 +1,100 @@
+"""The databases of a container under test: their templates, copies and overrides."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Generator, Iterable
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from functools import partial
+from typing import Any
+
+from dependency_injector import containers
+
+from sessionwire._database.runtime import database_of
+from sessionwire.containers import DatabaseContainer
+from sessionwire.lifespan import database_containers
+from sessionwire.manager import DatabaseSessionManager
+from sessionwire.settings import DatabaseSettings
+
+from .overriding import overriding, providers_by_name
+from .templates import DatabaseCopy, DatabaseTemplate, Seed
+
+
+def build_container(container: Any) -> containers.Container:
+    """Return the container itself, or the one that a class or function makes."""
+    return container if isinstance(container, containers.Container) else container()
+
+
+@asynccontextmanager
+async def open_templates(
+    container: containers.Container, server: DatabaseSettings, seed: Seed | None, *, run: str
+) -> AsyncGenerator[list[DatabaseTemplate]]:
+    """Open a template for each database of a container, in the order of their names.
+
+    Args:
+        container: The container.
+        server: The settings of a database beside which the templates are made.
+        seed: What fills them; None: it is `create_all()`.
+        run: The name of a test run, whose processes share the templates.
+    """
+    async with AsyncExitStack() as stack:
+        yield [
+            await stack.enter_async_context(
+                DatabaseTemplate(server, partial(_seed, database, seed), key=f"{run} {name}")
+            )
+            for name, database in _databases_by_settings_name(container).items()
+        ]
+
+
+@asynccontextmanager
+async def open_copies(
+    templates: Iterable[DatabaseTemplate],
+) -> AsyncGenerator[list[DatabaseCopy]]:
+    """Open a copy of each template."""
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(template.copy()) for template in templates]
+
+
+@contextmanager
+def override_databases(
+    container: containers.Container, settings: Iterable[DatabaseSettings]
+) -> Generator[containers.Container]:
+    """Put each database of a container, in the order of their names, on another one."""
+    own = dict(zip(_databases_by_settings_name(container), settings, strict=True))
+    overrides: dict[str, object] = {**own}
+    with ExitStack() as stack:
+        for name, manager in managers_by_settings_name(container).items():
+            # keep the manager itself: modules may have taken it when they were imported
+            stack.enter_context(database_of(manager).override_settings(own[name]))
+            overrides[f"{name.removesuffix('settings')}sessionmanager"] = manager
+        yield stack.enter_context(overriding(container, **overrides))
+
+
+def managers_by_settings_name(
+    container: containers.Container,
+) -> dict[str, DatabaseSessionManager]:
+    """Return the managers of a container, except for those that have no settings yet."""
+    managers: dict[str, DatabaseSessionManager] = {}
+    for name, database in _databases_by_settings_name(container).items():
+        try:
+            managers[name] = database.sessionmanager()
+        except Exception:  # without settings of its own, it cannot have been built before
+            continue
+    return managers
+
+
+def _databases_by_settings_name(container: containers.Container) -> dict[str, DatabaseContainer]:
+    """Return the databases of a container, sorted by the names of their settings."""
+    names = {provider: name for name, provider in providers_by_name(container).items()}
+    found = {names[database.settings]: database for database in database_containers(container)}
+    return dict(sorted(found.items()))
+
+
+async def _seed(
+    database: DatabaseContainer, seed: Seed | None, manager: DatabaseSessionManager
+) -> None:
+    manager.metadata = database.metadata()
+    if seed is not None:
+        await seed(manager)
+        return
+    async with manager.connect() as connection:
+        await manager.create_all(connection)
