@@ -95,8 +95,9 @@ class Lifespan(Generic[C]):
         first = error
         _active_lifespans.discard(self)
         known = self._started + self._already_started
-        resources = _in_dependency_order(self.container)
-        started_later = [resource for resource in resources if resource not in known]
+        started_later = [
+            resource for resource in _in_dependency_order(self.container) if resource not in known
+        ]
         for resource in reversed(self._started + started_later):
             try:
                 if resource.initialized:

@@ -33,7 +33,8 @@ async def open_templates(
     Args:
         container: The container.
         server: The settings of a database beside which the templates are made.
-        seed: What fills them; None: it is `create_all()`.
+        seed: An async function that makes their tables and rows; by default
+            `create_all()`.
         run: The name of a test run, whose processes share the templates.
     """
     async with AsyncExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Event loops of tests: which tests have one, whose it is, and blocks between tests."""
+"""Event loops: the one that a test runs in, and one for the work between tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @contextmanager
 def run_block(runner: asyncio.Runner, block: AbstractAsyncContextManager[T]) -> Generator[T]:
-    """Enter and leave an async block in the runner's event loop, from code outside it."""
+    """Enter and leave an async block in the runner's event loop, from synchronous code."""
     stack = AsyncExitStack()
     try:
         yield runner.run(stack.enter_async_context(block))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def uses_sandbox(config: pytest.Config) -> bool:
+    """Return whether async tests run in a sandbox, and not on databases of their own."""
     return option(config, "isolation") == "sandbox"
 
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 
 def add_options(parser: pytest.Parser) -> None:
+    """Declare the options of the plugin."""
     group = parser.getgroup("sessionwire", "databases for tests")
     for name, default, description in (
         ("url", "embedded", "URL beside whose database the test databases are made, or 'embedded'"),
