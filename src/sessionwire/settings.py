@@ -20,8 +20,8 @@ from pydantic_core import InitErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import URL
 
-from ._config.report import ConfigurationErrorMeta
-from ._config.sections import models_in
+from ._config.keys import models_in
+from ._config.report import ConfigurationErrorMeta, build
 from ._config.sources import (
     ARGUMENT,
     Source,
@@ -56,20 +56,16 @@ class _Model(_Frozen, BaseModel, metaclass=ConfigurationErrorMeta):
         try:
             return handler(values)
         except ValidationError as error:
-            problems = error.errors(include_url=False)
-        raise ValidationError.from_exception_data(
-            cls.__name__,
-            [
+            problems = [
                 InitErrorDetails(
                     type=problem["type"],
                     loc=problem["loc"],
                     input="***",
                     ctx=problem.get("ctx", {}),
                 )
-                for problem in problems
-            ],
-            hide_input=True,
-        )
+                for problem in error.errors()
+            ]
+        raise ValidationError.from_exception_data(cls.__name__, problems, hide_input=True)
 
 
 class PoolSettings(_Model):
@@ -154,8 +150,7 @@ class DatabaseSettings(_Model):
             ConfigurationError: A value is wrong, missing or unknown.
         """
         source = raw_source(raw)
-        loaded: Self = cls.validated(source.values, source)
-        return loaded
+        return build(cls, source.values, source)
 
 
 class Settings(_Frozen, BaseSettings, metaclass=ConfigurationErrorMeta):
@@ -200,9 +195,7 @@ class Settings(_Frozen, BaseSettings, metaclass=ConfigurationErrorMeta):
             sources.append(secrets_source(cls, secrets_dir))
         if path:
             sources.append(yaml_source(path))
-        values = merge(*(source.values for source in sources))
-        loaded: Self = cls.validated(values, *sources)
-        return loaded
+        return build(cls, merge(*(source.values for source in sources)), *sources)
 
 
 def as_settings(given: object) -> DatabaseSettings:
@@ -218,10 +211,10 @@ def as_settings(given: object) -> DatabaseSettings:
         return DatabaseSettings.load(cast("Mapping[str, Any]", given))
     if isinstance(given, BaseModel):
         fields = type(given).model_fields.items()
-        sections = [
+        databases = (
             name for name, field in fields if DatabaseSettings in models_in(field.annotation)
-        ]
-        section = sections[0] if sections else "database"
+        )
+        section = next(databases, "database")
         raise ConfigurationError(
             f"settings: these are all of {type(given).__name__}; give the section of the database: "
             f"settings.{section}, or of a provider settings.provided.{section}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -11,15 +12,15 @@ from pydantic_settings import BaseSettings
 
 from sessionwire.errors import ConfigurationError
 
-from .sections import Key, fields_at, unknown_keys
+from .keys import Key, did_you_mean, fields_at, unknown_keys, variable_name
 from .sources import ARGUMENT, ENVIRONMENT, Source, environment_source
-from .suggestions import did_you_mean
-from .variable_names import check_variables, similar_variable, variable_name
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
 else:
     ModelMetaclass = type(BaseModel)
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class ConfigurationErrorMeta(ModelMetaclass):
@@ -36,38 +37,37 @@ class ConfigurationErrorMeta(ModelMetaclass):
             if args:
                 return super().__call__(*args, **values)
             further = [environment_source(cls)] if issubclass(cls, BaseSettings) else []
-            return cls.validated(values, Source(ARGUMENT, values), *further)
-
-    def validated(cls, values: Mapping[str, Any], *sources: Source) -> Any:
-        """Build the model.
-
-        Args:
-            values: The values of all sources, merged.
-            sources: Where they came from, for the errors.
-
-        Raises:
-            ConfigurationError: A value is wrong, missing, or unknown.
-        """
-        problems: list[ErrorDetails] = []
-        if issubclass(cls, BaseSettings):
-            check_variables(cls)
-            problems = _find_unknown(cls, sources)
-        try:
-            model = super().__call__(**{str(key): value for key, value in values.items()})
-            if not problems:
-                return model
-        except ValidationError as error:
-            invalid = error.errors(include_url=False, include_input=False, include_context=False)
-            problems = invalid + problems
-        raise ConfigurationError(
-            "\n".join(_format_problem(cls, problem, sources) for problem in problems)
-        )
+            return build(cls, values, Source(ARGUMENT, values), *further)
 
 
-def _find_unknown(model: type[BaseModel], sources: Sequence[Source]) -> list[ErrorDetails]:
-    """Find keys that pydantic ignores, because their section does not forbid them."""
-    keys = dict.fromkeys(key for source in sources for key in unknown_keys(model, source.values))
-    return [ErrorDetails(type="extra_forbidden", loc=key, msg="", input=None) for key in keys]
+def build(model: type[ModelT], values: Mapping[str, Any], *sources: Source) -> ModelT:
+    """Build a model of settings.
+
+    Args:
+        model: The class of the settings.
+        values: The values of all sources, merged.
+        sources: Where they came from, for the errors.
+
+    Raises:
+        ConfigurationError: A value is wrong, missing, or unknown.
+    """
+    problems: list[ErrorDetails] = []
+    if issubclass(model, BaseSettings):
+        # pydantic ignores them, if their section does not forbid them.
+        unknown = (key for source in sources for key in unknown_keys(model, source.values))
+        problems = [
+            ErrorDetails(type="extra_forbidden", loc=key, msg="", input=None)
+            for key in dict.fromkeys(unknown)
+        ]
+    try:
+        built: ModelT = type.__call__(model, **{str(key): item for key, item in values.items()})
+        if not problems:
+            return built
+    except ValidationError as error:
+        problems = error.errors(include_input=False) + problems
+    raise ConfigurationError(
+        "\n".join(_format_problem(model, problem, sources) for problem in problems)
+    )
 
 
 def _format_problem(model: type[Any], problem: ErrorDetails, sources: Sequence[Source]) -> str:
@@ -85,22 +85,26 @@ def _format_problem(model: type[Any], problem: ErrorDetails, sources: Sequence[S
             message += f"; {did_you_mean(str(key[-1]), fields) or choice}"
     elif kind == "model_type":
         message = f"this is a section, with keys below it: {', '.join(fields)}"
-    source = next((source.name for source in sources if source.provides(key)), "")
+    source = next((source.name for source in sources if _contains(source.values, key)), "")
     if source == ENVIRONMENT:
         source = f"environment variable {variable_name(model, key)}"
     place = f" ({source})" if source else ""
     return f"{'.'.join(map(str, key))}{place}: {message.removeprefix('Value error, ')}"
 
 
+def _contains(values: object, key: Key) -> bool:
+    """Return whether the value at `key`, or its whole section, is in `values`."""
+    if not key or not isinstance(values, Mapping):
+        return True
+    items = cast("Mapping[object, object]", values).items()
+    return any(str(name) == str(key[0]) and _contains(item, key[1:]) for name, item in items)
+
+
 def _ways_to_set(model: type[Any], key: Key, sources: Sequence[Source]) -> str:
-    ways = [
-        "as an argument" if source.name == ARGUMENT else f"in {source.name}"
-        for source in sources
-        if source.name != ENVIRONMENT
-    ]
-    if not issubclass(model, BaseSettings):
-        return ", or ".join(ways)
     variable = variable_name(model, key)
-    similar = similar_variable(variable)
-    hint = f"; {similar} is set, but its underscores are not those" if similar else ""
-    return ", or ".join([*ways, f"as environment variable {variable}"]) + hint
+    letters = variable.replace("_", "")
+    similar = [name for name in os.environ if name.upper().replace("_", "") == letters]
+    hint = f"; {similar[0]} is set, but its underscores are not those" if similar else ""
+    ways = {ARGUMENT: "as an argument", ENVIRONMENT: f"as environment variable {variable}{hint}"}
+    environment_last = sorted(sources, key=lambda source: source.name == ENVIRONMENT)
+    return ", or ".join(ways.get(source.name, f"in {source.name}") for source in environment_last)

@@ -18,7 +18,7 @@ from pydantic_settings import (
 
 from sessionwire.errors import ConfigurationError
 
-from .variable_names import check_underscores, variable_name
+from .keys import check_sections, check_underscores, variable_name
 from .yaml_files import TOO_DEEP, read_yaml
 
 # The names of the sources that are no files.
@@ -31,35 +31,21 @@ class Source(NamedTuple):
     name: str
     values: Mapping[str, Any]
 
-    def provides(self, key: tuple[str | int, ...]) -> bool:
-        """Return whether the value at `key`, or its whole section, came from here."""
-        value: object = self.values
-        for part in key:
-            if not isinstance(value, Mapping):
-                return True
-            items = cast("Mapping[object, object]", value).items()
-            value = {str(name): item for name, item in items}
-            if str(part) not in value:
-                return False
-            value = value[str(part)]
-        return True
 
-
-def raw_source(raw: Mapping[str, Any] | None) -> Source:
+def raw_source(raw: object) -> Source:
     """Read the raw values of a `Configuration` provider, where None means not set.
 
     Raises:
         ConfigurationError: They are no mapping, or contain themselves.
     """
-    try:
-        values = _without_none(raw or {})
-    except RecursionError:
-        raise ConfigurationError(f"{CONFIG}: {TOO_DEEP}") from None
-    if not isinstance(values, dict):
+    if raw and not isinstance(raw, Mapping):
         raise ConfigurationError(
             f"{CONFIG}: expected a mapping with keys such as url and pool, got {type(raw).__name__}"
         )
-    return Source(CONFIG, cast("dict[str, Any]", values))
+    try:
+        return Source(CONFIG, _without_none(raw or {}))
+    except RecursionError:
+        raise ConfigurationError(f"{CONFIG}: {TOO_DEEP}") from None
 
 
 def _without_none(value: Any) -> Any:
@@ -73,9 +59,13 @@ def environment_source(settings: type[BaseSettings]) -> Source:
     """Read the environment variables of `settings`.
 
     Raises:
-        ConfigurationError: The variable of a whole section is not JSON.
+        ConfigurationError: The variable of a whole section is not JSON, or a name is
+            nearly that of a key.
     """
-    return Source(ENVIRONMENT, _Environment(settings)())
+    values = _Environment(settings)()
+    check_underscores(settings, os.environ, "environment variable ")
+    check_sections(settings, os.environ)
+    return Source(ENVIRONMENT, values)
 
 
 class _Environment(EnvSettingsSource):

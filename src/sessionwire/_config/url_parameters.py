@@ -11,7 +11,7 @@ from sqlalchemy import URL
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.util import asbool
 
-from .suggestions import did_you_mean
+from .keys import did_you_mean
 
 SECRET_QUERY_KEYS = ("password", "passwd", "sslpassword")
 

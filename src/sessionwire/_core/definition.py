@@ -8,7 +8,7 @@ from datetime import timedelta
 from enum import Enum, auto
 from typing import Any, TypedDict
 
-from sessionwire._config.suggestions import did_you_mean
+from sessionwire._config.keys import did_you_mean
 from sessionwire._database.options import ConnectionOptions
 
 

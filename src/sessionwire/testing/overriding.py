@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 from dependency_injector import containers, providers
 
-from sessionwire._config.suggestions import did_you_mean
+from sessionwire._config.keys import did_you_mean
 from sessionwire.errors import ConfigurationError
 
 C = TypeVar("C", bound=containers.Container | type[containers.Container])
