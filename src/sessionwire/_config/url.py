@@ -13,7 +13,6 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from .url_parameters import (
     SECRET_QUERY_KEYS,
     check_asyncpg_query,
-    check_separators,
     check_sqlite_query,
     hosts_and_ports,
 )
@@ -42,17 +41,11 @@ class DatabaseURL(URL):
     """A `sqlalchemy.URL` that shows no password, not even one in its query."""
 
     def render_as_string(self, hide_password: bool = True) -> str:
-        secrets: list[str] = []
-        if hide_password:
-            secrets = [key for key in self.query if key.lower() in SECRET_QUERY_KEYS]
+        secrets = [key for key in self.query if hide_password and key.lower() in SECRET_QUERY_KEYS]
         masked = self.update_query_dict(dict.fromkeys(secrets, "***"))
         return URL.render_as_string(masked, hide_password)
 
-    def __str__(self) -> str:
-        return self.render_as_string()
-
-    def __repr__(self) -> str:
-        return self.render_as_string()
+    __str__ = URL.__repr__  # In SQLAlchemy 2.0, `str()` of a URL shows its password.
 
 
 class MaskedURL(str):
@@ -86,10 +79,9 @@ def parse_url(value: object) -> DatabaseURL:
     # pydantic's `AnyUrl`, `PostgresDsn` and the like
     if hasattr(value, "unicode_string"):
         value = str(value)
-    if isinstance(value, str) and re.match("embedded:(?!//)", value):
-        value = URL.create("embedded", database=value.removeprefix("embedded:"))
     if isinstance(value, str):
-        value = _check_text(value)
+        embedded = re.fullmatch("embedded:(?!//)(.*)", value, re.DOTALL)
+        value = URL.create("embedded", database=embedded[1]) if embedded else _check_text(value)
     try:
         url = make_url(value)  # type: ignore[arg-type]  # it checks the type itself
     except (ArgumentError, ValueError):
@@ -132,8 +124,12 @@ def _check_text(text: str) -> str:
         or (found["password"] is not None and "@" in query)
     ):
         raise ValueError(NOT_ENCODED)
-    if question_mark:
-        check_separators(query)
+    if question_mark and not all(
+        re.fullmatch(r"\w+=.+", part, re.DOTALL) for part in query.split("&")
+    ):
+        raise ValueError(
+            "after its ? a URL has name=value, joined by &; an & in a value is written as %26"
+        )
     hosts, slash, database = address.partition("/")
     if "," not in hosts:
         return text
@@ -142,19 +138,15 @@ def _check_text(text: str) -> str:
         f"host={host}" if re.search(r":\d+$", host) else f"host={host}:5432"
         for host in hosts.split(",")
     ]
-    if query:
-        parameters.append(query)
-    return f"{found[0]}{slash}{database}?{'&'.join(parameters)}"
+    return f"{found[0]}{slash}{database}?{'&'.join(filter(None, [*parameters, query]))}"
 
 
 def _check_password(url: URL, *, is_checked: bool) -> None:
     secrets = [url.password, *(url.query.get(key) for key in SECRET_QUERY_KEYS)]
     if any(secret and not str(secret).strip("*") for secret in secrets):
         raise ValueError(HIDDEN)
-    if is_checked:
-        return
     database = url.database if url.password and url.host else ""
-    if "@" in f"{url.host or ''}{database}":
+    if not is_checked and "@" in f"{url.host or ''}{database}":
         raise ValueError(NOT_ENCODED)
 
 

@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args, get_origin
 
+from pydantic import AllowInfNan, NonNegativeInt, PositiveFloat, TypeAdapter, ValidationError
 from sqlalchemy import URL
 from sqlalchemy.exc import ArgumentError
-from sqlalchemy.util import asbool
 
 from .keys import did_you_mean
 
 SECRET_QUERY_KEYS = ("password", "passwd", "sslpassword")
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds < math.inf:
-        raise ValueError
-    return seconds
-
-
-def _count(text: str) -> int:
-    count = int(text)
-    if count < 0:
-        raise ValueError
-    return count
-
-
-EXPECTED: dict[Callable[[Any], object], str] = {
-    int: "a whole number",
-    _count: "a whole number, at least 0",
-    _seconds: "a number of seconds, above 0",
-    asbool: "true or false",
-}
-
 # Parameters of libpq to which asyncpg gives the meaning of libpq in a DSN.
 LIBPQ_KEYS = (
     "sslmode",
@@ -48,40 +23,43 @@ LIBPQ_KEYS = (
     "application_name",
     "options",
 )
-SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
-# Arguments of asyncpg, and of SQLAlchemy's dialect for it.
-ASYNCPG_TEXTS = (
-    "host",
-    "port",
-    "user",
-    "password",
-    "database",
-    "passfile",
-    "service",
-    "servicefile",
-    "krbsrvname",
-)
-ASYNCPG_CHOICES = {
-    "sslmode": SSL_MODES,
-    "ssl": SSL_MODES,
-    "target_session_attrs": (
-        "any",
-        "primary",
-        "standby",
-        "read-write",
-        "read-only",
-        "prefer-standby",
-    ),
-    "gsslib": ("gssapi", "sspi"),
+
+SslMode = Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"]
+Seconds = Annotated[PositiveFloat, AllowInfNan(False)]
+# The types that a URL writes as text, and how an error names them.
+EXPECTED: dict[Any, str] = {
+    int: "a whole number",
+    NonNegativeInt: "a whole number, at least 0",
+    Seconds: "a number of seconds, above 0",
+    bool: "true or false",
 }
-ASYNCPG_TYPED: dict[str, Callable[[Any], object]] = {
-    "prepared_statement_cache_size": _count,
-    "statement_cache_size": _count,
-    "max_cached_statement_lifetime": _count,
-    "max_cacheable_statement_size": _count,
-    "command_timeout": _seconds,
-    "direct_tls": asbool,
+
+# The types of libpq's parameters, and of arguments of asyncpg and SQLAlchemy's dialect for it.
+ASYNCPG: dict[str, Any] = {
+    **dict.fromkeys(LIBPQ_KEYS, str),
+    "host": str,
+    "port": str,
+    "user": str,
+    "password": str,
+    "database": str,
+    "passfile": str,
+    "service": str,
+    "servicefile": str,
+    "krbsrvname": str,
+    "sslmode": SslMode,
+    "ssl": SslMode,
+    "target_session_attrs": Literal[
+        "any", "primary", "standby", "read-write", "read-only", "prefer-standby"
+    ],
+    "gsslib": Literal["gssapi", "sspi"],
+    "prepared_statement_cache_size": NonNegativeInt,
+    "statement_cache_size": NonNegativeInt,
+    "max_cached_statement_lifetime": NonNegativeInt,
+    "max_cacheable_statement_size": NonNegativeInt,
+    "command_timeout": Seconds,
+    "direct_tls": bool,
 }
+REPEATABLE = ("host", "port")
 # Arguments that cannot be URL parameters, and what to do instead.
 ASYNCPG_ELSEWHERE = {
     "timeout": "set connect_timeout beside url",
@@ -99,13 +77,12 @@ ASYNCPG_ELSEWHERE = {
         "its value is a Python object, which a URL can't hold",
     ),
 }
-SQLITE_TYPED: dict[str, Callable[[Any], object]] = {
-    "uri": asbool,
-    "detect_types": int,
-    "cached_statements": int,
+SQLITE_URI: dict[str, Any] = {
+    **dict.fromkeys(("immutable", "nolock", "psow", "vfs", "modeof"), str),
+    "mode": Literal["ro", "rw", "rwc", "memory"],
+    "cache": Literal["shared", "private"],
 }
-SQLITE_URI_KEYS = ("mode", "cache", "immutable", "nolock", "psow", "vfs", "modeof")
-SQLITE_CHOICES = {"mode": ("ro", "rw", "rwc", "memory"), "cache": ("shared", "private")}
+SQLITE = {**SQLITE_URI, "uri": bool, "detect_types": int, "cached_statements": int}
 SQLITE_ELSEWHERE = {
     "timeout": "set pool.timeout beside url",
     **dict.fromkeys(
@@ -121,8 +98,6 @@ def check_asyncpg_query(url: URL) -> None:
     Raises:
         ValueError: A parameter is unknown or wrong; the message has the remedy.
     """
-    known = (*LIBPQ_KEYS, *ASYNCPG_TEXTS, *ASYNCPG_CHOICES, *ASYNCPG_TYPED)
-    _check_query(url, known, ASYNCPG_CHOICES, ASYNCPG_ELSEWHERE, repeatable=("host", "port"))
     typed_arguments(url)
     try:
         hosts_and_ports(url)
@@ -143,11 +118,10 @@ def check_sqlite_query(url: URL) -> None:
         raise ValueError(
             "an SQLite file comes after three slashes: sqlite:///shop.db, or sqlite:////srv/shop.db"
         )
-    known = (*SQLITE_TYPED, *SQLITE_URI_KEYS)
-    _check_query(url, known, SQLITE_CHOICES, SQLITE_ELSEWHERE)
-    is_uri = _convert(url, SQLITE_TYPED).get("uri") and (url.database or "").startswith("file:")
+    typed = _typed_values(url, SQLITE, SQLITE_ELSEWHERE)
+    is_uri = typed.get("uri") and (url.database or "").startswith("file:")
     for key, value in url.query.items():
-        if key in SQLITE_URI_KEYS and not is_uri and (key, value) != ("mode", "memory"):
+        if key in SQLITE_URI and not is_uri and (key, value) != ("mode", "memory"):
             raise ValueError(
                 f"{key} is a parameter of SQLite's URIs: write "
                 f"sqlite:///file:shop.db?{key}=…&uri=true"
@@ -158,40 +132,24 @@ def typed_arguments(url: URL) -> dict[str, object]:
     """Convert the parameters that asyncpg does not take as text.
 
     Raises:
-        ValueError: A value has the wrong type.
+        ValueError: A parameter is unknown or wrong; the message has the remedy.
     """
-    return _convert(url, ASYNCPG_TYPED)
+    return _typed_values(url, ASYNCPG, ASYNCPG_ELSEWHERE)
 
 
 def hosts_and_ports(url: URL) -> list[tuple[str, int | None]]:
     """Return the addresses that the driver connects to, as the URL names them."""
-    dialect = cast("Any", url.get_dialect())()
-    arguments: dict[str, Any] = dialect.create_connect_args(url)[1]
-    hosts, ports = arguments.get("host", ""), arguments.get("port")
-    if isinstance(hosts, list):
-        return list(zip(cast("list[str]", hosts), cast("list[int | None]", ports), strict=True))
-    return [(hosts, ports)]
+    arguments: Any = url.get_dialect()().create_connect_args(url)[1]
+    hosts: str | list[str] = arguments.get("host", "")
+    ports: Any = arguments.get("port")
+    return [(hosts, ports)] if isinstance(hosts, str) else list(zip(hosts, ports, strict=True))
 
 
-def check_separators(query: str) -> None:
-    """Reject a query that is not of the form name=value&name=value.
-
-    Raises:
-        ValueError: A part of it has no value.
-    """
-    if not all(re.fullmatch(r"\w+=.+", part, re.DOTALL) for part in query.split("&")):
-        raise ValueError(
-            "after its ? a URL has name=value, joined by &; an & in a value is written as %26"
-        )
-
-
-def _check_query(
-    url: URL,
-    known: Iterable[str],
-    choices: Mapping[str, tuple[str, ...]],
-    elsewhere: Mapping[str, str],
-    repeatable: Iterable[str] = (),
-) -> None:
+def _typed_values(
+    url: URL, known: Mapping[str, Any], elsewhere: Mapping[str, str]
+) -> dict[str, object]:
+    """Check all parameters, and convert those that are no texts."""
+    typed: dict[str, object] = {}
     for key, value in url.query.items():
         if key in elsewhere:
             raise ValueError(f"{key} can't be a URL parameter: {elsewhere[key]}")
@@ -201,18 +159,14 @@ def _check_query(
                 raise ValueError("unknown URL parameter; an & in a password is written as %26")
             hint = did_you_mean(key, known)
             raise ValueError(f"unknown URL parameter {key!r}{f'; {hint}' if hint else ''}")
-        if not isinstance(value, str) and key not in repeatable:
+        if not isinstance(value, str) and key not in REPEATABLE:
             raise ValueError(f"{key} is there more than once in the URL; write it once")
-        if key in choices and value not in choices[key]:
-            raise ValueError(f"unknown {key}; choose one of {', '.join(choices[key])}")
-
-
-def _convert(url: URL, types: Mapping[str, Callable[[Any], object]]) -> dict[str, object]:
-    converted: dict[str, object] = {}
-    for key, convert in types.items():
-        if key in url.query:
+        expected = known[key]
+        if get_origin(expected) is Literal and value not in get_args(expected):
+            raise ValueError(f"unknown {key}; choose one of {', '.join(get_args(expected))}")
+        if expected in EXPECTED:
             try:
-                converted[key] = convert(url.query[key])
-            except ValueError:
-                raise ValueError(f"{key} must be {EXPECTED[convert]}") from None
-    return converted
+                typed[key] = TypeAdapter(expected).validate_python(value)
+            except ValidationError:
+                raise ValueError(f"{key} must be {EXPECTED[expected]}") from None
+    return typed
