@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -78,29 +79,25 @@ class _Loader(yaml.SafeLoader):
         start = f"\ue000{len(self._variables) - 1}"
         return start.ljust(len(variable[0]) - 1, "\ue001") + "\ue002"
 
-    def _expand(self, placeholder: re.Match[str]) -> str:
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        scalar = cast(Any, self).peek_event()
+        expand = partial(self._expand, scalar.start_mark)
+        scalar.value = PLACEHOLDER.sub(expand, scalar.value)
+        return super().compose_scalar_node(anchor)
+
+    def _expand(self, mark: Any, placeholder: re.Match[str]) -> str:
         name, separator, default = self._variables[int(placeholder[1])].groups()
         if name not in os.environ and not separator:
             problem = (
                 f"environment variable {name} is not set; set it, or write a default, "
                 f"as ${{{name}:default}}"
             )
-            mark = cast(Any, self._event().start_mark)
             raise _RejectedError(problem=problem, problem_mark=mark)
         return os.environ.get(name, default)
 
-    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
-        self._event().value = PLACEHOLDER.sub(self._expand, self._event().value)
-        return super().compose_scalar_node(anchor)
-
-    def _event(self) -> yaml.ScalarEvent:
-        return cast(Any, self).peek_event()  # type: ignore[no-any-return]
-
-    def get_single_node(self) -> yaml.Node | None:
-        node = super().get_single_node()
-        if node is not None:
-            _count_nodes(node)
-        return node
+    def construct_document(self, node: yaml.Node) -> Any:
+        _count_nodes(node)
+        return cast(Any, super()).construct_document(node)
 
 
 def _count_nodes(node: yaml.Node, depth: int = 0) -> int:
