@@ -29,9 +29,9 @@ from ._config.sources import (
     merge,
     raw_source,
     secrets_source,
-    yaml_source,
 )
 from ._config.url import mask_url, parse_url
+from ._config.yaml_files import read_yaml
 from .errors import ConfigurationError
 
 
@@ -194,7 +194,7 @@ class Settings(_Frozen, BaseSettings, metaclass=ConfigurationErrorMeta):
         if secrets_dir:
             sources.append(secrets_source(cls, secrets_dir))
         if path:
-            sources.append(yaml_source(path))
+            sources.append(Source(str(path), read_yaml(Path(path))))
         return build(cls, merge(*(source.values for source in sources)), *sources)
 
 

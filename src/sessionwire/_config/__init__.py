@@ -1,1 +1,1 @@
-"""Where settings come from, and how their errors are reported."""
+"""Read the sources of settings, explain wrong settings, and understand URLs."""

@@ -19,7 +19,7 @@ from pydantic_settings import (
 from sessionwire.errors import ConfigurationError
 
 from .keys import check_sections, check_underscores, variable_name
-from .yaml_files import TOO_DEEP, read_yaml
+from .yaml_files import TOO_DEEP
 
 # The names of the sources that are no files.
 ARGUMENT, ENVIRONMENT, CONFIG = "argument", "environment", "config"
@@ -99,15 +99,6 @@ def secrets_source(settings: type[BaseSettings], directory: str | Path) -> Sourc
         ) from None
     check_underscores(settings, os.listdir(directory), f"{Path(directory)}{os.sep}")
     return Source(f"secrets in {directory}", values)
-
-
-def yaml_source(path: str | Path) -> Source:
-    """Read a YAML file.
-
-    Raises:
-        ConfigurationError: It cannot be read, or is no mapping.
-    """
-    return Source(str(path), read_yaml(Path(path)))
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
