@@ -45,8 +45,6 @@ class DatabaseURL(URL):
         masked = self.update_query_dict(dict.fromkeys(secrets, "***"))
         return URL.render_as_string(masked, hide_password)
 
-    __str__ = URL.__repr__  # In SQLAlchemy 2.0, `str()` of a URL shows its password.
-
 
 class MaskedURL(str):
     """The text of a URL without passwords; `parse_url()` returns the whole URL."""
