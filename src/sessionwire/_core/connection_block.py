@@ -14,6 +14,7 @@ from sessionwire._database.completion import close_or_invalidate, finish_commit,
 from sessionwire._database.failed_statements import failure_log
 from sessionwire._database.options import ConnectionOptions
 from sessionwire._database.runtime import Database, running_loop
+from sessionwire._database.sql_text import is_dml
 from sessionwire._error_reports import (
     closed_while_open_error,
     explain_pending_rollback,
@@ -23,7 +24,6 @@ from sessionwire.errors import NotInitializedError
 
 from .context import current_scope, require_no_enclosing_writer
 from .generators import early_end_error
-from .guarded_session import is_dml
 
 
 class _ConnectionUnit:

@@ -8,7 +8,6 @@ too.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sessionwire._database.driver_errors import sqlstate
 from sessionwire._database.failed_statements import failure_log
 from sessionwire._database.options import CONNECTION_OPTIONS
+from sessionwire._database.sql_text import TRANSACTION_CONTROL, is_dml
 from sessionwire._error_reports import explain_pending_rollback, unexpected_rollback
 from sessionwire.errors import UnexpectedRollbackError
 
@@ -36,12 +36,6 @@ if TYPE_CHECKING:
 NO_TRANSACTION = "25P01"  # SQLSTATE no_active_sql_transaction
 READ_ONLY = ("25006", "SQLITE_READONLY")
 DISCARDING = ("close", "reset", "invalidate")
-TRANSACTION_CONTROL = re.compile(
-    r"(?>\s|;|--[^\n]*|/\*.*?\*/)*+(BEGIN|START|COMMIT|END|ABORT|PREPARE\s+TRANSACTION"
-    r"|ROLLBACK(?!\s+((WORK|TRANSACTION)\s+)?TO\b))\b",
-    re.IGNORECASE | re.DOTALL,
-)
-DML_VERBS = ("INSERT", "UPDATE", "DELETE", "MERGE", "REPLACE", "TRUNCATE", "COPY")
 
 
 def _as_operation(
@@ -191,10 +185,6 @@ def _refuse_transaction_control(scope: Scope, statement: Executable) -> None:
         return
     if control := TRANSACTION_CONTROL.match(statement.text):
         raise managed_transaction_error(f"text('{control[1].upper()}')")
-
-
-def is_dml(sql: str) -> bool:
-    return sql.lstrip().upper().startswith(DML_VERBS)
 
 
 def _is_write(statement: Executable) -> bool:

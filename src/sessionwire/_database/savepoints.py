@@ -18,11 +18,11 @@ from sessionwire.errors import UnexpectedRollbackError
 
 from .driver_errors import IN_FAILED_TRANSACTION, sqlstate
 from .failed_statements import failure_log
+from .sql_text import is_dml
 from .sqlite_connections import interrupt_for
 
 STOP_TIMEOUT = 0.3  # seconds for a cancelled statement to be stopped
 SAVEPOINT_STATEMENTS = ("SAVEPOINT ", "ROLLBACK TO ", "RELEASE ")
-SQLITE_DML_VERBS = ("INSERT", "UPDATE", "DELETE", "REPLACE")
 
 
 def install_cancellation_listener(engine: Engine) -> None:
@@ -88,7 +88,7 @@ async def _stop_on_sqlite(driver: Any, context: ExceptionContext) -> bool:
 
     Return whether the transaction still exists.
     """
-    is_write = (context.statement or "").lstrip().upper().startswith(SQLITE_DML_VERBS)
+    is_write = is_dml(context.statement or "")
     cursor: Any = getattr(getattr(context.execution_context, "cursor", None), "_cursor", None) or (
         _cursor_of(context.original_exception)
     )

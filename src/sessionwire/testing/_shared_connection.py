@@ -10,8 +10,8 @@ from typing import Any, cast
 from sqlalchemy import Connection, Pool, PoolProxiedConnection, event
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from sessionwire._core.guarded_session import TRANSACTION_CONTROL, is_dml
 from sessionwire._database.begin_hooks import WITHOUT_HOOKS, BeginHooks
+from sessionwire._database.sql_text import TRANSACTION_CONTROL, is_dml
 from sessionwire._database.sqlite import foreign_keys_switch
 from sessionwire._database.sqlite_connections import interrupt_for
 from sessionwire.errors import SandboxError
