@@ -7,12 +7,12 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Collection, Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol, Self, cast
 
-from sqlalchemy import Connection, Engine, make_url, text
+from sqlalchemy import Connection, make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sessionwire._config.url import whereabouts
@@ -61,9 +61,10 @@ class Database:
     def __init__(self, settings: DatabaseSettings | None) -> None:
         self.begin_hooks = BeginHooks()
         self.is_open = False  # the database has answered
-        self._constructor_settings = self._settings = settings
-        self._engines: DatabaseEngines | None = None
-        self._make_engines: Callable[[DatabaseSettings], DatabaseEngines] = partial(
+        # None until they are given; the properties below raise then.
+        self.constructor_settings = self.given_settings = settings
+        self.current_engines: DatabaseEngines | None = None
+        self.make_engines: Callable[[DatabaseSettings], DatabaseEngines] = partial(
             DatabaseEngines, begin_hooks=self.begin_hooks
         )
         self._is_closing = False
@@ -85,20 +86,20 @@ class Database:
 
         Raises `NotInitializedError` if there are none.
         """
-        if self._settings is None:
+        if self.given_settings is None:
             raise NotInitializedError(NOT_INITIALIZED_HINT)
-        return self._settings
+        return self.given_settings
 
     @property
     def is_initialized(self) -> bool:
-        return self._engines is not None
+        return self.current_engines is not None
 
     @property
     def engines(self) -> DatabaseEngines:
         """Raises `NotInitializedError`."""
-        if self._engines is None:
+        if self.current_engines is None:
             raise NotInitializedError(NOT_INITIALIZED_HINT)
-        return self._engines
+        return self.current_engines
 
     @property
     def engine(self) -> AsyncEngine:
@@ -112,7 +113,7 @@ class Database:
         """The engine, even before the database is initialized: for code that asks for
         the dialect.
         """
-        return (self._engines or DatabaseEngines(self.settings)).primary
+        return (self.current_engines or DatabaseEngines(self.settings)).primary
 
     @property
     def is_sqlite(self) -> bool:
@@ -132,7 +133,11 @@ class Database:
     @property
     def cleanup_tasks(self) -> frozenset[asyncio.Future[Any]]:
         """The background tasks that close aborted connections."""
-        return frozenset() if self._engines is None else frozenset(self._engines.cleanup_tasks)
+        return (
+            frozenset()
+            if self.current_engines is None
+            else frozenset(self.current_engines.cleanup_tasks)
+        )
 
     # Opening and closing
 
@@ -143,13 +148,13 @@ class Database:
         """
         if self._is_abandoned:
             self._abandon()
-            self._engines = None
-        if self._engines is not None:
+            self.current_engines = None
+        if self.current_engines is not None:
             raise AlreadyInitializedError(
                 "close() it first, or make another manager for another database"
             )
-        self._settings = settings
-        self._engines = self._make_engines(settings)
+        self.given_settings = settings
+        self.current_engines = self.make_engines(settings)
 
     async def open(self) -> None:
         """Check that the database answers. Leaves nothing open if it does not.
@@ -158,15 +163,15 @@ class Database:
             ConnectionFailedError: It did not answer within `connect_timeout`.
             NotInitializedError: There are no settings.
         """
-        if self._engines is None and self._settings is None:
+        if self.current_engines is None and self.given_settings is None:
             raise NotInitializedError("give it settings, or call init(url) before open()")
         self.check_loop()
         async with self._lifecycle_lock:
             if self.is_open:
                 return
-            created_here = self._engines is None
+            created_here = self.current_engines is None
             if created_here:
-                self.init(self._constructor_settings or self.settings)
+                self.init(self.constructor_settings or self.settings)
             engines = self.engines
             try:
                 await self._check_connection(engines)
@@ -186,7 +191,7 @@ class Database:
         self.check_loop()
         engines = self.engines
         async with self._lifecycle_lock:
-            if engines is not self._engines:
+            if engines is not self.current_engines:
                 return  # another task has closed it meanwhile
             self._is_closing = True
             try:
@@ -241,7 +246,7 @@ class Database:
                 await run_shielded(engines.dispose(), timeout)
         finally:
             if reset:
-                self._engines = None
+                self.current_engines = None
                 self.is_open = self._is_closing = False
                 self._open_units = set()
             if not self._open_units:
@@ -312,12 +317,12 @@ class Database:
 
     def _abandon(self) -> None:
         """Drop what belongs to that loop or process, without a word to the server."""
-        if self._engines is not None:
-            self._engines.abandon(is_forked=self._process != os.getpid())
+        if self.current_engines is not None:
+            self.current_engines.abandon(is_forked=self._process != os.getpid())
         for unit in self._open_units:
             unit.abort()
         if self._is_closing:  # and will not get further
-            self._engines = None
+            self.current_engines = None
         self._open_units = set()
         self.is_open = self._is_closing = False
         self._unit_released = self._loop = None
@@ -340,43 +345,6 @@ class Database:
                 "application in another event loop."
             )
         return error
-
-    # For tests
-
-    def uses_engine(self, engine: Engine) -> bool:
-        """Tell whether `engine` belongs to this database; for listeners to SQLAlchemy's events."""
-        return self._engines is not None and self._engines.includes(engine)
-
-    @contextmanager
-    def override_settings(self, settings: DatabaseSettings) -> Generator[None]:
-        """Open with these settings instead of its own."""
-        own = self._constructor_settings, self._settings
-        self._constructor_settings = self._settings = settings
-        try:
-            yield
-        finally:
-            self._constructor_settings, self._settings = own
-
-    @contextmanager
-    def substitute_engines(
-        self, factory: Callable[[DatabaseEngines], DatabaseEngines]
-    ) -> Generator[None]:
-        """Use `factory(engines)` instead of its engines, also after a `close()` and an `init()`."""
-        real, make_real, settings = self.engines, self._make_engines, self._settings
-
-        def recreate(settings: DatabaseSettings) -> DatabaseEngines:
-            nonlocal real
-            if real.is_closed:
-                real = make_real(settings)
-            return factory(real)
-
-        self._make_engines, self._engines = recreate, factory(real)
-        try:
-            yield
-        finally:
-            self._make_engines = make_real
-            if not real.is_closed:
-                self._engines, self._settings, self.is_open = real, settings, True
 
 
 _ownership_lock = threading.Lock()  # two threads may take a database for their loops at once

@@ -15,6 +15,7 @@ from sessionwire.lifespan import database_containers
 from sessionwire.manager import DatabaseSessionManager
 from sessionwire.settings import DatabaseSettings
 
+from ._substitution import override_settings
 from .overriding import overriding, providers_by_name
 from .templates import DatabaseCopy, DatabaseTemplate, Seed
 
@@ -65,7 +66,7 @@ def override_databases(
     with ExitStack() as stack:
         for name, manager in managers_by_settings_name(container).items():
             # keep the manager itself: modules may have taken it when they were imported
-            stack.enter_context(database_of(manager).override_settings(own[name]))
+            stack.enter_context(override_settings(database_of(manager), own[name]))
             overrides[f"{name.removesuffix('settings')}sessionmanager"] = manager
         yield stack.enter_context(overriding(container, **overrides))
 

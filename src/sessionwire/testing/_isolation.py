@@ -14,6 +14,7 @@ from sessionwire.lifespan import Lifespan, managers_of
 
 from ._leaks import LeakDetector, WatchedEngines
 from ._plugin_options import option
+from ._substitution import substitute_engines
 from .sandbox import sandbox
 
 if TYPE_CHECKING:
@@ -65,6 +66,6 @@ async def _start_on_own_databases(
         with ExitStack() as stack:
             for manager in managers:
                 stack.enter_context(
-                    database_of(manager).substitute_engines(partial(WatchedEngines, detector))
+                    substitute_engines(database_of(manager), partial(WatchedEngines, detector))
                 )
             yield detector

@@ -29,6 +29,7 @@ from ._interruptible import Interruptible
 from ._leaks import TASK_GRACE, LeakDetector
 from ._sandbox_engines import SandboxEngines
 from ._shared_connection import SharedConnection
+from ._substitution import substitute_engines
 
 D = TypeVar("D", bound=DatabaseSessionManager | containers.Container)
 
@@ -108,8 +109,8 @@ async def _sandbox(
         )
         detector = LeakDetector(manager)
         error: BaseException | None = None
-        with database.substitute_engines(
-            lambda real: SandboxEngines(database, real, shared, detector)
+        with substitute_engines(
+            database, lambda real: SandboxEngines(database, real, shared, detector)
         ):
             try:
                 with Interruptible():

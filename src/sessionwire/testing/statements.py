@@ -61,8 +61,9 @@ def count_statements(
     sent: list[SentStatement] = []
 
     def record(connection: Connection, _cursor: Any, sql: str, *_: Any) -> None:
+        engine = connection.engine
         if not sql.startswith(UNCOUNTED) and any(
-            database.uses_engine(connection.engine) for database in databases
+            database.is_initialized and database.engines.includes(engine) for database in databases
         ):
             sent.append(SentStatement(sql, call_site()))
 
