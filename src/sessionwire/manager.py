@@ -1,6 +1,4 @@
-"""`DatabaseSessionManager`: opens one database, hands out sessions and transactions,
-and closes cleanly.
-"""
+"""`DatabaseSessionManager`: one database, its sessions and its transactions."""
 
 from __future__ import annotations
 
@@ -56,9 +54,7 @@ class DatabaseSessionManager:
         self.transaction = TransactionManager(self)
 
     def __copy__(self) -> Self:
-        """Return the manager itself: a second one on the same database would not find
-        the open scopes of the first.
-        """
+        """Return the manager itself: a copy would not find its open scopes."""
         return self
 
     def __deepcopy__(self, memo: object) -> Self:
@@ -131,19 +127,17 @@ class DatabaseSessionManager:
 
     @property
     def is_open(self) -> bool:
-        """Whether `open()` has found that the database answers, and `close()` was not
-        called since.
-        """
+        """Whether `open()` has succeeded, and `close()` was not called since."""
         return self._database.is_open
 
     # Use
 
     def session(self) -> AbstractAsyncContextManager[AsyncSession]:
-        """Open a new `AsyncSession`, which is the current one inside the block. It
-        commits nothing by itself.
+        """Open a new `AsyncSession`, which is the current one inside the block.
 
-        It is rolled back and closed at the block's end. Changes that were neither
-        committed nor rolled back raise an `UncommittedChangesWarning`.
+        It commits nothing by itself, and is rolled back and closed at the block's end.
+        Changes that were neither committed nor rolled back raise an
+        `UncommittedChangesWarning`.
 
         Example:
             ```python
@@ -155,9 +149,9 @@ class DatabaseSessionManager:
         return SessionBlock(self._database)
 
     def connect(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """Open an `AsyncConnection` in a transaction, which commits if the block ends
-        well, and otherwise rolls back.
+        """Open an `AsyncConnection` in a transaction.
 
+        The transaction commits if the block ends well, and otherwise rolls back.
         Leaving the block raises `UnexpectedRollbackError` if a statement had failed and
         its error was caught, and `CommitOutcomeUnknownError`.
         """

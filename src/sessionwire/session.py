@@ -55,8 +55,9 @@ class CurrentSession(AsyncSession):
 
     @property  # type: ignore[misc]  # where AsyncSession has an attribute
     def bind(self) -> AsyncEngine | AsyncConnection | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The engine of the scope's session; outside of a block the manager's, for code
-        that asks for its dialect.
+        """The engine of the scope's session.
+
+        Outside of a block, it is the manager's, for code that asks for the dialect.
         """
         if current_scope(self._database) is None:
             return self._database.engine_for_reference

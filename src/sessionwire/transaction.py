@@ -141,11 +141,10 @@ class TransactionManager:
             )
 
     def on_rollback(self, function: Hook) -> None:
-        """Call `function` after the outermost transaction has ended, if it or the
-        enclosing savepoint rolled back.
+        """Call `function` after a rollback, once the outermost transaction has ended.
 
-        Never called without a transaction, nor in `session()`, whose rollback is the
-        caller's own.
+        A rollback of the enclosing savepoint counts too. Never called without a
+        transaction, nor in `session()`, whose rollback is the caller's own.
 
         Args:
             function: A function without arguments, sync or async.
@@ -170,8 +169,7 @@ class TransactionManager:
         return scope.transaction
 
     def on_begin(self, function: BeginHook) -> BeginHook:
-        """Call `function` at the begin of every transaction of this manager, from now
-        on.
+        """Call `function` at the begin of every later transaction of this manager.
 
         Use it for settings that every transaction needs, such as `SET LOCAL` for
         row-level security. While a hook is set, no statement is sent without it: reads
@@ -206,8 +204,7 @@ class TransactionManager:
         propagation: Propagation = Propagation.REQUIRED,
         **options: Unpack[TransactionOptions],
     ) -> R:
-        """Run a coroutine function in a block, and again after errors that are certain
-        to have done nothing.
+        """Run a coroutine function in a block, and again after retryable errors.
 
         `is_retryable()` says which these are, such as a serialization failure, a
         deadlock, or a connection that was lost before the commit was sent. Each retry

@@ -74,8 +74,9 @@ def require_scope(database: Database) -> Scope:
 
 
 def require_no_enclosing_writer(database: Database) -> None:
-    """Check that no enclosing transaction holds SQLite's write lock: waiting for it
-    would never end.
+    """Check that no enclosing transaction holds SQLite's write lock.
+
+    Waiting for it would never end.
 
     Raises:
         IncompatibleTransactionError: One holds it.

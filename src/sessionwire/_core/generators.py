@@ -1,7 +1,7 @@
-"""Async generators share their context with the code that iterates over them: which is
-running, and how it was left.
+"""Find the async generator that runs a block, and tell how it was left.
 
-A block that is open in one is found by that code between two items. Fixtures and
+Async generators share their context with the code that iterates over them. A block that
+is open in one is found by that code between two items. Fixtures and
 `@asynccontextmanager` rely on it.
 """
 
@@ -24,8 +24,7 @@ AFTER_YIELD = 1  # in the low bits of RESUME's argument: what the code is resume
 
 
 def iterated_generator() -> FrameType | None:
-    """Find the frame of the innermost async generator around the running code which an
-    `async for` iterates over.
+    """Find the frame of the innermost async generator that an `async for` steps.
 
     One that something else steps, as `@asynccontextmanager` and fixtures do, opens its
     blocks for the code inside.
@@ -43,17 +42,13 @@ def iterated_generator() -> FrameType | None:
 
 
 def _iterates(frame: FrameType) -> bool:
-    """Tell whether the frame, which waits for something, waits for the next item of an
-    `async for`.
-    """
+    """Tell whether a waiting frame waits for the next item of an `async for`."""
     before = frame.f_code.co_code[: frame.f_lasti : 2]  # the operations, without their arguments
     return before.rfind(bytes((GET_ANEXT,))) > before.rfind(bytes((GET_AWAITABLE,)))
 
 
 def is_at_yield(frame: FrameType) -> bool:
-    """Tell whether the generator has yielded, so that the code that iterates over it
-    runs, and not its own.
-    """
+    """Tell whether the generator has yielded to the code that iterates over it."""
     code, position = frame.f_code.co_code, frame.f_lasti
     if code[position] != RESUME:  # up to Python 3.12 it is the next one
         position += 2
@@ -95,11 +90,10 @@ def early_end_error(
 
 
 def _is_told_otherwise(error: UnexpectedRollbackError) -> bool:
-    """Tell whether the generator is closed because of an error or a cancellation, which
-    goes on to the caller.
+    """Tell whether an error or a cancellation closes the generator, and goes on.
 
-    The error gets a note then. It is known where `aclosing()` closes the generator;
-    elsewhere Python hides it.
+    The error gets a note then. It is known if `aclosing()` closes the generator;
+    otherwise Python hides it.
     """
     task = asyncio.current_task()
     if task is not None and task.cancelling():

@@ -1,8 +1,7 @@
-"""SQLAlchemy's session with the rules of its scope: one operation at a time, and only
-its block commits.
+"""SQLAlchemy's session with the rules of its scope.
 
-All use of a session passes through here: lazy loads, `awaitable_attrs` and `run_sync()`
-too.
+It runs one operation at a time, and only its block commits. All use of a session passes
+through here: lazy loads, `awaitable_attrs` and `run_sync()` too.
 """
 
 from __future__ import annotations
@@ -113,9 +112,7 @@ def _as_execution(name: str) -> Callable[..., Any]:
 
 
 def _as_transaction_control(name: str) -> Callable[..., Any]:
-    """Wrap a method that begins or ends transactions; it is refused if a block manages
-    the transaction.
-    """
+    """Wrap a transaction method: it is refused if a block manages the transaction."""
     call, rollback = _as_operation(name), _as_operation("rollback")
 
     @functools.wraps(call)
@@ -192,10 +189,9 @@ def _is_write(statement: Executable) -> bool:
 
 
 class ReadingSession(GuardedSession):
-    """The session of a generator's scope, for the loop that iterates over the
-    generator: it may not write there.
+    """The session of a generator's scope, for the loop over the generator.
 
-    It shares the state of the session itself.
+    It may not write there. It shares the state of the session itself.
     """
 
     if not TYPE_CHECKING:  # the signatures are those of Session
@@ -218,8 +214,7 @@ class ReadingSession(GuardedSession):
 
 
 def _take_write_lock(session: GuardedSession) -> None:
-    """Wait for SQLite's write lock before the first statement of a transaction, if that
-    one writes.
+    """Wait for SQLite's write lock if a transaction's first statement writes.
 
     Later nothing can wait for the lock, because the data that was read may be out of
     date.
@@ -242,7 +237,7 @@ def _take_write_lock(session: GuardedSession) -> None:
 
 
 def _add_hints(scope: Scope, error: Exception) -> None:
-    """Add a note if the caller itself holds what it waited for, or needs another kind of block."""
+    """Add a note if the caller waits for itself, or needs another kind of block."""
     others = enclosing_scopes(scope.database) - {scope}
     held = sum(other.session.in_transaction() for other in others)
     if isinstance(error, PoolTimeoutError) and held:

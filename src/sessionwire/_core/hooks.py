@@ -12,8 +12,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def to_call(function: F, taken_by: str, *arguments: object) -> F:
-    """Check that the function can be called later with so many arguments, and return
-    it.
+    """Return the function if it can be called later with so many arguments.
 
     Raises:
         TypeError: It can't be called so. A coroutine that was passed instead of a

@@ -1,4 +1,4 @@
-"""Errors of attributes that are not loaded: which attribute was accessed, and how to load it."""
+"""Errors of attributes that are not loaded: they name the attribute and the remedy."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def _access() -> FrameType | None:
 
 
 def _note_of_detached(error: DetachedInstanceError, *arguments: Any, **options: Any) -> None:
-    """Says what to write instead where it is made, since SQLAlchemy, which raises it,
-    has no session to tell.
+    """Note the remedy when the error is made.
+
+    SQLAlchemy raises this error, and has no session then.
     """
     super(DetachedInstanceError, error).__init__(*arguments, **options)
     if frame := _access():

@@ -1,4 +1,4 @@
-"""Run a function in a transaction, and again after errors that are certain to have done nothing."""
+"""Run a function in a transaction, and again after errors that changed nothing."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ async def run_with_retries(
     attempts: int,
     function: Callable[[], Awaitable[R]],
 ) -> R:
-    """Run the function in a block, up to `attempts` times; once if a scope is open,
-    whose outer block retries.
+    """Run the function in a block, up to `attempts` times.
+
+    If a scope is open, run it once: the outer block retries.
     """
     if current_scope(database) is not None:
         attempts = 1

@@ -1,4 +1,4 @@
-"""One session: opened by a block, used by one operation at a time, closed by the same block."""
+"""One session: a block opens and closes it, one operation at a time uses it."""
 
 from __future__ import annotations
 
@@ -160,9 +160,7 @@ class Scope:
 
     @property
     def is_iterated_here(self) -> bool:
-        """Whether the running code iterates, in a transaction of its own, over the
-        generator that opened this scope.
-        """
+        """Whether running code in another transaction steps this scope's generator."""
         others = enclosing_scopes(self.database) - {self}
         return (
             self.generator is not None
@@ -190,10 +188,9 @@ class Scope:
         return False
 
     def ends_elsewhere(self, error: BaseException | None) -> bool:
-        """Tell whether a block ends in a loop or process that may not touch its
-        session.
+        """Tell whether a block ends in a foreign event loop or process.
 
-        In another event loop the scope stays open.
+        Neither may touch its session. In another event loop the scope stays open.
 
         Args:
             error: The error of the block.
@@ -296,9 +293,7 @@ class Scope:
         return len(self.failure_log.errors) if self.failure_log else 0
 
     def failure_since(self, count: int) -> BaseException | None:
-        """Return the first failure after so many, or the failed flush, which has rolled
-        back already.
-        """
+        """Return the first failure after so many, or the flush that has rolled back."""
         if self.failure_log and len(self.failure_log.errors) > count:
             return self.failure_log.errors[count]
         return None if self.session.is_active else self.last_operation_error
@@ -338,8 +333,9 @@ class Scope:
             await self.session.flush()
 
     async def commit(self) -> None:
-        """Send the COMMIT and wait for its answer, even if cancelled. The caller has
-        flushed before.
+        """Send the COMMIT and wait for its answer, even if cancelled.
+
+        The caller has flushed before.
 
         Raises:
             UnexpectedRollbackError: A failure had made the transaction roll back.
@@ -389,9 +385,7 @@ class Scope:
         await finish_rollback(work, self.database.settings.rollback_timeout, error)
 
     def end_savepoints(self, *, inside: Transaction) -> None:
-        """End the savepoints that are open inside a transaction, so that it is the
-        innermost again.
-        """
+        """End the open savepoints of a transaction: it is the innermost again."""
         while self.transaction is not None and self.transaction is not inside:
             self.transaction.has_ended = True
             self.transaction = self.transaction.parent

@@ -33,8 +33,9 @@ class CommitHooks:
         self._waiting.append((hook, savepoint))
 
     def finish(self, scope: Scope) -> None:
-        """Drop the waiting hooks, and call the due ones; within an operation, leave
-        that to its end.
+        """Drop the waiting hooks, and call the due ones.
+
+        Within an operation, its end calls them.
         """
         self._waiting.clear()
         if scope.due_hooks and not scope.is_operating:

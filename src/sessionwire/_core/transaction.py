@@ -10,9 +10,7 @@ Hook = Callable[[], object]
 
 
 class Transaction:
-    """What rolls back as one: a transaction, or a savepoint, which is a transaction
-    with a parent.
-    """
+    """What rolls back as one: a transaction, or a savepoint, which has a parent."""
 
     def __init__(
         self, block: object, parent: Transaction | None = None, failure_mark: int = 0
@@ -39,8 +37,9 @@ class Transaction:
             self.rollback_cause = self.rollback_cause or cause
 
     def set_rollback_only(self, block: object) -> None:
-        """Handle a request of `block`: silently if it is the outer block, otherwise as
-        an unexpected rollback.
+        """Handle the request of a block.
+
+        From the outer block it is silent, otherwise an unexpected rollback.
         """
         if block is self.block:
             self.rollback_only = True
@@ -60,9 +59,7 @@ class Transaction:
         self._hooks.append((hook, self, on_rollback))
 
     def take_due_hooks(self) -> list[Hook]:
-        """Return the hooks to run now, in the order in which they were added, and
-        forget all of them.
-        """
+        """Return the hooks to run now, in the order added, and forget all hooks."""
         due = [
             hook
             for hook, added_in, on_rollback in self._hooks

@@ -199,9 +199,7 @@ class TransactionBlock(Block):
     # End
 
     def set_rollback_only(self) -> None:
-        """Do what `TransactionManager.set_rollback_only()` does, for this block even if
-        another is innermost.
-        """
+        """Make this block's transaction roll back, even if another is innermost."""
         if self._transaction is not None:
             self._transaction.set_rollback_only(self._frame)
 
@@ -238,9 +236,7 @@ class TransactionBlock(Block):
             raise failure
 
     def _loses_work(self) -> bool:
-        """Tell whether a rollback would undo work of this block without any other error
-        that says so.
-        """
+        """Tell whether only a new error would report that this block's work is lost."""
         scope = self._scope
         if self._action is _Action.AUTOCOMMIT:
             return self._opened_scope and scope.has_pending_changes

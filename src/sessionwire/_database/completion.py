@@ -84,7 +84,7 @@ async def finish_rollback(
 
 
 async def close_or_invalidate(connection: AsyncConnection) -> None:
-    """Close the connection, which rolls back what was not committed; if that fails, discard it."""
+    """Close the connection, which rolls back; if that fails, discard it."""
     try:
         await connection.close()
     except BaseException:

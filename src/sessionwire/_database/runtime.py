@@ -1,6 +1,4 @@
-"""One database at runtime: its settings, its engines, the event loop that owns it, and
-all that is open on it.
-"""
+"""One database at runtime: its settings, engines, event loop and open units."""
 
 from __future__ import annotations
 
@@ -36,9 +34,7 @@ NOT_INITIALIZED_HINT = (
 
 
 class Unit(Protocol):
-    """What uses a connection of the database until it is released: a scope, or a block
-    of `connect()`.
-    """
+    """The user of a connection until its release: a scope, or a `connect()` block."""
 
     task: asyncio.Task[Any] | None
 
@@ -73,9 +69,7 @@ class Database:
         self._unit_released: asyncio.Event | None = None
 
     def __deepcopy__(self, memo: object) -> Self:
-        """Return the database itself: containers copy the arguments of their providers,
-        such as sessions.
-        """
+        """Return the database itself: containers copy the arguments of providers."""
         return self
 
     # State
@@ -110,9 +104,7 @@ class Database:
 
     @property
     def engine_for_reference(self) -> AsyncEngine:
-        """The engine, even before the database is initialized: for code that asks for
-        the dialect.
-        """
+        """The engine, even before `init()`: for code that asks for the dialect."""
         return (self.current_engines or DatabaseEngines(self.settings)).primary
 
     @property
@@ -121,9 +113,7 @@ class Database:
 
     @property
     def wraps_reads_in_transactions(self) -> bool:
-        """Whether reads need a transaction: for the hooks of its begin, or because a
-        pooler is in front.
-        """
+        """Whether reads need a transaction: for `on_begin` hooks or a pooler."""
         return bool(self.begin_hooks) or not self.settings.read_only_connections
 
     @property
@@ -181,8 +171,7 @@ class Database:
                     await self._dispose(engines, reset=created_here)
 
     async def close(self, *, enclosing: Collection[Unit]) -> None:
-        """Refuse new units, wait for the open ones, abort the rest, and dispose the
-        engines.
+        """Refuse new units, wait for open ones, abort the rest, dispose the engines.
 
         Args:
             enclosing: The units that enclose this call. They cannot end before it, so
@@ -292,8 +281,7 @@ class Database:
     # Ownership
 
     def check_loop(self) -> None:
-        """Let the first event loop that uses the database own it, and another one after
-        that is closed.
+        """Let the running event loop own the database if no open loop owns it.
 
         Raises:
             OwnershipError: Another loop or process owns it.
@@ -310,8 +298,9 @@ class Database:
 
     @property
     def _is_abandoned(self) -> bool:
-        """Whether its loop is closed, or this process was forked since: nobody can use
-        or close what is open.
+        """Whether its loop is closed, or this process was forked since.
+
+        Nobody can use or close the open units then.
         """
         return self._loop is not None and (self._loop.is_closed() or self._process != os.getpid())
 
@@ -358,7 +347,5 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 def database_of(manager: object) -> Database:
-    """Return the database behind a `DatabaseSessionManager`, which shows only what
-    users may call.
-    """
+    """Return the internal database of a `DatabaseSessionManager`."""
     return cast(Database, vars(manager)["_database"])
