@@ -359,7 +359,8 @@ class Scope:
         try:
             await finish_commit(work, self.database.settings.commit_timeout, read_only=read_only)
         except PendingRollbackError as error:
-            raise unexpected_rollback(self.last_operation_error or error) from None
+            cause = self.last_operation_error or error
+            raise unexpected_rollback(cause) from cause
         self.has_uncommitted_writes = False
 
     async def roll_back(self, error: BaseException | None) -> None:
