@@ -18,7 +18,7 @@ from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
 from sessionwire.embedded import EmbeddedServer
 from sessionwire.testing._servers import disable_durability, temporary_directory
 
-from .tables import Note
+from .models import Note
 
 DATABASE = "tests"
 CONNECTED_TO = "FROM pg_stat_activity WHERE datname = "

@@ -44,11 +44,11 @@ from sessionwire import (
 )
 from sessionwire.asgi import ASGIScope, Message, Receive, Send, TransactionMiddleware
 
+from .cancellation import each_cancellation
 from .conftest import checked_out, notes
-from .services import Notebook, Notes
-from .stepping import each_cancellation
-from .tables import Note
-from .web import served
+from .http_server import served
+from .models import Note
+from .sample_app import Notebook, Notes
 
 
 @dataclass

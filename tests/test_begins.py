@@ -13,9 +13,9 @@ from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings, 
 
 from .cluster import cluster
 from .conftest import Postgres, checked_out, notes
+from .models import Note
 from .postgres import Network, OnPostgres, at_port
 from .proxy import Line
-from .tables import Note
 
 ONE = PoolSettings(
     size=1, max_overflow=0

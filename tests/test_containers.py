@@ -30,8 +30,8 @@ from sessionwire import (
 )
 
 from .conftest import notes
-from .services import Container, Notebook, Notes, create_tables, started
-from .tables import Note
+from .models import Note
+from .sample_app import Container, Notebook, Notes, create_tables, started
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from sessionwire import CurrentSession, DatabaseSessionManager, TransactionManager, sessionmanager
 from sessionwire._database.runtime import database_of
 
-from .services import Notebook, Notes
+from .sample_app import Notebook, Notes
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda it: copy.deepcopy([it])[0]])

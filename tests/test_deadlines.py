@@ -25,8 +25,8 @@ from sessionwire import (
 )
 
 from .conftest import Postgres, checked_out, notes
+from .models import Note
 from .postgres import Network, OnPostgres, running, through, until
-from .tables import Note
 
 SOON = 0.1
 LONG = {

@@ -32,8 +32,8 @@ from sessionwire import (
 )
 
 from .conftest import notes
-from .services import Notes, create_tables
-from .tables import Note
+from .models import Note
+from .sample_app import Notes, create_tables
 
 
 class Service:

@@ -18,8 +18,8 @@ from sessionwire import (
 )
 
 from .conftest import Postgres
+from .models import Note
 from .postgres import OnPostgres, kill
-from .tables import Note
 
 
 async def test_a_session_that_close_has_aborted(database_url: str) -> None:

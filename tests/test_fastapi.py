@@ -34,9 +34,9 @@ from sessionwire import DatabaseSettings, Lifespan
 from sessionwire.fastapi import Provide, inject
 
 from .conftest import notes
-from .services import Container as NotebookContainer
-from .services import Notebook, create_tables
-from .web import served
+from .http_server import served
+from .sample_app import Container as NotebookContainer
+from .sample_app import Notebook, create_tables
 
 if TYPE_CHECKING:
     from fractions import Fraction

@@ -27,8 +27,8 @@ from sessionwire import (
 from sessionwire._database.runtime import database_of
 
 from .conftest import assert_all_returned, checked_out, notes
+from .models import Note
 from .postgres import OnPostgres, until
-from .tables import Note
 
 Rows = AsyncGenerator[int, None]
 

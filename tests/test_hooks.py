@@ -28,8 +28,8 @@ from sessionwire import (
 from sessionwire._database.runtime import database_of
 
 from .conftest import Postgres, checked_out, notes
+from .models import Note
 from .postgres import OnPostgres, at_commit, kill, running, until
-from .tables import Note
 
 
 class Diary:

@@ -22,8 +22,8 @@ from sessionwire._database.runtime import database_of
 from sessionwire.testing import sandbox
 
 from .conftest import Postgres, checked_out, notes
+from .models import Note
 from .postgres import OnPostgres, kill, running, until
-from .tables import Note
 
 Execute = Callable[[Executable], Awaitable[object]]
 Way = Callable[[DatabaseSessionManager], AbstractAsyncContextManager[Execute]]

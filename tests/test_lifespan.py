@@ -31,7 +31,7 @@ from sessionwire import (
 
 from . import asgi_requests
 from .conftest import notes
-from .services import Container, Notebook, Notes, create_tables
+from .sample_app import Container, Notebook, Notes, create_tables
 
 
 @pytest.fixture

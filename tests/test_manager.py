@@ -27,7 +27,7 @@ from sessionwire import (
 )
 
 from .conftest import notes
-from .tables import Note
+from .models import Note
 
 
 async def use_session(manager: DatabaseSessionManager) -> None:

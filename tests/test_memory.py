@@ -26,8 +26,8 @@ from sessionwire._core.scope import Scope
 from sessionwire._core.transaction_block import TransactionBlock
 
 from .conftest import Postgres
+from .models import Note
 from .postgres import OnPostgres, kill
-from .tables import Note
 
 COUNTED = (
     Session,

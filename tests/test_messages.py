@@ -23,8 +23,8 @@ from sessionwire import (
 )
 from sessionwire.fastapi import Provide, inject
 
-from .services import Container, Notebook
-from .tables import Note
+from .models import Note
+from .sample_app import Container, Notebook
 
 
 def told(error: BaseException) -> str:

@@ -21,9 +21,9 @@ from sessionwire import (
 
 from .cluster import cluster
 from .conftest import Postgres, assert_all_returned, notes
+from .models import Note
 from .postgres import Network, OnPostgres, at_commit, through, until
 from .proxy import Line
-from .tables import Note
 
 
 class TestErrors(OnPostgres):

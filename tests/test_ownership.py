@@ -28,8 +28,8 @@ from sessionwire import (
 from sessionwire._core.session_block import SessionBlock
 
 from .conftest import DATABASE, Postgres, notes
+from .models import Note
 from .postgres import OnPostgres, until
-from .tables import Note
 from .test_manager import long_statement
 
 CHECKOUT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ BEGIN = """
 import asyncio, gc, os, signal, sys, time
 from sqlalchemy import select, text
 from sessionwire import *
-from tests.tables import Note
+from tests.models import Note
 
 manager = DatabaseSessionManager(sys.argv[1])
 kept = []

@@ -29,7 +29,7 @@ from sessionwire import (
 )
 
 from .conftest import Postgres, checked_out, notes
-from .tables import Note
+from .models import Note
 
 # What a block is, by its mode and by what is around it.
 MODES = """

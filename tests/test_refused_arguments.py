@@ -17,7 +17,7 @@ from sessionwire._database.runtime import database_of
 from sessionwire.asgi import TransactionMiddleware
 
 from .conftest import notes
-from .tables import Note
+from .models import Note
 
 TAKE_HOOKS = ("on_commit", "on_rollback", "on_begin")
 

@@ -27,8 +27,8 @@ from sessionwire import (
 )
 
 from .conftest import Postgres, checked_out, notes
+from .models import Note
 from .postgres import OnPostgres, at_commit, kill, running, until
-from .tables import Note
 
 Work = Callable[[AsyncSession], Awaitable[object]]
 

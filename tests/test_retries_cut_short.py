@@ -20,9 +20,9 @@ from sessionwire import (
 from sessionwire._core import retry
 from sessionwire._database.runtime import database_of
 
+from .cancellation import each_cancellation
 from .conftest import notes
-from .stepping import each_cancellation
-from .tables import Note
+from .models import Note
 
 
 def lost_connection() -> DBAPIError:

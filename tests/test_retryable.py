@@ -22,8 +22,8 @@ from sessionwire._database.driver_errors import is_retryable
 
 from . import cluster
 from .conftest import Postgres, notes
+from .models import Note
 from .postgres import Network, OnPostgres, at_port, kill, through
-from .tables import Note
 
 CONFLICT = text("DO $$ BEGIN RAISE EXCEPTION 'conflict' USING ERRCODE = '40001'; END $$")
 Work = Callable[[AsyncSession], Awaitable[object]]

@@ -20,10 +20,10 @@ from sessionwire import (
 from sessionwire._database import savepoints
 from sessionwire.testing import sandbox
 
+from .cancellation import each_cancellation
 from .conftest import Postgres, checked_out, notes
+from .models import Note
 from .postgres import Network, OnPostgres, kill, running, through, until
-from .stepping import each_cancellation
-from .tables import Note
 
 SOON = 0.5
 MARGIN = 1.0  # for a busy machine: half a second is meant

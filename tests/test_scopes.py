@@ -26,7 +26,7 @@ from sessionwire import (
 )
 
 from .conftest import checked_out, notes
-from .tables import Note
+from .models import Note
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from sessionwire import (
 )
 
 from .conftest import Postgres, notes
+from .models import Note
 from .postgres import OnPostgres, kill
-from .tables import Note
 
 Act = Callable[[DatabaseSessionManager, AsyncSession], Awaitable[object]]
 

@@ -12,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
 
 from .conftest import notes
-from .tables import Note
+from .models import Note
 
 
 @pytest.fixture

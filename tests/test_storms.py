@@ -20,9 +20,9 @@ from sqlalchemy.exc import DBAPIError
 from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
 
 from .conftest import Postgres, checked_out, notes
+from .models import Note
 from .postgres import Network, OnPostgres, at_port, kill, through, until
 from .proxy import Line, Proxy
-from .tables import Note
 
 
 class Slow(Proxy):

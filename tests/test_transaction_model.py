@@ -41,7 +41,7 @@ from sessionwire import (
 )
 
 from .conftest import checked_out
-from .tables import Note
+from .models import Note
 
 Error = type[BaseException] | None
 

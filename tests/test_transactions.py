@@ -27,7 +27,7 @@ from sessionwire import (
 from sessionwire.testing import sandbox
 
 from .conftest import notes
-from .tables import Note
+from .models import Note
 
 
 class Repository:

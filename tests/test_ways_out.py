@@ -26,10 +26,10 @@ from sessionwire import (
 )
 from sessionwire._database.runtime import database_of
 
+from .cancellation import ONCE, TWICE, TWICE_LATER, each_cancellation
 from .conftest import Postgres, checked_out, notes
+from .models import Note
 from .postgres import Network, OnPostgres, at_commit, kill, running, through, until
-from .stepping import ONCE, TWICE, TWICE_LATER, each_cancellation
-from .tables import Note
 
 
 async def in_a_transaction(manager: DatabaseSessionManager) -> None:

@@ -32,8 +32,8 @@ from sessionwire import (
 )
 
 from .conftest import notes
-from .services import Container, Notebook, Notes, create_tables
-from .tables import Note
+from .models import Note
+from .sample_app import Container, Notebook, Notes, create_tables
 
 Write = Callable[..., Coroutine[Any, Any, None]]
 
@@ -331,7 +331,7 @@ from typing import Annotated
 
 from dependency_injector.wiring import Provide, inject
 
-from tests.services import Container, Notebook
+from tests.sample_app import Container, Notebook
 
 NOTEBOOK: Notebook = Provide[Container.notebook]
 

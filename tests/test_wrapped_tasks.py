@@ -16,9 +16,9 @@ from sqlalchemy import delete, insert
 
 from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
 
+from .cancellation import each_cancellation
 from .conftest import assert_all_returned, notes
-from .stepping import each_cancellation
-from .tables import Note
+from .models import Note
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from sqlalchemy.orm import (
 )
 
 from sessionwire import DatabaseSessionManager, DatabaseSettings, ImplicitIOError, ScopeError
-from tests.tables import Note
+from tests.models import Note
 
 
 class Library(AsyncAttrs, DeclarativeBase):

@@ -13,7 +13,7 @@ from sqlalchemy import select
 from sessionwire import DatabaseSessionManager, SandboxError
 from sessionwire.testing import sandbox
 from tests.conftest import notes
-from tests.tables import Note
+from tests.models import Note
 
 from .test_plugin import Project, assert_passed
 

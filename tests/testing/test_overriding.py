@@ -13,7 +13,7 @@ from dependency_injector.wiring import Provide, inject
 
 from sessionwire import ConfigurationError, DatabaseSessionManager, DatabaseSettings, Lifespan
 from sessionwire.testing import overriding
-from tests import services
+from tests import sample_app
 from tests.conftest import notes
 
 numbers = count()
@@ -269,7 +269,7 @@ def test_a_singleton_in_the_place_of_another_counts(container: Application) -> N
 
 @inject
 async def write(
-    text: str, notebook: services.Notebook = Provide[services.Container.notebook]
+    text: str, notebook: sample_app.Notebook = Provide[sample_app.Container.notebook]
 ) -> None:
     await notebook.write(text)
 
@@ -277,11 +277,11 @@ async def write(
 async def test_services_work_with_the_overriding_manager(
     manager: DatabaseSessionManager, tmp_path: Path
 ) -> None:
-    container = services.Container(
+    container = sample_app.Container(
         settings=DatabaseSettings(url=f"sqlite:///{tmp_path / 'own.db'}")
     )
     container.wire(modules=[__name__])
-    async with services.started(container):
+    async with sample_app.started(container):
         await write("own")
         with overriding(container, db__sessionmanager=manager):
             await write("instead")
@@ -294,16 +294,16 @@ async def test_services_work_with_the_overriding_manager(
 async def test_of_overridden_settings_a_manager_is_made_and_opened_inside(
     settings: DatabaseSettings, tmp_path: Path
 ) -> None:
-    container = services.Container(
+    container = sample_app.Container(
         settings=DatabaseSettings(url=f"sqlite:///{tmp_path / 'own.db'}")
     )
     own = container.db.sessionmanager()
     with overriding(container, settings=settings):
         assert container.db.sessionmanager() is not own
-        async with services.started(container):
+        async with sample_app.started(container):
             await container.notebook().write("instead")
     assert container.db.sessionmanager() is own
-    async with services.started(container):
+    async with sample_app.started(container):
         assert await container.notebook().read() == []
     with overriding(container, settings=settings):
         async with Lifespan(container):

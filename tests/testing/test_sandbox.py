@@ -50,11 +50,11 @@ from sessionwire import (
 )
 from sessionwire._database.runtime import database_of
 from sessionwire.testing import sandbox
-from tests import services
+from tests import sample_app
+from tests.cancellation import ONCE, TWICE_LATER, Steps
 from tests.conftest import Postgres, checked_out, notes
+from tests.models import Note
 from tests.postgres import OnPostgres, kill
-from tests.stepping import ONCE, TWICE_LATER, Steps
-from tests.tables import Note
 from tests.test_ways_out import WAYS_IN, Work
 
 HERE = Path(__file__).name
@@ -128,7 +128,7 @@ async def test_on_sqlite_others_read_and_cannot_write_meanwhile(
         DatabaseSessionManager(settings) as manager,
         DatabaseSessionManager(settings) as outside,
     ):
-        await services.create_tables(manager)
+        await sample_app.create_tables(manager)
         async with sandbox(manager):
             await write(manager, "a")
             assert await seen(outside) == []
@@ -150,7 +150,7 @@ async def test_several_transactions_see_what_those_before_them_have_committed(
 
 
 async def test_a_service_of_a_container_works_in_it(settings: DatabaseSettings) -> None:
-    async with services.started(services.Container(settings=settings)) as container:
+    async with sample_app.started(sample_app.Container(settings=settings)) as container:
         async with sandbox(container) as same:
             assert same is container
             await container.notebook().write("a", "b")
@@ -884,7 +884,7 @@ async def test_sqlites_own_rollback_of_all_is_not_followed_by_what_is_kept(
     tmp_path: Path,
 ) -> None:
     async with DatabaseSessionManager(f"sqlite:///{tmp_path / 'test.db'}") as manager:
-        await services.create_tables(manager)
+        await sample_app.create_tables(manager)
         await write(manager, "before")
         async with sandbox(manager), manager.engine.connect() as connection:
             with pytest.raises(IntegrityError):
@@ -1216,7 +1216,7 @@ async def test_what_is_cut_off_by_a_close_inside_is_undone(inside: DatabaseSessi
 async def test_a_container_can_be_started_and_stopped_in_it(
     settings: DatabaseSettings, outside: DatabaseSessionManager
 ) -> None:
-    container = services.Container(settings=settings)
+    container = sample_app.Container(settings=settings)
     async with sandbox(container):
         for number in range(2):
             async with Lifespan(container):
@@ -1239,7 +1239,7 @@ async def test_all_databases_of_a_container_are_in_it(
     other = DatabaseSettings(url=f"sqlite:///{tmp_path / 'second.db'}")
     async with Lifespan(Two(settings=settings, other_settings=other)) as container:
         first, second = container.first.sessionmanager(), container.second.sessionmanager()
-        await services.create_tables(second)
+        await sample_app.create_tables(second)
         with pytest.raises(SandboxError, match="a session or connection was left open"):
             async with sandbox(container), first.transaction() as session:
                 session.add(Note(text="a"))

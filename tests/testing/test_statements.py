@@ -24,8 +24,8 @@ from sessionwire import (
     read_only,
 )
 from sessionwire.testing import count_statements
-from tests.services import create_tables
-from tests.tables import Note
+from tests.models import Note
+from tests.sample_app import create_tables
 
 
 class Notebook:

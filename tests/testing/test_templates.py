@@ -25,10 +25,10 @@ from sessionwire import (
     SessionwireError,
 )
 from sessionwire.testing import DatabaseCopy, DatabaseTemplate
+from tests.cancellation import each_cancellation
 from tests.conftest import DATABASE, Postgres, notes
+from tests.models import Note
 from tests.postgres import OnPostgres, until
-from tests.stepping import each_cancellation
-from tests.tables import Note
 
 Look = Callable[[], Awaitable[set[str]]]
 

@@ -19,7 +19,7 @@ from sessionwire import (
     transactional,
 )
 
-from .tables import Note
+from .models import Note
 
 C = TypeVar("C", bound=containers.Container)
 

@@ -12,10 +12,10 @@ from sqlalchemy.exc import DBAPIError
 
 from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings, Propagation
 
+from .cancellation import each_cancellation
 from .conftest import Postgres, checked_out, notes
+from .models import Note
 from .postgres import Network, OnPostgres, kill, through, until
-from .stepping import each_cancellation
-from .tables import Note
 
 PID = text("SELECT pg_backend_pid()")
 

@@ -26,7 +26,7 @@ from sessionwire import (
 )
 
 from .conftest import notes
-from .services import Container, Notebook, Notes, create_tables, started
+from .sample_app import Container, Notebook, Notes, create_tables, started
 
 
 @inject
