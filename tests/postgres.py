@@ -11,7 +11,7 @@ from sqlalchemy import make_url, text
 
 from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
 
-from .conftest import Postgres
+from .conftest import Postgres, checked_out
 from .proxy import Line, Proxy
 
 
@@ -111,3 +111,26 @@ async def through(
             DatabaseSettings.model_validate({"url": url, **settings})
         ) as manager:
             yield manager
+
+
+class OnFaultyNetwork(OnPostgres):
+    """A class of tests whose manager reaches PostgreSQL through a faulty network."""
+
+    @pytest.fixture
+    def network(self) -> Network:
+        return Network()
+
+    @pytest.fixture
+    async def remote(
+        self,
+        network: Network,
+        database_url: str,
+        postgres: Postgres,
+        manager: DatabaseSessionManager,
+    ) -> AsyncIterator[DatabaseSessionManager]:
+        """An open manager that reaches the database through `network`."""
+        async with through(
+            network, postgres, database_url, commit_timeout=0.2, rollback_timeout=0.2
+        ) as remote:
+            yield remote
+            assert checked_out(remote) == 0

@@ -1,4 +1,4 @@
-"""What is sent to the server, and what is done about connections that idled, died or grew old."""
+"""Messages to the server, and the replacement of connections that idled, died or grew old."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings, Propagation
 
@@ -232,3 +233,15 @@ class TestStreams:
                     await stream(session)
                 assert "transaction(read_only=True)" in refused.value.__notes__[0]
                 assert await session.scalar(select(1)) == 1
+
+
+async def test_a_full_pool_is_an_error_in_time_and_recovers(settings: DatabaseSettings) -> None:
+    pool = PoolSettings(size=1, max_overflow=0, timeout=0.1)
+    async with DatabaseSessionManager(settings.model_copy(update={"pool": pool})) as manager:
+        async with manager.session() as first:
+            await first.execute(select(1))
+            with pytest.raises(PoolTimeoutError):
+                async with manager.session() as second:
+                    await second.execute(select(1))
+        async with manager.session() as third:
+            await third.execute(select(1))

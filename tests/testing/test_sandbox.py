@@ -55,7 +55,7 @@ from tests.cancellation import ONCE, TWICE_LATER, Steps
 from tests.conftest import Postgres, checked_out, notes
 from tests.models import Note
 from tests.postgres import OnPostgres, kill
-from tests.test_ways_out import WAYS_IN, Work
+from tests.units_of_work import UNITS_OF_WORK, Work
 
 HERE = Path(__file__).name
 COUNT = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000000) SELECT count(*) FROM n"
@@ -707,7 +707,7 @@ class TestDeadlock:
 
 
 @pytest.mark.parametrize("again_after", [ONCE, TWICE_LATER])
-@pytest.mark.parametrize("work", WAYS_IN)
+@pytest.mark.parametrize("work", UNITS_OF_WORK)
 async def test_a_cancellation_at_any_await_leaves_all_or_nothing_and_the_sandbox_at_work(
     inside: DatabaseSessionManager, work: Work, again_after: int | None
 ) -> None:

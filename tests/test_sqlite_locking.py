@@ -1,4 +1,4 @@
-"""Writers on SQLite: each waits for its turn, or is told at once what to do."""
+"""SQLite's write lock: each writer waits for its turn, or learns at once how to avoid it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
 
 from .conftest import notes
 from .models import Note
+from .units_of_work import in_a_connection, in_a_transaction
 
 
 @pytest.fixture
@@ -122,3 +123,74 @@ async def test_a_session_that_reads_is_beside_a_writer(manager: DatabaseSessionM
             session.expunge(note)
             assert list(await session.scalars(select(Note.text))) == []
     assert await notes(manager) == ["kept"]
+
+
+class TestSQLiteLock:
+    """One writer excludes another."""
+
+    @pytest.fixture
+    def backend(self) -> str:
+        return "sqlite"
+
+    async def test_a_writer_waits_for_the_one_before_it(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        async def write(name: str) -> None:
+            async with manager.transaction() as session:
+                await session.execute(select(Note))
+                await asyncio.sleep(0.01)
+                session.add(Note(text=name))
+
+        await asyncio.gather(*(write(str(number)) for number in range(5)))
+        assert len(await notes(manager)) == 5
+
+    async def test_a_wait_that_is_cancelled_ends_at_once(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        async with manager.transaction() as session:
+            session.add(Note(text="first"))
+            await session.flush()
+            waiting = asyncio.create_task(manager.transaction.detached(in_a_connection(manager)))
+            await asyncio.sleep(0.05)
+            waiting.cancel()
+            async with asyncio.timeout(1):
+                with pytest.raises(asyncio.CancelledError):
+                    await waiting
+        assert await notes(manager) == ["first"]
+
+    async def test_a_wait_that_lasts_longer_than_the_pools_timeout_is_an_error(
+        self, settings: DatabaseSettings, manager: DatabaseSessionManager
+    ) -> None:
+        impatient = settings.model_copy(update={"pool": PoolSettings(timeout=0.05)})
+        async with DatabaseSessionManager(impatient) as other, manager.transaction() as session:
+            session.add(Note(text="first"))
+            await session.flush()
+            with pytest.raises(OperationalError, match="locked"):
+                await in_a_transaction(other)
+            async with other.session() as reader:  # which no writer keeps out
+                assert (await reader.scalars(select(Note))).all() == []
+
+    async def test_a_cancelled_statement_does_not_keep_the_lock(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        count = (
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+        )
+
+        async def run() -> None:
+            async with manager.transaction() as session:
+                session.add(Note(text="lost"))
+                await session.flush()
+                await session.execute(text(count))
+
+        task = asyncio.create_task(run())
+        await asyncio.sleep(0.1)
+        task.cancel()
+        async with asyncio.timeout(5):
+            with pytest.raises(asyncio.CancelledError) as kept:
+                await task
+            await in_a_transaction(manager)
+        assert (
+            kept.value.__traceback__ is not None
+        )  # what it refers to must not hold the lock either
+        assert await notes(manager) == ["a", "b"]

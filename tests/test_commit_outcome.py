@@ -1,14 +1,15 @@
-"""What the answer to a COMMIT means, and what it means that there is none."""
+"""What a block makes of the answer to its COMMIT, and of no answer."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import partial
 
 import pytest
 from sqlalchemy import event, func, insert, select, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from sessionwire import (
     CommitOutcomeUnknownError,
@@ -20,10 +21,88 @@ from sessionwire import (
 )
 
 from .cluster import cluster
-from .conftest import Postgres, assert_all_returned, notes
+from .conftest import Postgres, assert_all_returned, checked_out, notes
 from .models import Note
-from .postgres import Network, OnPostgres, at_commit, through, until
+from .postgres import Network, OnFaultyNetwork, OnPostgres, at_commit, kill, running, through, until
 from .proxy import Line
+
+
+class TestRefusedCommit:
+    """A deferred constraint is checked by the commit."""
+
+    @pytest.fixture(autouse=True)
+    async def parts(self, manager: DatabaseSessionManager) -> None:
+        async with manager.connect() as connection:
+            await connection.execute(
+                text(
+                    "CREATE TABLE part (id INTEGER PRIMARY KEY, "
+                    "whole INTEGER REFERENCES part (id) DEFERRABLE INITIALLY DEFERRED)"
+                )
+            )
+
+    @staticmethod
+    async def parts_in(manager: DatabaseSessionManager) -> object:
+        async with manager.connect() as connection:
+            return await connection.scalar(text("SELECT count(*) FROM part"))
+
+    @pytest.mark.parametrize("kind", ["transaction", "connect", "session"])
+    async def test_it_is_the_servers_error_and_nothing_is_kept(
+        self, manager: DatabaseSessionManager, kind: str
+    ) -> None:
+        with pytest.raises(IntegrityError):
+            async with getattr(manager, kind)() as opened:
+                await opened.execute(text("INSERT INTO part VALUES (1, 99)"))
+                if kind == "session":
+                    await opened.commit()
+        assert checked_out(manager) == 0
+        assert await self.parts_in(manager) == 0
+
+    @pytest.mark.parametrize("kind", ["transaction", "connect", "session"])
+    @pytest.mark.parametrize("next_kind", ["transaction", "connect", "session"])
+    async def test_the_next_one_on_its_connection_begins_anew(
+        self, manager: DatabaseSessionManager, kind: str, next_kind: str
+    ) -> None:
+        with pytest.raises(IntegrityError):
+            async with getattr(manager, kind)() as opened:
+                await opened.execute(text("INSERT INTO part VALUES (1, 99)"))
+                if kind == "session":
+                    await opened.commit()
+        async with getattr(manager, next_kind)() as opened:
+            assert await opened.scalar(text("SELECT count(*) FROM part")) == 0
+            await opened.execute(text("INSERT INTO part VALUES (99, NULL)"))
+            if next_kind == "session":
+                await opened.commit()
+        assert await self.parts_in(manager) == 1
+
+    async def test_a_bare_session_goes_on_after_it(self, manager: DatabaseSessionManager) -> None:
+        async with manager.session() as session:
+            await session.execute(text("INSERT INTO part VALUES (1, 99)"))
+            with pytest.raises(IntegrityError):
+                await session.commit()
+            await session.rollback()
+            await session.execute(text("INSERT INTO part VALUES (2, NULL)"))
+            await session.commit()
+        assert await self.parts_in(manager) == 1
+
+    async def test_so_it_does_after_a_transaction_in_it(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        async with manager.session() as session:
+            with pytest.raises(IntegrityError):
+                async with manager.transaction():
+                    await session.execute(text("INSERT INTO part VALUES (1, 99)"))
+            async with manager.transaction():
+                await session.execute(text("INSERT INTO part VALUES (2, NULL)"))
+        assert await self.parts_in(manager) == 1
+
+    async def test_its_hooks_are_those_of_a_rollback(self, manager: DatabaseSessionManager) -> None:
+        ran: list[str] = []
+        with pytest.raises(IntegrityError):
+            async with manager.transaction() as session:
+                manager.transaction.on_commit(partial(ran.append, "committed"))
+                manager.transaction.on_rollback(partial(ran.append, "rolled back"))
+                await session.execute(text("INSERT INTO part VALUES (1, 99)"))
+        assert ran == ["rolled back"]
 
 
 class TestErrors(OnPostgres):
@@ -187,6 +266,132 @@ class TestLostAnswers(OnPostgres):
                     asyncio.get_running_loop().call_later(0.1, network.release)
 
         assert raised.value.connection_invalidated
+        assert await notes(manager) == []
+
+
+class TestPostgres(OnPostgres):
+    @pytest.fixture
+    def server(self, postgres: Postgres) -> Postgres:
+        return postgres
+
+    @pytest.mark.parametrize("kind", ["transaction", "connect"])
+    async def test_one_that_is_killed_before_the_commit_is_an_error_whose_outcome_is_known(
+        self, manager: DatabaseSessionManager, server: Postgres, kind: str
+    ) -> None:
+        with pytest.raises(DBAPIError):
+            async with getattr(manager, kind)() as opened:
+                await opened.execute(insert(Note).values(text="lost"))
+                connection = opened if kind == "connect" else await opened.connection()
+                driver = (await connection.get_raw_connection()).driver_connection
+
+                async def noticed() -> bool:
+                    return bool(driver.is_closed())
+
+                await kill(server, manager, "INSERT%")
+                await until(noticed)
+        assert checked_out(manager) == 0
+        assert await notes(manager) == []
+
+    @pytest.mark.parametrize("kind", ["transaction", "connect"])
+    async def test_one_that_is_killed_in_the_commit_is_an_outcome_unknown(
+        self, manager: DatabaseSessionManager, server: Postgres, kind: str
+    ) -> None:
+        async def work() -> None:
+            async with getattr(manager, kind)() as opened:
+                await opened.execute(insert(Note).values(text="lost"))
+
+        await at_commit(manager, "PERFORM pg_sleep(60)")
+        task = asyncio.create_task(work())
+        await until(lambda: running(server, manager, "COMMIT%"))
+        await kill(server, manager, "COMMIT%")
+        with pytest.raises(CommitOutcomeUnknownError, match="look in the database"):
+            await task
+        assert checked_out(manager) == 0
+        assert await notes(manager) == []
+
+    async def test_one_that_is_killed_after_the_commit_is_nobodys_error(
+        self, manager: DatabaseSessionManager, server: Postgres
+    ) -> None:
+        async with manager.transaction() as session:
+            session.add(Note(text="kept"))
+            manager.transaction.on_commit(lambda: kill(server, manager))
+        assert await notes(manager) == ["kept"]
+
+    async def test_a_serialization_failure_in_the_commit_is_the_servers_error(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        async def count(session: CurrentSession) -> int | None:
+            return await session.scalar(select(func.count()).select_from(Note))
+
+        session = CurrentSession(manager)
+        ran: list[str] = []
+        with pytest.raises(DBAPIError) as raised:
+            async with manager.transaction(isolation="SERIALIZABLE"):
+                manager.transaction.on_rollback(partial(ran.append, "rolled back"))
+                session.add(Note(text=f"outer saw {await count(session)}"))
+                await session.flush()
+                async with manager.transaction(Propagation.REQUIRES_NEW, isolation="SERIALIZABLE"):
+                    session.add(Note(text=f"inner saw {await count(session)}"))
+                ran.append("ended well")
+        assert getattr(raised.value.orig, "sqlstate", None) == "40001"
+        assert ran == ["ended well", "rolled back"]
+        assert await notes(manager) == ["inner saw 0"]
+
+
+class TestNetwork(OnFaultyNetwork):
+    @pytest.mark.parametrize("kind", ["transaction", "connect"])
+    async def test_a_commit_without_an_answer_is_an_outcome_unknown(
+        self, remote: DatabaseSessionManager, network: Network, kind: str
+    ) -> None:
+        with pytest.raises(CommitOutcomeUnknownError, match="look in the database"):
+            async with getattr(remote, kind)() as opened:
+                await opened.execute(insert(Note).values(text="who knows"))
+                network.swallows = True
+
+    @pytest.mark.parametrize("kind", ["transaction", "connect"])
+    async def test_it_is_where_the_commit_was_carried_out_and_the_answer_was_lost(
+        self,
+        manager: DatabaseSessionManager,
+        remote: DatabaseSessionManager,
+        network: Network,
+        kind: str,
+    ) -> None:
+        network.cuts_answer_to = b"COMMIT"
+        with pytest.raises(CommitOutcomeUnknownError):
+            async with getattr(remote, kind)() as opened:
+                await opened.execute(insert(Note).values(text="kept, as it happens"))
+        assert await notes(manager) == ["kept, as it happens"]
+
+    @pytest.mark.parametrize("kind", ["transaction", "connect"])
+    async def test_it_is_where_the_commit_was_lost_on_its_way(
+        self,
+        manager: DatabaseSessionManager,
+        remote: DatabaseSessionManager,
+        network: Network,
+        kind: str,
+    ) -> None:
+        network.cuts_at = b"COMMIT"
+        with pytest.raises(CommitOutcomeUnknownError):
+            async with getattr(remote, kind)() as opened:
+                await opened.execute(insert(Note).values(text="lost, as it happens"))
+        assert await notes(manager) == []
+
+    async def test_a_statement_that_was_lost_on_its_way_is_not(
+        self, manager: DatabaseSessionManager, remote: DatabaseSessionManager, network: Network
+    ) -> None:
+        network.cuts_at = b"INSERT"
+        with pytest.raises(DBAPIError):
+            async with remote.transaction() as session:
+                await session.execute(insert(Note).values(text="lost"))
+        assert await notes(manager) == []
+
+    async def test_nor_is_a_flush_at_the_end_of_the_block(
+        self, manager: DatabaseSessionManager, remote: DatabaseSessionManager, network: Network
+    ) -> None:
+        network.cuts_at = b"INSERT"
+        with pytest.raises(DBAPIError):
+            async with remote.transaction() as session:
+                session.add(Note(text="lost"))
         assert await notes(manager) == []
 
 
