@@ -58,7 +58,9 @@ async def create(container: Any) -> None:
 
 
 @pytest.mark.parametrize("when", ["before the start", "outside of a block", "inside of one"])
-async def test_are_built_by_the_container(container: Any, backend: str, when: str) -> None:
+async def test_a_container_builds_repositories_and_services_of_advanced_alchemy(
+    container: Any, backend: str, when: str
+) -> None:
     built = [container.teas(), container.service()] if when == "before the start" else []
     async with Lifespan(container):
         await create(container)
@@ -104,7 +106,7 @@ async def test_an_injected_session_has_a_bind_and_an_empty_info_outside_of_a_blo
 
 
 class TestCloseAllSessions:
-    async def test_passes_by_those_whose_block_has_ended(
+    async def test_close_all_sessions_ignores_sessions_whose_block_has_ended(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.session() as kept:
@@ -122,14 +124,16 @@ class TestCloseAllSessions:
             with pytest.raises(NoSessionError):
                 await ended.execute(text("SELECT 1"))
 
-    async def test_closes_one_that_is_open(self, manager: DatabaseSessionManager) -> None:
+    async def test_close_all_sessions_closes_an_open_session(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.session() as session:
             await session.execute(text("SELECT 1"))
             await close_all_sessions()
             assert checked_out(manager) == 0
             await session.execute(text("SELECT 1"))
 
-    async def test_may_not_end_a_transaction_that_a_block_owns(
+    async def test_close_all_sessions_may_not_end_the_transaction_of_a_block(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.transaction() as session:

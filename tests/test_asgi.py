@@ -257,14 +257,14 @@ def on(*stacks: Build) -> pytest.MarkDecorator:
 
 
 class TestEndsBeforeTheResponse:
-    async def test_a_request_is_one_transaction(
+    async def test_the_middleware_makes_a_request_one_transaction(
         self, client: httpx.AsyncClient, desk: Desk
     ) -> None:
         assert (await client.get("/add/a")).status_code == 201
         assert (await client.get("/serve_twice/b")).status_code == 302
         assert await notes(desk.manager) == ["a", "b", "b again"]
 
-    async def test_when_the_response_begins_all_is_kept_and_no_connection_is_held(
+    async def test_the_response_begins_after_the_commit_without_a_connection(
         self, client: httpx.AsyncClient, desk: Desk
     ) -> None:
         async with client.stream("GET", "/stream/a") as response:
@@ -275,7 +275,9 @@ class TestEndsBeforeTheResponse:
             assert await response.aread() == b"ab"
 
     @on(*FRAMEWORKS, endpoint_in_a_task)
-    async def test_an_error_is_rolled_back(self, client: httpx.AsyncClient, desk: Desk) -> None:
+    async def test_an_error_in_the_endpoint_rolls_the_request_back(
+        self, client: httpx.AsyncClient, desk: Desk
+    ) -> None:
         for path, status in (
             ("/refuse/400", 400),
             ("/refuse/503", 503),
@@ -286,7 +288,7 @@ class TestEndsBeforeTheResponse:
         assert await notes(desk.manager) == []
 
     @on(starlette)
-    async def test_what_is_no_error_is_committed(
+    async def test_a_response_without_an_error_is_committed(
         self, client: httpx.AsyncClient, desk: Desk
     ) -> None:
         assert (await client.head("/add/a")).status_code == 201
@@ -295,7 +297,7 @@ class TestEndsBeforeTheResponse:
         assert await notes(desk.manager) == ["304", "399", "a"]
 
     @on(*FRAMEWORKS, endpoint_in_a_task)
-    async def test_a_commit_that_fails_is_the_response(
+    async def test_a_commit_that_fails_replaces_the_response(
         self, client: httpx.AsyncClient, desk: Desk
     ) -> None:
         assert (await client.get("/add/a")).status_code == 201
@@ -303,7 +305,7 @@ class TestEndsBeforeTheResponse:
         assert await notes(desk.manager) == ["a"]
 
     @on(fastapi, endpoint_in_a_task)
-    async def test_what_failed_and_was_swallowed_is_an_error_response(
+    async def test_a_failed_statement_whose_error_is_caught_makes_an_error_response(
         self, client: httpx.AsyncClient, desk: Desk
     ) -> None:
         response = await client.get("/swallow/a")
@@ -311,14 +313,14 @@ class TestEndsBeforeTheResponse:
         assert await notes(desk.manager) == []
 
     @on(starlette)
-    async def test_an_endpoint_may_ask_for_a_rollback(
+    async def test_an_endpoint_can_request_a_rollback(
         self, client: httpx.AsyncClient, desk: Desk
     ) -> None:
         assert (await client.get("/change_its_mind/a")).text == "dry run"
         assert await notes(desk.manager) == []
 
     @on(fastapi, litestar)
-    async def test_nothing_is_sent_for_a_request_that_does_not_use_it(
+    async def test_a_request_that_uses_no_session_sends_nothing_to_the_server(
         self, client: httpx.AsyncClient, desk: Desk
     ) -> None:
         await desk.manager.engine.dispose()
@@ -330,7 +332,7 @@ class TestEndsBeforeTheResponse:
 
 class TestHasNoScope:
     @on(*FRAMEWORKS, all_in_a_task)
-    async def test_the_body_of_a_streaming_response(
+    async def test_the_body_of_a_streaming_response_has_no_scope(
         self, client: httpx.AsyncClient, desk: Desk
     ) -> None:
         response = await client.get("/query_in_body/a")
@@ -343,14 +345,16 @@ class TestHasNoScope:
         )
 
     @on(endpoint_in_a_task)
-    async def test_a_body_that_another_middleware_starts_before_the_response_costs_the_response(
+    async def test_a_body_that_queries_before_the_response_makes_an_error_response(
         self, client: httpx.AsyncClient, desk: Desk
     ) -> None:
         assert (await client.get("/query_in_body/a")).status_code == 500
         assert await notes(desk.manager) == []
 
     @on(*FRAMEWORKS)
-    async def test_a_background_task(self, client: httpx.AsyncClient, desk: Desk) -> None:
+    async def test_a_background_task_has_no_scope(
+        self, client: httpx.AsyncClient, desk: Desk
+    ) -> None:
         assert (await client.get("/go_on_in_background/a")).status_code == 202
         async with asyncio.timeout(5):
             while not desk.seen:
@@ -361,13 +365,15 @@ class TestHasNoScope:
         assert await notes(desk.manager) == ["a"]
 
     @on(*FRAMEWORKS)
-    async def test_a_websocket(self, client: httpx.AsyncClient, desk: Desk) -> None:
+    async def test_a_websocket_has_no_scope(self, client: httpx.AsyncClient, desk: Desk) -> None:
         async with connect(str(client.base_url.copy_with(scheme="ws")), proxy=None) as websocket:
             assert await websocket.recv() == "NoSessionError"
 
 
 class TestOptions:
-    async def test_are_those_of_a_transaction(self, desk: Desk, backend: str) -> None:
+    async def test_the_options_of_the_middleware_reach_its_transaction(
+        self, desk: Desk, backend: str
+    ) -> None:
         async def endpoint(request: Request) -> Response:
             level = (
                 "SHOW transaction_isolation" if backend == "postgresql" else "SELECT 'serializable'"
@@ -383,14 +389,16 @@ class TestOptions:
             assert (await client.get("/")).status_code == 200
         assert await notes(desk.manager) == ["serializable"]
 
-    async def test_are_checked_before_the_first_request(self, desk: Desk) -> None:
+    async def test_the_options_of_the_middleware_are_checked_before_the_first_request(
+        self, desk: Desk
+    ) -> None:
         with pytest.raises(ValueError, match="unknown isolation level 'QUICK'"):
             TransactionMiddleware(
                 Starlette(), transaction=desk.manager.transaction, isolation="QUICK"
             )
 
     @pytest.mark.parametrize("swallows", [False, True])
-    async def test_a_timeout_ends_where_the_response_begins(
+    async def test_the_timeout_of_the_middleware_ends_when_the_response_begins(
         self, desk: Desk, swallows: bool
     ) -> None:
         async def slow(request: Request) -> Response:
@@ -429,7 +437,7 @@ class TestOptions:
         assert await notes(desk.manager) == ["stream"]
 
 
-async def test_many_requests_share_few_connections(database_url: str) -> None:
+async def test_many_concurrent_requests_share_few_connections(database_url: str) -> None:
     few = DatabaseSettings(url=database_url, pool=PoolSettings(size=3, max_overflow=0))
     async with DatabaseSessionManager(few) as manager:
         async with manager.connect() as connection:
@@ -497,14 +505,16 @@ Wrap = Callable[[Callable[[Send], Awaitable[None]]], TransactionMiddleware]
 
 
 class TestApplicationsThatDoAsTheyLike:
-    async def test_without_an_answer_all_is_rolled_back(self, desk: Desk, wrap: Wrap) -> None:
+    async def test_an_application_that_sends_no_response_rolls_back(
+        self, desk: Desk, wrap: Wrap
+    ) -> None:
         async def answer(send: Send) -> None:
             await desk.notes.add("a")
 
         assert await call(wrap(answer)) == []
         assert await notes(desk.manager) == []
 
-    async def test_what_is_raised_after_the_start_undoes_nothing(
+    async def test_an_error_after_the_start_of_the_response_rolls_nothing_back(
         self, desk: Desk, wrap: Wrap
     ) -> None:
         async def answer(send: Send) -> None:
@@ -517,7 +527,7 @@ class TestApplicationsThatDoAsTheyLike:
         assert await notes(desk.manager) == ["a"]
 
     @pytest.mark.parametrize("then", [[], [BODY], [OK, BODY]])
-    async def test_who_swallows_the_error_of_the_commit_cannot_answer_as_if_it_had_succeeded(
+    async def test_an_application_that_swallows_a_commit_error_cannot_report_success(
         self, desk: Desk, wrap: Wrap, then: list[Message]
     ) -> None:
         async def answer(send: Send) -> None:
@@ -534,7 +544,7 @@ class TestApplicationsThatDoAsTheyLike:
         assert sent == []
         assert await notes(desk.manager) == []
 
-    async def test_who_swallows_the_error_of_the_commit_may_answer_with_an_error(
+    async def test_an_application_that_swallows_a_commit_error_may_answer_with_an_error(
         self, desk: Desk, wrap: Wrap
     ) -> None:
         async def answer(send: Send) -> None:
@@ -547,9 +557,7 @@ class TestApplicationsThatDoAsTheyLike:
 
         assert await call(wrap(answer)) == [503]
 
-    async def test_the_error_of_the_commit_is_not_hidden_by_a_later_one(
-        self, desk: Desk, wrap: Wrap
-    ) -> None:
+    async def test_a_later_error_does_not_hide_a_commit_error(self, desk: Desk, wrap: Wrap) -> None:
         async def answer(send: Send) -> None:
             desk.session.add_all([Note(text="a"), Note(text="a")])
             try:
@@ -563,7 +571,7 @@ class TestApplicationsThatDoAsTheyLike:
             await call(wrap(answer))
 
     @pytest.mark.parametrize("start", [OK, REFUSED])
-    async def test_an_answer_from_inside_a_block_that_joined_is_refused(
+    async def test_a_response_sent_inside_a_joined_block_is_refused(
         self, desk: Desk, wrap: Wrap, start: Message
     ) -> None:
         async def answer(send: Send) -> None:
@@ -577,7 +585,7 @@ class TestApplicationsThatDoAsTheyLike:
         assert 200 not in statuses(sent)
         assert await notes(desk.manager) == []
 
-    async def test_an_answer_from_inside_a_block_of_its_own_is_sent(
+    async def test_a_response_sent_inside_a_separate_block_is_sent(
         self, desk: Desk, wrap: Wrap
     ) -> None:
         async def answer(send: Send) -> None:
@@ -592,7 +600,7 @@ class TestApplicationsThatDoAsTheyLike:
 class TestExceptionHandlers:
     """Of Starlette: to them the response has started when the commit fails."""
 
-    async def test_one_for_the_error_of_the_commit_does_not_hide_it(self, desk: Desk) -> None:
+    async def test_a_handler_for_the_commit_error_does_not_hide_it(self, desk: Desk) -> None:
         app = starlette(desk)
         app.add_exception_handler(IntegrityError, lambda request, error: Response("conflict", 409))
         await call(app, "/add/a")
@@ -601,7 +609,7 @@ class TestExceptionHandlers:
             await call(app, "/add/a", sent=sent)
         assert statuses(sent) == [500]
 
-    async def test_one_for_all_exceptions_answers_it(self, desk: Desk) -> None:
+    async def test_a_handler_for_all_exceptions_answers_a_commit_error(self, desk: Desk) -> None:
         app = starlette(desk)
         app.add_exception_handler(
             Exception, lambda request, error: Response(type(error).__name__, 503)
@@ -611,9 +619,7 @@ class TestExceptionHandlers:
             response = await client.get("/add/a")
         assert (response.status_code, response.text) == (503, "IntegrityError")
 
-    async def test_a_flush_in_the_endpoint_brings_the_error_to_its_handler(
-        self, desk: Desk
-    ) -> None:
+    async def test_a_flush_in_the_endpoint_takes_the_error_to_its_handler(self, desk: Desk) -> None:
         app = starlette(desk)
         app.add_exception_handler(IntegrityError, lambda request, error: Response("conflict", 409))
         async with served(app) as client:
@@ -622,7 +628,7 @@ class TestExceptionHandlers:
 
 
 class TestHooks:
-    async def test_run_before_the_response_begins(self, desk: Desk, wrap: Wrap) -> None:
+    async def test_hooks_run_before_the_response_begins(self, desk: Desk, wrap: Wrap) -> None:
         sent: list[Message] = []
         seen: list[int] = []
 
@@ -634,9 +640,7 @@ class TestHooks:
         await call(wrap(answer), sent=sent)
         assert seen == [0]
 
-    async def test_the_error_of_one_takes_the_place_of_the_response(
-        self, desk: Desk, wrap: Wrap
-    ) -> None:
+    async def test_the_error_of_a_hook_replaces_the_response(self, desk: Desk, wrap: Wrap) -> None:
         async def answer(send: Send) -> None:
             desk.manager.transaction.on_commit(lambda: 1 // 0)
             await desk.notes.add("a")
@@ -650,7 +654,7 @@ class TestHooks:
 
 
 class TestNested:
-    async def test_the_inner_one_joins_the_outer(self, desk: Desk) -> None:
+    async def test_a_nested_middleware_joins_the_outer_one(self, desk: Desk) -> None:
         begun: list[object] = []
         desk.manager.transaction.on_begin(begun.append)
         app = starlette(desk, for_each_request(desk), for_each_request(desk))
@@ -662,7 +666,7 @@ class TestNested:
         assert len(begun) == 4
         assert await notes(desk.manager) == ["a"]
 
-    async def test_what_the_inner_one_refuses_the_outer_cannot_keep(
+    async def test_a_nested_middleware_that_rolls_back_rolls_the_outer_one_back(
         self, desk: Desk, wrap: Wrap
     ) -> None:
         async def refuse(send: Send) -> None:
@@ -680,7 +684,7 @@ class TestNested:
             await call(wrap(answer))
         assert await notes(desk.manager) == []
 
-    async def test_other_options_inside_are_refused(self, desk: Desk) -> None:
+    async def test_a_nested_middleware_with_other_options_is_refused(self, desk: Desk) -> None:
         stricter = Middleware(
             TransactionMiddleware, transaction=desk.manager.transaction, isolation="SERIALIZABLE"
         )
@@ -697,7 +701,7 @@ class TestNested:
 
 class TestWhoGoesAway:
     @on(fastapi, litestar)
-    async def test_a_client_during_the_endpoint(
+    async def test_a_client_that_disconnects_during_the_endpoint_does_not_stop_it(
         self, client: httpx.AsyncClient, desk: Desk
     ) -> None:
         request = asyncio.create_task(client.get("/linger/a"))
@@ -711,14 +715,18 @@ class TestWhoGoesAway:
                 await asyncio.sleep(0.001)
 
     @on(fastapi, litestar)
-    async def test_a_client_while_streaming(self, client: httpx.AsyncClient, desk: Desk) -> None:
+    async def test_a_client_that_disconnects_while_streaming_undoes_no_commit(
+        self, client: httpx.AsyncClient, desk: Desk
+    ) -> None:
         async with client.stream("GET", "/stream/a") as response:
             assert await anext(response.aiter_bytes()) == b"a"
         desk.go_on.set()
         assert await notes(desk.manager) == ["a"]
 
     @pytest.mark.parametrize("build", FRAMEWORKS)
-    async def test_a_client_during_the_commit(self, desk: Desk, build: Build) -> None:
+    async def test_a_client_that_disconnects_during_the_commit_does_not_stop_it(
+        self, desk: Desk, build: Build
+    ) -> None:
         committing = asyncio.Event()
         event.listen(desk.manager.engine.sync_engine, "commit", lambda connection: committing.set())
         received: list[Message] = [{"type": "http.request", "body": b"", "more_body": False}]
@@ -735,7 +743,7 @@ class TestWhoGoesAway:
         assert await notes(desk.manager) == ["a"]
 
     @pytest.mark.parametrize("insists", [False, True])
-    async def test_a_task_that_is_cancelled_anywhere_sends_no_success_that_is_not_kept(
+    async def test_a_cancellation_at_any_await_reports_no_success_without_a_commit(
         self, desk: Desk, wrap: Wrap, insists: bool
     ) -> None:
         texts: list[str] = []

@@ -80,7 +80,7 @@ class TestUnanswered(OnPostgres):
                 assert checked_out(one) == 0
         assert await notes(manager) == ["first", "next"]
 
-    async def test_after_one_that_timed_out_the_next_transaction_is_kept(
+    async def test_the_next_transaction_is_kept_after_a_begin_that_timed_out(
         self,
         network: SlowBegin,
         one: DatabaseSessionManager,
@@ -90,7 +90,7 @@ class TestUnanswered(OnPostgres):
         with pytest.raises(TimeoutError):
             await write_first(one, "lost")
 
-    async def test_after_one_that_was_cancelled_too(
+    async def test_the_next_transaction_is_kept_after_a_begin_that_was_cancelled(
         self,
         network: SlowBegin,
         one: DatabaseSessionManager,
@@ -102,7 +102,7 @@ class TestUnanswered(OnPostgres):
                 await write_first(one, "lost")
 
 
-async def test_one_that_a_standby_refused_leaves_its_connection_clean_also_after_the_promotion() -> (
+async def test_a_begin_that_a_standby_refused_leaves_a_clean_connection_after_the_promotion() -> (
     None
 ):
     async with cluster() as servers:
@@ -134,7 +134,7 @@ class TestByHand(OnPostgres):
     def settings(self, database_url: str) -> DatabaseSettings:
         return DatabaseSettings(url=database_url, pool=ONE)
 
-    async def test_where_it_is_left_open_its_connection_is_gone(
+    async def test_a_connection_with_a_begin_left_open_by_hand_is_discarded(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.transaction(Propagation.NOT_SUPPORTED) as session:

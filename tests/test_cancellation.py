@@ -66,7 +66,7 @@ async def test_a_cancellation_at_any_await_leaves_all_or_nothing_and_no_connecti
     assert all(written in ([], ["a", "b"]) for written in results)
 
 
-async def test_a_loop_that_cancels_all_its_tasks_leaves_all_or_nothing_and_no_connection_behind(
+async def test_cancelling_all_tasks_of_the_loop_leaves_all_or_nothing_and_no_connection(
     manager: DatabaseSessionManager,
 ) -> None:
     """As it does when it is shut down: those too in which the library ends what it has begun."""
@@ -104,7 +104,7 @@ class TestCancelledEverywhere:
         assert results[-1] == ["a", "b"]
         assert all(written in ([], ["a", "b"]) for written in results)
 
-    async def test_in_a_savepoint(
+    async def test_a_cancellation_in_a_savepoint_leaves_all_or_nothing(
         self, manager: DatabaseSessionManager, again_after: int | None
     ) -> None:
         async def work(manager: DatabaseSessionManager) -> None:
@@ -119,7 +119,7 @@ class TestCancelledEverywhere:
 
         await self.all_or_nothing(manager, work, again_after)
 
-    async def test_in_a_joined_block_around_which_the_cancellation_is_swallowed(
+    async def test_a_cancellation_swallowed_around_a_joined_block_leaves_all_or_nothing(
         self, manager: DatabaseSessionManager, again_after: int | None
     ) -> None:
         async def work(manager: DatabaseSessionManager) -> None:
@@ -132,7 +132,7 @@ class TestCancelledEverywhere:
 
         await self.all_or_nothing(manager, work, again_after)
 
-    async def test_in_a_transaction_of_its_own(
+    async def test_a_cancellation_around_requires_new_leaves_each_transaction_whole(
         self, manager: DatabaseSessionManager, again_after: int | None
     ) -> None:
         """The inner one stands for itself; the outer one commits after it."""
@@ -153,7 +153,7 @@ class TestCancelledEverywhere:
         assert results[-1] == all_of_it
         assert all(written in ([], ["inner"], all_of_it) for written in results)
 
-    async def test_in_a_scope_that_reads(
+    async def test_a_cancellation_in_a_read_only_scope_leaves_no_connection_behind(
         self, manager: DatabaseSessionManager, again_after: int | None
     ) -> None:
         async def work(manager: DatabaseSessionManager) -> None:
@@ -170,7 +170,7 @@ class TestCancelledEverywhere:
         ]
         assert len(results) > 4
 
-    async def test_with_hooks(
+    async def test_a_cancellation_runs_the_hooks_that_match_the_outcome(
         self, manager: DatabaseSessionManager, again_after: int | None
     ) -> None:
         """They tell the truth: those of a commit run exactly where there was one."""
@@ -190,7 +190,7 @@ class TestCancelledEverywhere:
             assert ran == (["committed", "and the next"] if written else ["rolled back"])
             assert written in ([], ["a", "b"])
 
-    async def test_in_attempts_and_the_pauses_between_them(
+    async def test_a_cancellation_in_an_attempt_or_a_pause_leaves_all_or_nothing(
         self,
         manager: DatabaseSessionManager,
         again_after: int | None,
@@ -234,7 +234,7 @@ class TestCancelledCommit:
 
     @pytest.mark.parametrize("kind", ["transaction", "connect"])
     @pytest.mark.parametrize("times", [1, 3])
-    async def test_it_is_kept_and_the_cancellation_goes_on(
+    async def test_a_commit_under_way_is_kept_and_the_cancellation_goes_on(
         self,
         manager: DatabaseSessionManager,
         sent: asyncio.Event,
@@ -259,7 +259,7 @@ class TestCancelledCommit:
         assert checked_out(manager) == 0
         assert await notes(manager) == ["kept"]
 
-    async def test_a_timeout_around_it_waits_for_it_too(
+    async def test_a_timeout_around_a_block_waits_for_a_commit_under_way(
         self, manager: DatabaseSessionManager, sent: asyncio.Event, answer: asyncio.Event
     ) -> None:
         async def pass_the_deadline_then_answer() -> None:
@@ -281,7 +281,7 @@ class TestPostgres(OnPostgres):
     def server(self, postgres: Postgres) -> Postgres:
         return postgres
 
-    async def test_a_cancellation_while_the_server_commits_waits_for_its_answer(
+    async def test_a_cancellation_waits_for_the_servers_answer_to_a_commit(
         self, manager: DatabaseSessionManager, server: Postgres
     ) -> None:
         await at_commit(manager, "PERFORM pg_sleep(0.3)")
@@ -293,7 +293,7 @@ class TestPostgres(OnPostgres):
         assert raised.value.__cause__ is None
         assert await notes(manager) == ["a", "b"]
 
-    async def test_a_cancellation_while_the_server_refuses_the_commit_has_that_as_its_cause(
+    async def test_a_cancellation_during_a_refused_commit_has_the_refusal_as_its_cause(
         self, manager: DatabaseSessionManager, server: Postgres
     ) -> None:
         await at_commit(manager, "PERFORM pg_sleep(0.3); RAISE integrity_constraint_violation")
@@ -306,7 +306,7 @@ class TestPostgres(OnPostgres):
         assert checked_out(manager) == 0
         assert await notes(manager) == []
 
-    async def test_a_cancelled_statement_is_ended_in_the_server_too(
+    async def test_a_cancelled_statement_is_also_stopped_in_the_server(
         self, manager: DatabaseSessionManager, server: Postgres
     ) -> None:
         async def sleep() -> None:
@@ -333,7 +333,7 @@ class TestPostgres(OnPostgres):
 
 
 class TestNetwork(OnFaultyNetwork):
-    async def test_a_cancellation_of_an_unanswered_commit_goes_on_and_has_the_unknown_outcome_as_its_cause(
+    async def test_a_cancellation_during_an_unanswered_commit_is_caused_by_the_unknown_outcome(
         self, remote: DatabaseSessionManager, network: Network
     ) -> None:
         async def work() -> None:
@@ -351,7 +351,7 @@ class TestNetwork(OnFaultyNetwork):
             await task
         assert isinstance(raised.value.__cause__, CommitOutcomeUnknownError)
 
-    async def test_a_statement_without_an_answer_can_be_cancelled_in_time(
+    async def test_a_timeout_ends_a_statement_that_gets_no_answer(
         self, remote: DatabaseSessionManager, network: Network
     ) -> None:
         async with asyncio.timeout(5):
@@ -362,7 +362,7 @@ class TestNetwork(OnFaultyNetwork):
                     await opened.execute(select(1))
 
 
-async def test_a_cancelled_wait_for_a_connection_leaves_the_pool_whole(
+async def test_a_cancelled_wait_for_a_connection_leaks_no_place_in_the_pool(
     settings: DatabaseSettings,
 ) -> None:
     pool = PoolSettings(size=1, max_overflow=0)

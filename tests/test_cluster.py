@@ -45,7 +45,7 @@ async def test_a_standby_follows_and_is_promoted() -> None:
         ]
 
 
-async def test_a_primary_comes_back_and_becomes_a_standby() -> None:
+async def test_a_stopped_primary_comes_back_as_a_standby() -> None:
     async with cluster() as servers:
         primary = servers.primary
         await primary.execute("CREATE TABLE note (text text)")

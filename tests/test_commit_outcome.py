@@ -46,7 +46,7 @@ class TestRefusedCommit:
             return await connection.scalar(text("SELECT count(*) FROM part"))
 
     @pytest.mark.parametrize("kind", ["transaction", "connect", "session"])
-    async def test_it_is_the_servers_error_and_nothing_is_kept(
+    async def test_a_refused_commit_raises_the_servers_error_and_keeps_nothing(
         self, manager: DatabaseSessionManager, kind: str
     ) -> None:
         with pytest.raises(IntegrityError):
@@ -59,7 +59,7 @@ class TestRefusedCommit:
 
     @pytest.mark.parametrize("kind", ["transaction", "connect", "session"])
     @pytest.mark.parametrize("next_kind", ["transaction", "connect", "session"])
-    async def test_the_next_one_on_its_connection_begins_anew(
+    async def test_a_connection_is_clean_after_a_refused_commit(
         self, manager: DatabaseSessionManager, kind: str, next_kind: str
     ) -> None:
         with pytest.raises(IntegrityError):
@@ -74,7 +74,9 @@ class TestRefusedCommit:
                 await opened.commit()
         assert await self.parts_in(manager) == 1
 
-    async def test_a_bare_session_goes_on_after_it(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_session_can_continue_after_a_refused_commit(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.session() as session:
             await session.execute(text("INSERT INTO part VALUES (1, 99)"))
             with pytest.raises(IntegrityError):
@@ -84,7 +86,7 @@ class TestRefusedCommit:
             await session.commit()
         assert await self.parts_in(manager) == 1
 
-    async def test_so_it_does_after_a_transaction_in_it(
+    async def test_a_session_can_continue_after_a_transaction_whose_commit_was_refused(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.session() as session:
@@ -95,7 +97,9 @@ class TestRefusedCommit:
                 await session.execute(text("INSERT INTO part VALUES (2, NULL)"))
         assert await self.parts_in(manager) == 1
 
-    async def test_its_hooks_are_those_of_a_rollback(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_refused_commit_runs_the_on_rollback_hooks(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         ran: list[str] = []
         with pytest.raises(IntegrityError):
             async with manager.transaction() as session:
@@ -108,7 +112,7 @@ class TestRefusedCommit:
 class TestErrors(OnPostgres):
     @pytest.mark.parametrize("kind", ["transaction", "connect"])
     @pytest.mark.parametrize("sqlstate", ["40003", "08007"])
-    async def test_an_error_that_says_that_the_server_does_not_know_is_an_outcome_unknown(
+    async def test_an_error_that_leaves_the_commit_open_is_an_unknown_outcome(
         self, manager: DatabaseSessionManager, sqlstate: str, kind: str
     ) -> None:
         await at_commit(manager, f"RAISE EXCEPTION 'no idea' USING ERRCODE = '{sqlstate}'")
@@ -117,7 +121,7 @@ class TestErrors(OnPostgres):
                 await opened.execute(insert(Note).values(text="who knows"))
         assert isinstance(raised.value.__cause__, DBAPIError)
 
-    async def test_it_is_not_tried_again_and_no_hook_runs(
+    async def test_a_commit_with_an_unknown_outcome_is_not_retried_and_runs_no_hook(
         self, manager: DatabaseSessionManager
     ) -> None:
         await at_commit(manager, "RAISE EXCEPTION 'no idea' USING ERRCODE = '40003'")
@@ -133,14 +137,18 @@ class TestErrors(OnPostgres):
             await manager.transaction.run(work, retries=2)
         assert ran == ["work"]
 
-    async def test_any_other_error_is_a_refusal(self, manager: DatabaseSessionManager) -> None:
+    async def test_any_other_error_of_a_commit_is_a_refusal(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         await at_commit(manager, "RAISE EXCEPTION 'no' USING ERRCODE = '08006'")
         with pytest.raises(DBAPIError, match="no"):
             async with manager.transaction() as session:
                 await session.execute(insert(Note).values(text="lost"))
         assert await notes(manager) == []
 
-    async def test_a_warning_in_a_commit_is_none(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_warning_during_a_commit_is_no_error(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         await at_commit(
             manager,
             "RAISE WARNING 'canceling wait for synchronous replication due to user request'",
@@ -204,7 +212,7 @@ class TestLostAnswers(OnPostgres):
     @pytest.mark.parametrize(
         ("how", "cancelled"), [("cut", False), ("swallowed", False), ("swallowed", True)]
     )
-    async def test_that_of_a_read_only_transaction_is_no_error(
+    async def test_a_read_only_transaction_ignores_a_lost_answer_to_its_commit(
         self, remote: DatabaseSessionManager, network: Holding, how: str, cancelled: bool
     ) -> None:
         ran: list[str] = []
@@ -235,7 +243,7 @@ class TestLostAnswers(OnPostgres):
         network.cuts_answer_to, network.swallows = None, False
         assert await notes(remote) == []
 
-    async def test_that_of_one_that_only_happened_to_read_is_an_outcome_unknown(
+    async def test_a_writing_transaction_that_only_read_has_an_unknown_outcome_without_an_answer(
         self, remote: DatabaseSessionManager, network: Holding
     ) -> None:
         """A function that it called may have written."""
@@ -244,7 +252,7 @@ class TestLostAnswers(OnPostgres):
                 await session.execute(select(func.count(Note.id)))
                 network.cuts_answer_to = b"COMMIT"
 
-    async def test_a_transaction_that_the_server_had_ended_for_idling_is_not_committed(
+    async def test_a_transaction_that_the_server_ended_for_idling_is_not_committed(
         self, remote: DatabaseSessionManager, network: Holding, manager: DatabaseSessionManager
     ) -> None:
         """Also where that is learnt as the answer to the COMMIT."""
@@ -275,7 +283,7 @@ class TestPostgres(OnPostgres):
         return postgres
 
     @pytest.mark.parametrize("kind", ["transaction", "connect"])
-    async def test_one_that_is_killed_before_the_commit_is_an_error_whose_outcome_is_known(
+    async def test_a_connection_killed_before_the_commit_has_a_known_outcome(
         self, manager: DatabaseSessionManager, server: Postgres, kind: str
     ) -> None:
         with pytest.raises(DBAPIError):
@@ -293,7 +301,7 @@ class TestPostgres(OnPostgres):
         assert await notes(manager) == []
 
     @pytest.mark.parametrize("kind", ["transaction", "connect"])
-    async def test_one_that_is_killed_in_the_commit_is_an_outcome_unknown(
+    async def test_a_connection_killed_during_the_commit_has_an_unknown_outcome(
         self, manager: DatabaseSessionManager, server: Postgres, kind: str
     ) -> None:
         async def work() -> None:
@@ -309,7 +317,7 @@ class TestPostgres(OnPostgres):
         assert checked_out(manager) == 0
         assert await notes(manager) == []
 
-    async def test_one_that_is_killed_after_the_commit_is_nobodys_error(
+    async def test_a_connection_killed_after_the_commit_causes_no_error(
         self, manager: DatabaseSessionManager, server: Postgres
     ) -> None:
         async with manager.transaction() as session:
@@ -317,7 +325,7 @@ class TestPostgres(OnPostgres):
             manager.transaction.on_commit(lambda: kill(server, manager))
         assert await notes(manager) == ["kept"]
 
-    async def test_a_serialization_failure_in_the_commit_is_the_servers_error(
+    async def test_a_serialization_failure_in_the_commit_raises_the_servers_error(
         self, manager: DatabaseSessionManager
     ) -> None:
         async def count(session: CurrentSession) -> int | None:
@@ -340,7 +348,7 @@ class TestPostgres(OnPostgres):
 
 class TestNetwork(OnFaultyNetwork):
     @pytest.mark.parametrize("kind", ["transaction", "connect"])
-    async def test_a_commit_without_an_answer_is_an_outcome_unknown(
+    async def test_a_commit_without_an_answer_has_an_unknown_outcome(
         self, remote: DatabaseSessionManager, network: Network, kind: str
     ) -> None:
         with pytest.raises(CommitOutcomeUnknownError, match="look in the database"):
@@ -349,7 +357,7 @@ class TestNetwork(OnFaultyNetwork):
                 network.swallows = True
 
     @pytest.mark.parametrize("kind", ["transaction", "connect"])
-    async def test_it_is_where_the_commit_was_carried_out_and_the_answer_was_lost(
+    async def test_a_commit_whose_answer_is_lost_has_an_unknown_outcome(
         self,
         manager: DatabaseSessionManager,
         remote: DatabaseSessionManager,
@@ -363,7 +371,7 @@ class TestNetwork(OnFaultyNetwork):
         assert await notes(manager) == ["kept, as it happens"]
 
     @pytest.mark.parametrize("kind", ["transaction", "connect"])
-    async def test_it_is_where_the_commit_was_lost_on_its_way(
+    async def test_a_commit_that_never_reaches_the_server_has_an_unknown_outcome(
         self,
         manager: DatabaseSessionManager,
         remote: DatabaseSessionManager,
@@ -376,7 +384,7 @@ class TestNetwork(OnFaultyNetwork):
                 await opened.execute(insert(Note).values(text="lost, as it happens"))
         assert await notes(manager) == []
 
-    async def test_a_statement_that_was_lost_on_its_way_is_not(
+    async def test_a_statement_that_never_reaches_the_server_has_a_known_outcome(
         self, manager: DatabaseSessionManager, remote: DatabaseSessionManager, network: Network
     ) -> None:
         network.cuts_at = b"INSERT"
@@ -385,7 +393,7 @@ class TestNetwork(OnFaultyNetwork):
                 await session.execute(insert(Note).values(text="lost"))
         assert await notes(manager) == []
 
-    async def test_nor_is_a_flush_at_the_end_of_the_block(
+    async def test_a_final_flush_that_never_reaches_the_server_has_a_known_outcome(
         self, manager: DatabaseSessionManager, remote: DatabaseSessionManager, network: Network
     ) -> None:
         network.cuts_at = b"INSERT"
@@ -433,9 +441,7 @@ async def without_a_transaction_many(manager: DatabaseSessionManager, note: str)
         )
 
 
-async def test_a_commit_whose_wait_for_a_synchronous_standby_was_cancelled_is_committed_here_and_perhaps_lost() -> (
-    None
-):
+async def test_a_commit_that_stops_waiting_for_its_standby_has_an_unknown_outcome() -> None:
     async with cluster(synchronous=True) as servers:
         primary = servers.primary
         async with DatabaseSessionManager(

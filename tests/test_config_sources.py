@@ -127,7 +127,7 @@ def test_a_variable_has_the_type_that_it_would_have_in_the_file(
     "password",
     ["a #b", "a: b", "'", '"', "{a", "[a", "*a", "!a", "&a", "- a", "%a", "a\n b", "${X}"],
 )
-def test_what_a_variable_holds_is_never_read_as_yaml(
+def test_the_value_of_a_variable_is_never_read_as_yaml(
     password: str, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PASSWORD", password)
@@ -135,7 +135,7 @@ def test_what_a_variable_holds_is_never_read_as_yaml(
     assert load(file, "greeting: <${PASSWORD}>").greeting == f"<{password}>"
 
 
-def test_a_variable_that_is_not_set_is_named_with_its_place(file: Path) -> None:
+def test_an_error_names_the_variable_that_is_not_set_and_its_line(file: Path) -> None:
     message = refusal(file, "anything: {}\ngreeting: hi ${NO_SUCH}")
     assert message.startswith(f"{file}, line 2, column 11: environment variable NO_SUCH is not set")
     assert "${NO_SUCH:default}" in message
@@ -157,13 +157,13 @@ TOO_DEEP = {
 
 
 @pytest.mark.parametrize("content", TOO_DEEP.values(), ids=TOO_DEEP)
-def test_yaml_that_is_nested_too_deeply_is_refused(content: str, file: Path) -> None:
+def test_yaml_nested_too_deeply_is_refused(content: str, file: Path) -> None:
     message = refusal(file, content)
     assert message.startswith(str(file))
     assert "nested too deeply, or its aliases repeat too much" in message
 
 
-def test_aliases_and_merges_in_moderation_are_read(file: Path) -> None:
+def test_a_moderate_number_of_yaml_aliases_and_merges_is_read(file: Path) -> None:
     content = (
         "anything: &a {a: 1, b: 2}\ncache: {<<: {host: x}, max_size: 5}\nby_name: {}\nopen: *a"
     )
@@ -174,11 +174,11 @@ def test_aliases_and_merges_in_moderation_are_read(file: Path) -> None:
 @pytest.mark.parametrize(
     "tag", ["!!bool", "!!timestamp", "!!float", "!!int", "!!binary", f"!<it's {SECRET}>", "!it's"]
 )
-def test_a_tag_that_does_not_suit_its_value_is_an_error(tag: str, file: Path) -> None:
+def test_a_yaml_tag_that_does_not_fit_its_value_is_an_error(tag: str, file: Path) -> None:
     assert "this is not YAML in UTF-8" in refusal(file, f"greeting: {tag} {SECRET}é")
 
 
-def test_json_in_the_environment_that_is_nested_too_deeply_is_an_error(
+def test_json_in_the_environment_nested_too_deeply_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SHOP_DATABASE", "[" * 100_000)
@@ -187,7 +187,7 @@ def test_json_in_the_environment_that_is_nested_too_deeply_is_an_error(
             made()
 
 
-def test_raw_values_that_hold_themselves_are_refused() -> None:
+def test_raw_values_that_contain_themselves_are_refused() -> None:
     raw: dict[str, Any] = {"url": "sqlite://"}
     raw["pool"] = raw
     with pytest.raises(ConfigurationError, match="config: it is nested too deeply"):
@@ -215,7 +215,7 @@ NEARLY = {
 
 @pytest.mark.parametrize(("name", "meant"), NEARLY.items(), ids=NEARLY)
 @pytest.mark.parametrize("made", [ShopSettings.load, ShopSettings])
-def test_a_variable_with_other_underscores_is_refused(
+def test_a_variable_with_a_wrong_number_of_underscores_is_refused(
     name: str, meant: str, made: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, "1")
@@ -226,7 +226,9 @@ def test_a_variable_with_other_underscores_is_refused(
 
 
 @pytest.mark.parametrize(("name", "meant"), NEARLY.items(), ids=NEARLY)
-def test_a_secret_with_other_underscores_is_refused(name: str, meant: str, tmp_path: Path) -> None:
+def test_a_secret_with_a_wrong_number_of_underscores_is_refused(
+    name: str, meant: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_text("1")
     with pytest.raises(ConfigurationError, match=f"{name} is not read.* those of {meant}$"):
         ShopSettings.load(secrets_dir=tmp_path, database={"url": "sqlite://"})
@@ -244,7 +246,7 @@ def test_a_secret_with_other_underscores_is_refused(name: str, meant: str, tmp_p
         {"SHOP_DATABASE_URL": "of another tool", "SHOP_DATABASE__URL": "sqlite://"},
     ],
 )
-def test_variables_that_may_be_of_others_are_let_be(
+def test_variables_that_may_belong_to_others_are_ignored(
     variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():
@@ -252,7 +254,9 @@ def test_variables_that_may_be_of_others_are_let_be(
     assert ShopSettings.load(database={"url": "sqlite://"}).greeting == "default"
 
 
-def test_another_delimiter_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_delimiter_for_nested_variables_is_respected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Dotted(Settings):
         model_config = SettingsConfigDict(env_prefix="SHOP_", env_nested_delimiter="_")
 
@@ -282,14 +286,14 @@ MISSPELT = {
 
 
 @pytest.mark.parametrize(("content", "key"), MISSPELT.items(), ids=MISSPELT)
-def test_a_misspelt_key_in_a_section_of_ones_own_is_refused(
+def test_a_misspelt_key_in_a_users_own_section_is_refused(
     content: str, key: str, file: Path
 ) -> None:
     assert refusal(file, content) == f"{key} ({file}): there is no such key; did you mean 'host'?"
 
 
 @pytest.mark.parametrize("made", [ShopSettings.load, ShopSettings])
-def test_a_misspelt_key_of_ones_own_is_refused_in_the_environment(
+def test_a_misspelt_key_of_a_users_own_section_is_refused_in_the_environment(
     made: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SHOP_CACHE__HOTS", "x")
@@ -300,7 +304,7 @@ def test_a_misspelt_key_of_ones_own_is_refused_in_the_environment(
         made(database={"url": "sqlite://"})
 
 
-def test_sections_that_say_what_to_do_with_others_keys_are_asked(file: Path) -> None:
+def test_a_section_decides_about_its_unknown_keys(file: Path) -> None:
     loaded = load(file, "open: {hots: x}\nconverted: {server: x}\nanything: {a: {hots: x}}")
     assert (loaded.open.host, loaded.converted.host, loaded.anything) == (
         "localhost",
@@ -319,7 +323,7 @@ def test_sections_that_say_what_to_do_with_others_keys_are_asked(file: Path) -> 
         {"url": "sqlite://", "pool": {"size": 0, "sizes": SECRET}},
     ],
 )
-def test_a_model_of_ones_own_around_settings_shows_no_password_in_its_error(given: Any) -> None:
+def test_a_users_own_model_around_settings_shows_no_password_in_its_error(given: Any) -> None:
     class Application(BaseModel):
         database: DatabaseSettings
 
@@ -343,7 +347,7 @@ SETTINGS = DatabaseSettings(url="sqlite://", pool=PoolSettings(size=1))
     ],
     ids=["a URL", "a dict", "settings"],
 )
-async def test_a_container_takes_settings_a_url_and_a_dict(given: Any, pool: int) -> None:
+async def test_a_container_accepts_settings_a_url_and_a_dict(given: Any, pool: int) -> None:
     class Container(containers.DeclarativeContainer):
         db = providers.Container(DatabaseContainer, settings=given)
 
@@ -356,7 +360,7 @@ async def test_a_container_takes_settings_a_url_and_a_dict(given: Any, pool: int
     "make",
     [DatabaseSessionManager, lambda given: DatabaseContainer(settings=given).sessionmanager()],
 )
-def test_whole_settings_in_place_of_a_section_are_refused_with_the_remedy(make: Any) -> None:
+def test_settings_in_place_of_a_section_are_refused_with_the_remedy(make: Any) -> None:
     class Archive(Settings):
         archive: DatabaseSettings = SETTINGS
 
@@ -368,7 +372,7 @@ def test_whole_settings_in_place_of_a_section_are_refused_with_the_remedy(make: 
         make(Archive(database=SETTINGS))
 
 
-async def test_a_dict_that_is_wrong_is_refused_with_its_keys() -> None:
+async def test_a_wrong_dict_is_refused_and_its_keys_are_named() -> None:
     with pytest.raises(ConfigurationError, match=r"urll .*did you mean 'url'"):
         async with Lifespan(DatabaseContainer(settings={"urll": "sqlite://"})):
             pass
@@ -385,14 +389,14 @@ async def test_a_dict_that_is_wrong_is_refused_with_its_keys() -> None:
         (None, "of type NoneType"),
     ],
 )
-def test_a_lifespan_of_what_is_no_container_is_refused_with_the_remedy(
+def test_a_lifespan_of_anything_but_a_container_is_refused_with_the_remedy(
     given: Any, remedy: str
 ) -> None:
     with pytest.raises(ConfigurationError, match=remedy):
         Lifespan(given)
 
 
-def test_settings_in_json_are_equal_to_those_in_yaml(file: Path) -> None:
+def test_settings_from_json_equal_settings_from_yaml(file: Path) -> None:
     values = {"greeting": "hi", "cache": {"host": "x"}}
     assert load(file, json.dumps(values)) == ShopSettings.load(
         database={"url": "sqlite://"}, **values

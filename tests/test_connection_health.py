@@ -61,7 +61,7 @@ class TestMessages(OnPostgres):
     @pytest.mark.parametrize(
         ("work", "questions"), [(read, 1), (write, 3)], ids=["a read", "a write of one row"]
     )
-    async def test_there_are_no_more_than_needed_and_one_more_after_idling(
+    async def test_a_block_sends_no_more_messages_than_needed_and_one_more_after_idling(
         self,
         network: Network,
         counted: DatabaseSessionManager,
@@ -76,7 +76,7 @@ class TestMessages(OnPostgres):
         await work(counted)
         assert network.questions == 2 * questions + 1
 
-    async def test_a_scope_in_which_nothing_is_asked_sends_nothing(
+    async def test_a_scope_without_a_statement_sends_nothing(
         self, network: Network, counted: DatabaseSessionManager
     ) -> None:
         await idle()
@@ -89,7 +89,7 @@ class TestMessages(OnPostgres):
             pass
         assert network.questions == 0
 
-    async def test_a_connection_that_died_silently_while_it_idled_is_replaced_unseen(
+    async def test_a_connection_that_died_while_idle_is_replaced_silently(
         self, postgres: Postgres, manager: DatabaseSessionManager, database_url: str
     ) -> None:
         network = Network()
@@ -114,7 +114,7 @@ class TestPing(OnPostgres):
             yield pinging
             assert checked_out(pinging) == 0
 
-    async def test_a_killed_connection_is_replaced_unseen(
+    async def test_a_killed_connection_is_replaced_silently(
         self, pinging: DatabaseSessionManager, server: Postgres
     ) -> None:
         before = await read(pinging)
@@ -123,7 +123,7 @@ class TestPing(OnPostgres):
         await write(pinging)
 
     @pytest.mark.parametrize("again_after", [None, 1], ids=["once", "twice"])
-    async def test_a_cancellation_at_any_await_of_it_leaves_no_connection_behind(
+    async def test_a_cancellation_at_any_await_of_the_liveness_check_leaves_no_connection_behind(
         self, pinging: DatabaseSessionManager, again_after: int | None
     ) -> None:
         tasks = asyncio.all_tasks()
@@ -143,7 +143,7 @@ class TestPing(OnPostgres):
 
 
 class TestAge(OnPostgres):
-    async def test_a_connection_is_replaced_when_its_time_is_over(
+    async def test_a_connection_is_replaced_when_its_lifetime_is_over(
         self, manager: DatabaseSessionManager, settings: DatabaseSettings
     ) -> None:
         pool = PoolSettings(size=1, max_overflow=0, max_lifetime=0.4)
@@ -156,7 +156,7 @@ class TestAge(OnPostgres):
 
             await until(is_another)
 
-    async def test_not_all_of_them_at_once(
+    async def test_connections_of_one_age_are_not_all_replaced_at_once(
         self, manager: DatabaseSessionManager, settings: DatabaseSettings
     ) -> None:
         pool = PoolSettings(size=12, max_overflow=0, max_lifetime=1)
@@ -191,7 +191,7 @@ class TestReadOnlyTransactions(OnPostgres):
     def settings(self, database_url: str) -> DatabaseSettings:
         return DatabaseSettings(url=database_url, read_only_connections=False)
 
-    async def test_a_read_scope_runs_in_one_on_the_only_pool(
+    async def test_a_read_only_scope_takes_one_connection_of_the_only_pool(
         self, manager: DatabaseSessionManager, postgres: Postgres
     ) -> None:
         async with manager.transaction(Propagation.SUPPORTS, read_only=True) as session:
@@ -203,7 +203,9 @@ class TestReadOnlyTransactions(OnPostgres):
         await write(manager)
         assert len(await notes(manager)) == 1
 
-    async def test_the_server_refuses_to_write_in_it(self, manager: DatabaseSessionManager) -> None:
+    async def test_the_server_refuses_a_write_in_a_read_only_scope(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         with pytest.raises(DBAPIError, match="read-only"):
             async with manager.transaction(Propagation.SUPPORTS, read_only=True) as session:
                 session.add(Note(text="lost"))
@@ -211,7 +213,7 @@ class TestReadOnlyTransactions(OnPostgres):
 
 
 class TestStreams:
-    async def test_in_a_read_only_transaction_a_stream_flows(
+    async def test_a_read_only_transaction_can_stream_rows(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.transaction() as session:
@@ -219,7 +221,7 @@ class TestStreams:
         async with manager.transaction(read_only=True) as session:
             assert len([note async for note in await session.stream_scalars(select(Note))]) == 10
 
-    async def test_in_a_scope_without_a_transaction_it_flows_or_says_what_it_needs(
+    async def test_a_scope_without_a_transaction_streams_rows_or_says_what_it_needs(
         self, manager: DatabaseSessionManager, backend: str
     ) -> None:
         async def stream(session: Any) -> int:
@@ -235,7 +237,9 @@ class TestStreams:
                 assert await session.scalar(select(1)) == 1
 
 
-async def test_a_full_pool_is_an_error_in_time_and_recovers(settings: DatabaseSettings) -> None:
+async def test_a_full_pool_raises_after_its_timeout_and_recovers(
+    settings: DatabaseSettings,
+) -> None:
     pool = PoolSettings(size=1, max_overflow=0, timeout=0.1)
     async with DatabaseSessionManager(settings.model_copy(update={"pool": pool})) as manager:
         async with manager.session() as first:

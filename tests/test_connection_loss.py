@@ -27,7 +27,7 @@ class TestPostgres(OnPostgres):
         return postgres
 
     @pytest.mark.parametrize("kind", ["session", "transaction", "connect"])
-    async def test_a_connection_that_is_killed_in_a_block_is_an_error_and_is_replaced(
+    async def test_a_connection_killed_in_a_block_is_an_error_and_is_replaced(
         self, manager: DatabaseSessionManager, server: Postgres, kind: str
     ) -> None:
         with pytest.raises(DBAPIError):
@@ -38,7 +38,7 @@ class TestPostgres(OnPostgres):
         assert checked_out(manager) == 0
         assert await notes(manager) == []
 
-    async def test_the_error_of_the_block_is_raised_and_that_of_its_rollback_is_noted(
+    async def test_the_error_of_a_failed_rollback_is_a_note_on_the_error_of_the_block(
         self, manager: DatabaseSessionManager, server: Postgres
     ) -> None:
         with pytest.raises(ValueError, match="mine") as raised:
@@ -49,14 +49,14 @@ class TestPostgres(OnPostgres):
         assert "the rollback failed" in raised.value.__notes__[0]
         assert checked_out(manager) == 0
 
-    async def test_an_idle_connection_that_was_killed_is_replaced_unseen(
+    async def test_an_idle_connection_that_was_killed_is_replaced_silently(
         self, manager: DatabaseSessionManager, server: Postgres
     ) -> None:
         await notes(manager)
         await kill(server, manager)
         assert await notes(manager) == []
 
-    async def test_a_task_that_never_stops_using_the_session_costs_the_connection_and_no_more(
+    async def test_a_task_that_never_stops_using_the_session_costs_only_the_connection(
         self, settings: DatabaseSettings, manager: DatabaseSessionManager
     ) -> None:
         async with DatabaseSessionManager(
@@ -76,7 +76,7 @@ class TestPostgres(OnPostgres):
 
 class TestNetwork(OnFaultyNetwork):
     @pytest.mark.parametrize("kind", ["transaction", "connect", "session"])
-    async def test_a_rollback_without_an_answer_costs_the_connection_and_no_more_time_than_allowed(
+    async def test_a_rollback_without_an_answer_ends_in_time_and_costs_the_connection(
         self, remote: DatabaseSessionManager, network: Network, kind: str
     ) -> None:
         async with asyncio.timeout(5):
@@ -86,7 +86,7 @@ class TestNetwork(OnFaultyNetwork):
                     network.swallows = True
                     raise ValueError("mine")
 
-    async def test_a_savepoint_whose_rollback_has_no_answer_takes_the_transaction_with_it(
+    async def test_a_savepoint_whose_rollback_gets_no_answer_rolls_the_transaction_back(
         self, manager: DatabaseSessionManager, remote: DatabaseSessionManager, network: Network
     ) -> None:
         async with asyncio.timeout(5):

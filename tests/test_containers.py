@@ -58,7 +58,7 @@ def test_the_container_has_these_providers_and_no_others() -> None:
     }
 
 
-async def test_each_provider_gives_what_it_says() -> None:
+async def test_each_provider_returns_the_documented_type() -> None:
     container = DatabaseContainer(config={"url": "sqlite://"})
     for name, (_, given) in PROVIDERS.items():
         assert isinstance(container.providers[name](), given), name
@@ -66,7 +66,7 @@ async def test_each_provider_gives_what_it_says() -> None:
     await container.manager.shutdown()  # type: ignore[misc]
 
 
-def test_sessions_and_transactions_are_built_anew_and_the_rest_once() -> None:
+def test_sessions_and_transactions_are_built_at_each_call_and_the_rest_once() -> None:
     container = DatabaseContainer(config={"url": "sqlite://"})
     assert container.settings() is container.settings()
     assert container.sessionmanager() is container.sessionmanager()
@@ -74,16 +74,16 @@ def test_sessions_and_transactions_are_built_anew_and_the_rest_once() -> None:
     assert container.transaction() is not container.transaction()
 
 
-def test_what_is_injected_as_session_is_an_async_session() -> None:
+def test_the_injected_session_is_an_async_session() -> None:
     assert isinstance(DatabaseContainer(config={"url": "sqlite://"}).session(), AsyncSession)
 
 
-def test_two_containers_share_nothing() -> None:
+def test_two_database_containers_share_nothing() -> None:
     one, other = (DatabaseContainer(config={"url": "sqlite://"}) for _ in range(2))
     assert one.sessionmanager() is not other.sessionmanager()
 
 
-def test_the_tables_are_those_of_base_unless_others_are_given() -> None:
+def test_the_container_has_the_tables_of_base_unless_others_are_given() -> None:
     others = MetaData()
     assert DatabaseContainer(config={"url": "sqlite://"}).sessionmanager().metadata is Base.metadata
     assert (
@@ -123,7 +123,7 @@ async def test_services_are_built_synchronously_before_during_and_after_the_star
         assert type(notebook.transaction) is TransactionManager
 
 
-async def test_a_service_that_was_built_before_the_start_works_after_it(
+async def test_a_service_built_before_the_start_works_after_it(
     settings: DatabaseSettings,
 ) -> None:
     container = Container(settings=settings)
@@ -133,13 +133,13 @@ async def test_a_service_that_was_built_before_the_start_works_after_it(
         assert await container.notebook().read() == ["a"]
 
 
-def test_building_the_graph_touches_no_database(tmp_path: Path) -> None:
+def test_building_all_services_opens_no_database(tmp_path: Path) -> None:
     Container(settings=DatabaseSettings(url=f"sqlite:///{tmp_path / 'untouched.db'}")).notebook()
     Container(settings=DatabaseSettings(url="postgresql://nobody@127.0.0.1:1/nowhere")).notebook()
     assert not list(tmp_path.iterdir())
 
 
-async def test_before_the_start_and_after_the_end_a_service_says_what_is_missing(
+async def test_a_service_used_before_the_start_or_after_the_end_says_what_is_missing(
     sqlite: DatabaseSettings,
 ) -> None:
     container = Container(settings=sqlite)
@@ -170,7 +170,7 @@ class Keeper(containers.DeclarativeContainer):
 KEPT = ("factory", "singleton", "thread_safe", "thread_local", "context_local", "item")
 
 
-async def test_however_repositories_are_kept_they_share_the_transaction_of_their_caller(
+async def test_repositories_of_any_provider_share_the_transaction_of_their_caller(
     settings: DatabaseSettings,
 ) -> None:
     async with started(Keeper(settings=settings)) as keeper:
@@ -185,7 +185,7 @@ async def test_however_repositories_are_kept_they_share_the_transaction_of_their
 
 
 @pytest.mark.parametrize("kept", KEPT)
-async def test_however_a_repository_is_kept_two_tasks_do_not_share_a_session(
+async def test_a_repository_of_any_provider_gives_two_tasks_two_sessions(
     kept: str, sqlite: DatabaseSettings
 ) -> None:
     both_are_inside = asyncio.Barrier(2)
@@ -307,7 +307,7 @@ class WaysIn:
 
 
 @pytest.mark.parametrize("way", [name for name in vars(WaysIn) if not name.startswith("_")])
-async def test_each_way_of_configuring_it_leads_to_the_database(
+async def test_a_container_configured_in_any_way_reaches_its_database(
     way: str, sqlite: DatabaseSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     container = getattr(WaysIn(str(sqlite.url), tmp_path, monkeypatch), way)()
@@ -321,7 +321,7 @@ async def test_each_way_of_configuring_it_leads_to_the_database(
         assert await session.scalar(text("SELECT 5")) == 5
 
 
-async def test_a_password_from_pydantic_settings_arrives_and_is_not_shown() -> None:
+async def test_a_password_from_pydantic_settings_is_used_and_never_shown() -> None:
     container = Configured()
     container.config.from_pydantic(
         Settings(database=DatabaseSettings(url="postgresql://shop:hunter2@db/shop"))
@@ -330,7 +330,7 @@ async def test_a_password_from_pydantic_settings_arrives_and_is_not_shown() -> N
     assert "hunter2" not in f"{container.config()}"
 
 
-def test_config_may_be_loaded_until_the_first_object_is_built() -> None:
+def test_the_config_may_be_loaded_until_the_first_object_is_built() -> None:
     container = Configured()
     container.config.from_dict({"database": {"url": "sqlite:///first.db"}})
     container.config.from_dict({"database": {"url": "sqlite:///second.db"}})
@@ -367,7 +367,7 @@ WRONG_CONFIGS: dict[str, tuple[Any, str, str]] = {
 
 @pytest.mark.parametrize(("config", "key", "remedy"), WRONG_CONFIGS.values(), ids=WRONG_CONFIGS)
 @pytest.mark.parametrize("when", ["building", "starting"])
-async def test_a_wrong_config_is_an_error_that_names_key_and_source_and_remedy(
+async def test_the_error_of_a_wrong_config_names_key_source_and_remedy(
     config: Any, key: str, remedy: str, when: str
 ) -> None:
     container = DatabaseContainer(config=config)
@@ -383,7 +383,9 @@ async def test_a_wrong_config_is_an_error_that_names_key_and_source_and_remedy(
 # In containers of one's own
 
 
-async def test_it_works_on_its_own(sqlite: DatabaseSettings) -> None:
+async def test_a_database_container_works_without_an_application_container(
+    sqlite: DatabaseSettings,
+) -> None:
     async with Lifespan(DatabaseContainer(settings=sqlite)) as container:
         await create_tables(container.sessionmanager())
         async with container.transaction()():
@@ -391,7 +393,7 @@ async def test_it_works_on_its_own(sqlite: DatabaseSettings) -> None:
         assert await notes(container.sessionmanager()) == ["a"]
 
 
-async def test_it_can_be_extended(sqlite: DatabaseSettings) -> None:
+async def test_a_database_container_can_be_subclassed(sqlite: DatabaseSettings) -> None:
     class Extended(DatabaseContainer):
         notes = providers.Factory(Notes, session=DatabaseContainer.session)
 
@@ -416,7 +418,7 @@ class Application(containers.DeclarativeContainer):
     services = providers.Container(Services, db=db)
 
 
-async def test_parts_of_an_application_can_be_given_their_database(
+async def test_a_container_can_be_given_the_database_of_its_parent(
     sqlite: DatabaseSettings,
 ) -> None:
     async with started(Application(settings=sqlite)) as application:
@@ -454,7 +456,7 @@ async def test_two_databases_are_open_side_by_side(two: TwoDatabases) -> None:
     assert await what_is_in(two) == (["here"], ["there"])
 
 
-async def test_nested_transactions_of_two_databases_end_each_on_its_own(two: TwoDatabases) -> None:
+async def test_nested_transactions_of_two_databases_end_independently(two: TwoDatabases) -> None:
     async def refused_there() -> None:
         async with two.there.db.transaction()():
             await two.there.notes().add("there")
@@ -473,7 +475,7 @@ async def test_nested_transactions_of_two_databases_end_each_on_its_own(two: Two
     )
 
 
-async def test_an_error_here_leaves_what_was_committed_there(two: TwoDatabases) -> None:
+async def test_an_error_in_one_database_leaves_a_commit_in_the_other(two: TwoDatabases) -> None:
     with pytest.raises(ZeroDivisionError):
         async with two.here.db.transaction()():
             await two.here.notes().add("here")
@@ -483,7 +485,7 @@ async def test_an_error_here_leaves_what_was_committed_there(two: TwoDatabases) 
 
 
 @pytest.mark.parametrize("block", ["session", "transaction"])
-async def test_the_scope_of_one_database_is_no_scope_of_the_other(
+async def test_a_scope_of_one_database_is_not_found_by_the_other(
     two: TwoDatabases, block: str
 ) -> None:
     async with getattr(two.there.db.sessionmanager(), block)():
@@ -494,7 +496,7 @@ async def test_the_scope_of_one_database_is_no_scope_of_the_other(
         assert not two.here.db.transaction().active
 
 
-async def test_scopes_of_two_databases_in_any_nesting_each_find_their_own(
+async def test_nested_scopes_of_two_databases_each_find_their_own_session(
     two: TwoDatabases,
 ) -> None:
     here, there = two.here.db.sessionmanager(), two.there.db.sessionmanager()
@@ -507,7 +509,7 @@ async def test_scopes_of_two_databases_in_any_nesting_each_find_their_own(
         assert stand_in_there.sync_session is between.sync_session
 
 
-async def test_scopes_do_not_mix_even_where_both_managers_have_the_same_database(
+async def test_scopes_of_two_managers_of_one_database_stay_apart(
     sqlite: DatabaseSettings,
 ) -> None:
     async with AsyncExitStack() as stack:
@@ -527,7 +529,7 @@ async def test_scopes_do_not_mix_even_where_both_managers_have_the_same_database
         assert await notes(other.sessionmanager()) == []
 
 
-async def test_many_tasks_at_once_keep_two_databases_apart(two: TwoDatabases) -> None:
+async def test_many_concurrent_tasks_keep_two_databases_apart(two: TwoDatabases) -> None:
     async def write(number: int) -> None:
         async with two.here.db.transaction()(), two.there.db.transaction()():
             await two.here.notes().add(f"{number:02}")

@@ -15,18 +15,18 @@ from .sample_app import Notebook, Notes
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda it: copy.deepcopy([it])[0]])
-def test_a_copy_of_a_manager_is_the_manager(copied) -> None:  # type: ignore[no-untyped-def]
+def test_copying_a_manager_returns_the_same_manager(copied) -> None:  # type: ignore[no-untyped-def]
     manager = DatabaseSessionManager("sqlite://")
     assert copied(manager) is manager
 
 
-def test_a_copy_of_a_session_and_of_a_transaction_leads_to_the_same_manager() -> None:
+def test_copies_of_a_session_and_a_transaction_belong_to_the_same_manager() -> None:
     manager = DatabaseSessionManager("sqlite://")
     assert copy.deepcopy(CurrentSession(manager))._database is database_of(manager)
     assert copy.deepcopy(manager.transaction)._database is database_of(manager)
 
 
-async def test_a_container_is_given_the_manager_that_there_is(
+async def test_a_container_can_be_given_an_existing_manager(
     manager: DatabaseSessionManager,
 ) -> None:
     class Container(containers.DeclarativeContainer):
@@ -47,7 +47,7 @@ async def test_a_container_is_given_the_manager_that_there_is(
         assert await container.another().read() == ["first", "second"]
 
 
-async def test_the_manager_of_the_module_can_be_given_to_a_container(database_url: str) -> None:
+async def test_the_manager_of_a_module_can_be_given_to_a_container(database_url: str) -> None:
     class Container(containers.DeclarativeContainer):
         session = providers.Factory(CurrentSession, sessionmanager)
 

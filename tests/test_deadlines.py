@@ -87,7 +87,7 @@ async def in_the_current(manager: DatabaseSessionManager, sql: str) -> None:
 class TestOfABlock:
     @pytest.mark.parametrize("way", [in_a_block, in_a_method, in_a_run])
     @pytest.mark.parametrize("timeout", [SOON, timedelta(seconds=SOON)], ids=["float", "timedelta"])
-    async def test_it_ends_the_statement_that_runs_and_rolls_back(
+    async def test_a_deadline_ends_the_running_statement_and_rolls_back(
         self,
         manager: DatabaseSessionManager,
         backend: str,
@@ -103,7 +103,7 @@ class TestOfABlock:
         assert checked_out(manager) == 0
         assert await notes(manager) == []
 
-    async def test_it_ends_a_wait_that_has_nothing_to_do_with_the_database(
+    async def test_a_deadline_ends_a_wait_for_something_else_than_the_database(
         self, manager: DatabaseSessionManager
     ) -> None:
         with pytest.raises(TransactionTimeoutError):
@@ -112,7 +112,9 @@ class TestOfABlock:
                 await asyncio.sleep(60)
         assert await notes(manager) == []
 
-    async def test_it_ends_the_wait_for_a_connection(self, settings: DatabaseSettings) -> None:
+    async def test_a_deadline_ends_the_wait_for_a_connection(
+        self, settings: DatabaseSettings
+    ) -> None:
         pool = PoolSettings(size=1, max_overflow=0, timeout=60)
         async with DatabaseSessionManager(settings.model_copy(update={"pool": pool})) as small:
             async with small.session() as holder:
@@ -124,7 +126,7 @@ class TestOfABlock:
                 assert await session.scalar(select(1)) == 1
             assert checked_out(small) == 0
 
-    async def test_it_holds_for_reads_without_a_transaction_too(
+    async def test_a_deadline_holds_for_reads_without_a_transaction(
         self, manager: DatabaseSessionManager, backend: str
     ) -> None:
         with pytest.raises(TransactionTimeoutError):
@@ -133,7 +135,7 @@ class TestOfABlock:
             ) as session:
                 await session.execute(text(LONG[backend]))
 
-    async def test_a_block_that_is_done_in_time_is_not_touched(
+    async def test_a_deadline_leaves_a_block_alone_that_ends_in_time(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.transaction(timeout=30) as session:
@@ -141,7 +143,7 @@ class TestOfABlock:
         assert await notes(manager) == ["kept"]
         assert not_cancelling()
 
-    async def test_another_error_before_it_passes_is_the_error(
+    async def test_an_error_before_the_deadline_is_raised(
         self, manager: DatabaseSessionManager
     ) -> None:
         with pytest.raises(ZeroDivisionError):
@@ -152,7 +154,7 @@ class TestOfABlock:
                 raise TimeoutError("of something else")
         assert not isinstance(raised.value, TransactionTimeoutError)
 
-    async def test_it_runs_its_on_rollback_hooks_after_it_which_it_does_not_cut(
+    async def test_a_passed_deadline_does_not_cut_the_on_rollback_hooks_short(
         self, manager: DatabaseSessionManager
     ) -> None:
         ran: list[str] = []
@@ -169,7 +171,7 @@ class TestOfABlock:
 
 
 class TestABlockThatResists:
-    async def test_it_holds_where_the_cancellation_is_swallowed(
+    async def test_a_deadline_holds_if_the_block_swallows_the_cancellation(
         self, manager: DatabaseSessionManager
     ) -> None:
         with pytest.raises(TransactionTimeoutError):
@@ -180,7 +182,7 @@ class TestABlockThatResists:
         assert not_cancelling()
         assert await notes(manager) == []
 
-    async def test_and_where_the_block_goes_on_working_after_that(
+    async def test_a_deadline_holds_if_the_block_continues_after_the_cancellation(
         self, manager: DatabaseSessionManager
     ) -> None:
         with pytest.raises(TransactionTimeoutError):
@@ -193,7 +195,7 @@ class TestABlockThatResists:
         assert not_cancelling()
         assert await notes(manager) == []
 
-    async def test_and_where_the_cancellation_becomes_another_error(
+    async def test_a_deadline_holds_if_the_block_turns_the_cancellation_into_another_error(
         self, manager: DatabaseSessionManager
     ) -> None:
         with pytest.raises(TransactionTimeoutError) as raised:
@@ -205,7 +207,7 @@ class TestABlockThatResists:
         assert isinstance(raised.value.__cause__, ZeroDivisionError)
         assert not_cancelling()
 
-    async def test_and_where_the_block_did_not_let_anybody_else_run(
+    async def test_a_deadline_holds_if_the_block_never_yields_to_the_event_loop(
         self, manager: DatabaseSessionManager
     ) -> None:
         with pytest.raises(TransactionTimeoutError):
@@ -226,7 +228,9 @@ class TestTheCommit:
 
         event.listen(manager.engine.sync_engine, what, wait)
 
-    async def test_a_commit_that_was_sent_is_not_cut(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_deadline_does_not_cut_a_commit_that_was_sent(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         ran: list[str] = []
         self.slow(manager, "commit")
         async with manager.transaction(timeout=SOON) as session:
@@ -236,7 +240,9 @@ class TestTheCommit:
         assert ran == ["committed"]
         assert await notes(manager) == ["kept"]
 
-    async def test_the_flush_before_it_is(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_deadline_cuts_the_flush_before_the_commit(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.transaction() as session:
             await session.execute(select(Note))
         self.slow(manager, "before_cursor_execute")
@@ -245,7 +251,7 @@ class TestTheCommit:
                 session.add(Note(text="lost"))
         assert await notes(manager) == []
 
-    async def test_hooks_after_it_have_all_the_time_they_need(
+    async def test_a_deadline_does_not_apply_to_on_commit_hooks(
         self, manager: DatabaseSessionManager
     ) -> None:
         ran: list[str] = []
@@ -260,7 +266,7 @@ class TestTheCommit:
 
 
 class TestWithinAnother:
-    async def test_a_joined_block_that_is_late_dooms_the_outer_one(
+    async def test_the_deadline_of_a_joined_block_rolls_the_outer_block_back(
         self, manager: DatabaseSessionManager
     ) -> None:
         with pytest.raises(UnexpectedRollbackError, match="TransactionTimeoutError") as raised:
@@ -273,7 +279,7 @@ class TestWithinAnother:
         assert isinstance(raised.value.__cause__, TransactionTimeoutError)
         assert await notes(manager) == []
 
-    async def test_also_where_it_swallows_the_cancellation(
+    async def test_the_deadline_of_a_joined_block_that_swallows_it_rolls_the_outer_block_back(
         self, manager: DatabaseSessionManager
     ) -> None:
         with pytest.raises(TransactionTimeoutError):
@@ -284,7 +290,7 @@ class TestWithinAnother:
                         await asyncio.sleep(60)
         assert await notes(manager) == []
 
-    async def test_the_deadline_of_the_outer_block_holds_in_a_joined_one(
+    async def test_the_deadline_of_the_outer_block_holds_in_a_joined_block(
         self, manager: DatabaseSessionManager
     ) -> None:
         with pytest.raises(TransactionTimeoutError, match=r"0\.1 s"):
@@ -298,7 +304,7 @@ class TestWithinAnother:
         assert not_cancelling()
         assert await notes(manager) == []
 
-    async def test_a_savepoint_that_is_late_is_undone_and_the_outer_one_goes_on(
+    async def test_the_deadline_of_a_savepoint_rolls_back_only_the_savepoint(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.transaction() as session:
@@ -310,7 +316,7 @@ class TestWithinAnother:
             session.add(Note(text="kept too"))
         assert await notes(manager) == ["kept", "kept too"]
 
-    async def test_also_where_it_had_to_stop_a_statement(
+    async def test_the_deadline_of_a_savepoint_stops_its_statement_and_the_outer_block_goes_on(
         self, manager: DatabaseSessionManager, backend: str
     ) -> None:
         async with manager.transaction() as session:
@@ -322,7 +328,7 @@ class TestWithinAnother:
             session.add(Note(text="outer too"))
         assert await notes(manager) == ["outer", "outer too"]
 
-    async def test_one_of_its_own_leaves_the_outer_one_alone(
+    async def test_the_deadline_of_requires_new_leaves_the_outer_transaction_alone(
         self, manager: DatabaseSessionManager, backend: str
     ) -> None:
         async with manager.transaction() as session:
@@ -335,7 +341,7 @@ class TestWithinAnother:
                     await other.execute(text(LONG[backend]))
         assert await notes(manager) == ["outer"]
 
-    async def test_in_a_bare_session_it_rolls_that_back(
+    async def test_the_deadline_of_a_transaction_in_a_session_rolls_the_session_back(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.session() as session:
@@ -347,7 +353,7 @@ class TestWithinAnother:
             assert await session.scalar(select(1)) == 1
         assert await notes(manager) == []
 
-    async def test_it_does_not_make_a_joined_block_incompatible(
+    async def test_a_deadline_does_not_make_a_joined_block_incompatible(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.transaction(timeout=30), manager.transaction(timeout=60) as session:
@@ -356,7 +362,7 @@ class TestWithinAnother:
 
 
 class TestWithCancellation:
-    async def test_the_timeout_of_somebody_outside_stays_his(
+    async def test_a_timeout_around_the_block_raises_its_own_error(
         self, manager: DatabaseSessionManager
     ) -> None:
         with pytest.raises(TimeoutError) as raised:
@@ -368,7 +374,7 @@ class TestWithCancellation:
         assert not_cancelling()
         assert await notes(manager) == []
 
-    async def test_the_own_one_does_not_reach_the_outside(
+    async def test_the_deadline_of_a_block_does_not_expire_a_timeout_around_it(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with asyncio.timeout(30) as outside:
@@ -378,7 +384,7 @@ class TestWithCancellation:
             await asyncio.sleep(0)
         assert not outside.expired()
 
-    async def test_both_at_the_same_moment_are_a_timeout_of_the_outside(
+    async def test_a_deadline_together_with_a_timeout_around_it_is_that_timeout(
         self, manager: DatabaseSessionManager
     ) -> None:
         with pytest.raises(TimeoutError):
@@ -391,7 +397,7 @@ class TestWithCancellation:
         assert await notes(manager) == []
 
     @pytest.mark.parametrize("first", ["deadline", "cancellation"])
-    async def test_a_cancellation_at_the_same_moment_is_not_lost(
+    async def test_a_cancellation_together_with_a_deadline_is_not_lost(
         self, manager: DatabaseSessionManager, first: str
     ) -> None:
         async def work() -> None:
@@ -420,7 +426,7 @@ class TestWithCancellation:
         assert left == [1]
         assert await notes(manager) == []
 
-    async def test_a_deadline_that_passes_while_a_cancellation_is_being_handled_leaves_it_one(
+    async def test_a_deadline_that_passes_while_a_cancellation_is_handled_keeps_the_cancellation(
         self, manager: DatabaseSessionManager
     ) -> None:
         async def work() -> None:
@@ -440,7 +446,7 @@ class TestWithCancellation:
             await task
         assert await notes(manager) == []
 
-    async def test_a_cancellation_that_comes_in_the_rollback_after_a_deadline_goes_on_with_it_as_its_cause(
+    async def test_a_cancellation_in_the_rollback_after_a_deadline_has_the_deadline_as_its_cause(
         self, manager: DatabaseSessionManager
     ) -> None:
         async def work() -> None:
@@ -458,7 +464,7 @@ class TestWithCancellation:
         assert isinstance(raised.value.__cause__, TransactionTimeoutError)
         assert await notes(manager) == []
 
-    async def test_a_cancellation_before_the_deadline_is_a_cancellation(
+    async def test_a_cancellation_before_the_deadline_stays_a_cancellation(
         self, manager: DatabaseSessionManager
     ) -> None:
         async def work() -> None:
@@ -476,7 +482,7 @@ class TestWithCancellation:
         assert await notes(manager) == []
 
 
-async def test_many_at_once_leave_the_pool_whole(
+async def test_many_concurrent_deadlines_leak_no_place_in_the_pool(
     manager: DatabaseSessionManager, backend: str
 ) -> None:
     async def work(number: int) -> None:
@@ -497,7 +503,7 @@ async def test_many_at_once_leave_the_pool_whole(
 
 
 class TestPostgres(OnPostgres):
-    async def test_the_statement_is_ended_in_the_server_too(
+    async def test_a_deadline_also_stops_the_statement_in_the_server(
         self, manager: DatabaseSessionManager, postgres: Postgres
     ) -> None:
         task = asyncio.create_task(in_a_block(manager, 1, "SELECT pg_sleep(60)"))
@@ -510,7 +516,7 @@ class TestPostgres(OnPostgres):
 
         await until(ended)
 
-    async def test_it_ends_a_wait_for_a_lock(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_deadline_ends_a_wait_for_a_lock(self, manager: DatabaseSessionManager) -> None:
         async with manager.transaction() as session:
             session.add(Note(text="a"))
         async with manager.transaction() as session:
@@ -519,7 +525,7 @@ class TestPostgres(OnPostgres):
                 async with manager.transaction(Propagation.REQUIRES_NEW, timeout=SOON) as other:
                     await other.scalars(select(Note).with_for_update())
 
-    async def test_it_holds_against_a_server_that_stops_answering(
+    async def test_a_deadline_holds_if_the_server_stops_answering(
         self, manager: DatabaseSessionManager, postgres: Postgres, database_url: str
     ) -> None:
         network = Network()
@@ -533,7 +539,7 @@ class TestPostgres(OnPostgres):
             assert time.monotonic() - began < 5
             assert checked_out(remote) == 0
 
-    async def test_a_commit_that_is_not_answered_is_no_timeout(
+    async def test_an_unanswered_commit_at_the_deadline_is_no_timeout(
         self, manager: DatabaseSessionManager, postgres: Postgres, database_url: str
     ) -> None:
         network = Network()

@@ -92,7 +92,7 @@ def service(manager: DatabaseSessionManager) -> Service:
 
 class TestMethods:
     @pytest.mark.parametrize("name", ["bare", "with_parentheses", "with_options"])
-    async def test_with_and_without_parentheses_a_method_is_a_transaction(
+    async def test_transactional_works_with_and_without_parentheses(
         self, manager: DatabaseSessionManager, service: Service, name: str
     ) -> None:
         method = getattr(service, name)
@@ -103,13 +103,13 @@ class TestMethods:
         assert not manager.transaction.active
         assert await notes(manager) == ["a", "b"]
 
-    async def test_arguments_by_keyword_only_reach_it(
+    async def test_a_transactional_method_gets_its_keyword_only_arguments(
         self, manager: DatabaseSessionManager, service: Service
     ) -> None:
         assert await service.by_keyword_only(text="a") == "a"
         assert await notes(manager) == ["a"]
 
-    async def test_it_is_a_transaction_of_the_object_that_it_is_called_on(
+    async def test_a_transactional_method_uses_the_manager_of_its_object(
         self, manager: DatabaseSessionManager, settings: DatabaseSettings
     ) -> None:
         async with DatabaseSessionManager(settings) as other:
@@ -117,7 +117,7 @@ class TestMethods:
             assert await Service.bare(Service(manager), "b") == "b"
         assert await notes(manager) == ["a", "b"]
 
-    async def test_a_subclass_inherits_it_and_may_call_it_from_its_own(
+    async def test_a_subclass_can_inherit_and_call_a_transactional_method(
         self, manager: DatabaseSessionManager
     ) -> None:
         class Careful(Service):
@@ -131,7 +131,7 @@ class TestMethods:
         assert await Careful(manager).bare("a") == "a"
         assert await notes(manager) == ["a", "a before"]
 
-    async def test_the_manager_may_be_an_attribute_of_the_class_or_a_property(
+    async def test_the_manager_can_be_a_class_attribute_or_a_property(
         self, manager: DatabaseSessionManager
     ) -> None:
         class Shared:
@@ -165,7 +165,7 @@ class TestMethods:
         assert await Shared.of_nobody(manager.transaction)
         assert await Computed().active()
 
-    async def test_concurrent_calls_are_transactions_of_their_own(
+    async def test_concurrent_calls_of_a_transactional_method_are_separate_transactions(
         self, manager: DatabaseSessionManager, service: Service
     ) -> None:
         results = await asyncio.gather(
@@ -180,7 +180,9 @@ class TestMethods:
         ]
         assert await notes(manager) == ["a", "b"]
 
-    async def test_a_method_may_call_itself(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_transactional_method_can_call_itself(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         class Countdown(Service):
             @transactional
             async def run(self, number: int) -> int:
@@ -193,11 +195,13 @@ class TestMethods:
 
 class TestReadOnly:
     @pytest.mark.parametrize("name", ["read", "read_with_parentheses"])
-    async def test_it_reads_without_a_transaction(self, service: Service, name: str) -> None:
+    async def test_a_read_only_method_reads_without_a_transaction(
+        self, service: Service, name: str
+    ) -> None:
         await service.bare("a")
         assert await getattr(service, name)() == ["a"]
 
-    async def test_it_joins_a_transaction_and_sees_what_that_has_written(
+    async def test_a_read_only_method_joins_a_transaction_and_sees_its_writes(
         self, manager: DatabaseSessionManager, service: Service
     ) -> None:
         async with manager.transaction() as session:
@@ -206,7 +210,7 @@ class TestReadOnly:
             manager.transaction.set_rollback_only()
         assert await service.read() == []
 
-    async def test_it_joins_a_session(
+    async def test_a_read_only_method_joins_a_session(
         self, manager: DatabaseSessionManager, service: Service
     ) -> None:
         async with manager.session() as session:
@@ -214,21 +218,21 @@ class TestReadOnly:
             assert await service.read() == ["not yet committed"]
             await session.rollback()
 
-    async def test_one_that_writes_is_refused_by_the_database(
+    async def test_the_database_refuses_a_write_in_a_read_only_method(
         self, manager: DatabaseSessionManager, service: Service
     ) -> None:
         with pytest.raises(DBAPIError, match=r"read-?only"):
             await service.write_where_only_reading_is_allowed()
         assert await notes(manager) == []
 
-    async def test_one_that_calls_a_method_which_writes_is_refused_before_that(
+    async def test_a_read_only_method_cannot_call_a_transactional_method(
         self, manager: DatabaseSessionManager, service: Service
     ) -> None:
         with pytest.raises(IncompatibleTransactionError, match="make the outer call transactional"):
             await service.write_through_another_method()
         assert await notes(manager) == []
 
-    async def test_many_at_once_read_at_once(
+    async def test_many_read_only_methods_read_concurrently(
         self, manager: DatabaseSessionManager, service: Service
     ) -> None:
         await service.bare("a")
@@ -242,7 +246,7 @@ class TestReadOnly:
 
 
 class TestFunctions:
-    async def test_the_manager_is_the_parameter_wherever_it_stands(
+    async def test_a_transactional_function_finds_its_manager_in_any_parameter(
         self, manager: DatabaseSessionManager
     ) -> None:
         @transactional
@@ -272,7 +276,7 @@ class TestFunctions:
         assert await by_keyword_only("a", "b", transaction=manager.transaction)
         assert not await reading(manager.transaction)
 
-    async def test_a_parameter_goes_before_an_attribute(
+    async def test_a_manager_as_parameter_takes_precedence_over_an_attribute(
         self, manager: DatabaseSessionManager, settings: DatabaseSettings
     ) -> None:
         class Both:
@@ -285,7 +289,7 @@ class TestFunctions:
         async with DatabaseSessionManager(settings) as other:
             assert await Both().work(other.transaction) == (False, True)
 
-    async def test_a_function_that_was_decorated_by_others_still_works(
+    async def test_transactional_works_above_and_below_other_decorators(
         self, manager: DatabaseSessionManager
     ) -> None:
         def loud(
@@ -314,7 +318,7 @@ class TestFunctions:
 
 
 class TestOptions:
-    async def test_they_reach_the_transaction(
+    async def test_the_options_of_transactional_reach_the_transaction(
         self, manager: DatabaseSessionManager, backend: str
     ) -> None:
         class Strict(Service):
@@ -358,7 +362,7 @@ class TestOptions:
             session.add(Note(text="kept"))
         assert await notes(manager) == ["kept"]
 
-    def test_one_that_does_not_exist_is_refused(self) -> None:
+    def test_an_unknown_option_of_transactional_is_refused(self) -> None:
         with pytest.raises(TypeError, match="isolation_level"):
 
             @transactional(isolation_level="SERIALIZABLE")  # type: ignore[call-overload, untyped-decorator]
@@ -367,7 +371,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         "mode", [Propagation.SUPPORTS, Propagation.NOT_SUPPORTED, Propagation.NEVER]
     )
-    def test_so_is_an_isolation_level_where_there_may_be_no_transaction(
+    def test_transactional_refuses_an_isolation_level_without_a_transaction(
         self, mode: Propagation
     ) -> None:
         with pytest.raises(
@@ -375,7 +379,7 @@ class TestOptions:
         ):
             transactional(mode, isolation="SERIALIZABLE")
 
-    def test_so_is_an_isolation_level_that_does_not_exist(self) -> None:
+    def test_transactional_refuses_an_unknown_isolation_level(self) -> None:
         with pytest.raises(
             ValueError, match="unknown isolation level 'SERIALISABLE'; choose one of"
         ):
@@ -393,7 +397,7 @@ class TestSecondDatabase:
             await create_tables(archive)
             yield archive
 
-    async def test_it_is_found_as_attribute_and_as_parameter(
+    async def test_the_manager_named_by_of_is_found_as_attribute_and_as_parameter(
         self, manager: DatabaseSessionManager, archive: DatabaseSessionManager
     ) -> None:
         class Archivist:
@@ -430,7 +434,7 @@ class TestSecondDatabase:
         assert await notes(archive) == ["a", "b", "c"]
         assert await notes(manager) == ["moved c"]
 
-    async def test_both_may_be_stacked(
+    async def test_decorators_of_two_databases_can_be_stacked(
         self, manager: DatabaseSessionManager, archive: DatabaseSessionManager
     ) -> None:
         class Archivist:
@@ -446,7 +450,7 @@ class TestSecondDatabase:
         archivist.archive = archive.transaction
         assert await archivist.both() == (True, True)
 
-    async def test_an_error_names_what_of_named(self) -> None:
+    async def test_an_error_names_the_manager_that_of_names(self) -> None:
         class Incomplete:
             transaction = None
 
@@ -516,7 +520,9 @@ class TestWired:
             container.unwire()
 
     @pytest.mark.parametrize("name", ["wired_over", "wired_under"])
-    async def test_over_and_under_inject(self, container: TwoDatabases, name: str) -> None:
+    async def test_transactional_works_above_and_below_inject(
+        self, container: TwoDatabases, name: str
+    ) -> None:
         function = globals()[name]
         assert await function("a")
         assert await function(text="b")
@@ -525,13 +531,15 @@ class TestWired:
         assert await notes(container.db.sessionmanager()) == ["a", "b"]
         assert await notes(container.archive.sessionmanager()) == []
 
-    async def test_with_the_second_database(self, container: TwoDatabases) -> None:
+    async def test_transactional_of_a_second_database_works_with_inject(
+        self, container: TwoDatabases
+    ) -> None:
         archive = container.archive.sessionmanager()
         async with archive.transaction() as session:
             session.add(Note(text="old"))
         assert await wired_reader() == ["old"]
 
-    async def test_what_was_injected_can_be_given_too(self, container: TwoDatabases) -> None:
+    async def test_an_injected_argument_can_also_be_passed(self, container: TwoDatabases) -> None:
         archive = container.archive.sessionmanager()
         assert await wired_over(
             "a", notes=Notes(container.archive.session()), transaction=archive.transaction
@@ -539,12 +547,12 @@ class TestWired:
         assert await notes(archive) == ["a"]
 
     @pytest.mark.parametrize("name", ["wired_over", "wired_under"])
-    def test_name_docstring_and_signature_are_kept(self, name: str) -> None:
+    def test_transactional_with_inject_keeps_name_docstring_and_signature(self, name: str) -> None:
         function = globals()[name]
         assert (function.__name__, function.__doc__) == (name, "Write it down.")
         assert list(inspect.signature(function).parameters) == ["text", "notes", "transaction"]
 
-    async def test_not_wired_it_says_what_to_do(self) -> None:
+    async def test_a_transactional_function_that_is_not_wired_says_what_to_do(self) -> None:
         @transactional
         async def work(
             transaction: TransactionManager = Provide[TwoDatabases.db.transaction],
@@ -562,7 +570,7 @@ class TestIdentity:
         "decorate",
         [transactional, transactional(), transactional(retries=2), read_only, read_only()],
     )
-    def test_name_docstring_signature_and_annotations_are_kept(
+    def test_transactional_keeps_name_docstring_signature_and_annotations(
         self, decorate: Callable[[Any], Any]
     ) -> None:
         async def write(
@@ -587,7 +595,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "decorate", [transactional, transactional(), read_only, read_only(of="archive")]
     )
-    def test_what_is_no_coroutine_function_is_refused_when_decorated(
+    def test_transactional_refuses_anything_but_a_coroutine_function(
         self, decorate: Callable[[Any], Any]
     ) -> None:
         def sync(self: object) -> None: ...
@@ -604,7 +612,7 @@ class TestRefusals:
             ):
                 decorate(wrong)
 
-    def test_the_error_names_decorator_and_function(self) -> None:
+    def test_the_error_of_a_refused_decoration_names_decorator_and_function(self) -> None:
         with pytest.raises(TypeError, match=r"@transactional .*sync"):
 
             @transactional  # type: ignore[arg-type]
@@ -618,7 +626,7 @@ class TestRefusals:
             async def stream(self: object) -> AsyncIterator[int]:
                 yield 1
 
-    def test_it_belongs_under_classmethod_not_over_it(self) -> None:
+    def test_transactional_above_classmethod_is_refused(self) -> None:
         with pytest.raises(TypeError, match="write @transactional below @classmethod"):
 
             class Wrong:
@@ -626,7 +634,7 @@ class TestRefusals:
                 @classmethod
                 async def work(cls) -> None: ...
 
-    def test_a_function_that_has_no_way_to_a_manager_is_refused_when_decorated(self) -> None:
+    def test_a_function_that_cannot_have_a_manager_is_refused_when_decorated(self) -> None:
         async def work() -> None: ...
 
         for decorate in (transactional, read_only):
@@ -637,7 +645,7 @@ class TestRefusals:
         with pytest.raises(TypeError, match="'archive'"):
             transactional(of="archive")(work)
 
-    async def test_an_attribute_that_is_missing_is_named_at_the_call(self) -> None:
+    async def test_a_call_names_the_missing_attribute(self) -> None:
         class Incomplete:
             @transactional
             async def write(self) -> None: ...
@@ -654,7 +662,7 @@ class TestRefusals:
         ):
             await Incomplete().read()
 
-    async def test_an_attribute_of_another_type_is_named_with_its_type(
+    async def test_a_call_names_an_attribute_of_a_wrong_type_with_its_type(
         self, manager: DatabaseSessionManager
     ) -> None:
         class Confused:
@@ -669,9 +677,7 @@ class TestRefusals:
         with pytest.raises(TypeError, match="is TransactionBlock, not a TransactionManager"):
             await Confused(manager.transaction()).write()
 
-    async def test_an_argument_that_is_missing_is_named_at_the_call(
-        self, manager: DatabaseSessionManager
-    ) -> None:
+    async def test_a_call_names_the_missing_argument(self, manager: DatabaseSessionManager) -> None:
         @transactional
         async def write(text: str, transaction: TransactionManager | None = None) -> bool:
             return manager.transaction.active
@@ -685,7 +691,7 @@ class TestRefusals:
         with pytest.raises(TypeError, match="the argument 'transaction' is missing"):
             await write_always()  # type: ignore[call-arg]
 
-    async def test_wrong_arguments_are_pythons_own_error(
+    async def test_a_call_with_wrong_arguments_raises_pythons_own_error(
         self, manager: DatabaseSessionManager, service: Service
     ) -> None:
         with pytest.raises(TypeError, match="missing 1 required positional argument: 'text'"):

@@ -70,7 +70,9 @@ FILES = [block for document in DOCUMENTS for block in document.files.values()]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
-def test_no_block_is_of_a_kind_that_nobody_runs(document: Document) -> None:
+def test_each_code_block_of_the_documentation_is_of_a_kind_that_tests_run(
+    document: Document,
+) -> None:
     assert len(re.findall("`{3,}", document.text)) == 2 * len(document.blocks)
     assert not re.search(r"^(~~~|    \S)", document.prose, re.MULTILINE)
     for block in document.blocks:
@@ -91,7 +93,7 @@ def test_no_block_is_of_a_kind_that_nobody_runs(document: Document) -> None:
 @pytest.mark.parametrize(
     "block", [block for block in BLOCKS if block.excerpt_of], ids=lambda block: block.excerpt_of
 )
-def test_an_excerpt_is_what_the_file_says(block: Block) -> None:
+def test_an_excerpt_on_a_page_equals_the_file_that_it_names(block: Block) -> None:
     lines = iter((CHECKOUT / block.excerpt_of).read_text(encoding="utf-8").splitlines())
     for line in block.text.splitlines()[1:]:
         assert line in lines, (
@@ -100,7 +102,7 @@ def test_an_excerpt_is_what_the_file_says(block: Block) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
-def test_each_file_is_used_by_a_command_or_by_other_code(document: Document) -> None:
+def test_each_file_on_a_page_is_used_by_a_command_or_by_other_code(document: Document) -> None:
     for name, block in document.files.items():
         others = [
             b
@@ -142,7 +144,7 @@ async def reader(
 
 
 @each_document(lambda document: document.prompt)
-def test_the_snippets_work_one_after_the_other_and_print_what_they_say(
+def test_the_snippets_of_a_page_run_in_order_and_print_the_shown_output(
     document: Document, reader: Reader, backend: str, subtests: pytest.Subtests
 ) -> None:
     for marker in AFTER.get(document.name, {}):
@@ -161,7 +163,7 @@ def test_the_snippets_work_one_after_the_other_and_print_what_they_say(
 
 @pytest.mark.long
 @each_document(lambda document: document.commands)
-def test_the_commands_work_one_after_the_other(
+def test_the_commands_of_a_page_run_in_order(
     document: Document, reader: Reader, backend: str
 ) -> None:
     with shell_of(reader) as shell:
@@ -173,7 +175,7 @@ def test_the_commands_work_one_after_the_other(
 @pytest.mark.parametrize(
     "document", [page_with("python shop.py")], ids=lambda document: document.name
 )
-def test_the_program_prints_what_it_says(document: Document, reader: Reader) -> None:
+def test_the_program_of_a_page_prints_the_shown_output(document: Document, reader: Reader) -> None:
     assert reader.run("shop.py").splitlines() == document.files["shop.py"].prints
 
 
@@ -181,7 +183,7 @@ def test_readme_can_be_read_in_a_few_minutes() -> None:
     assert len(README.text.splitlines()) <= 150
 
 
-def test_the_container_with_its_test_is_under_forty_lines() -> None:
+def test_the_container_example_with_its_test_is_under_forty_lines() -> None:
     files = [
         page_with("python shop.py").files[name].text.splitlines()
         for name in ("shop.py", "test_shop.py")
@@ -195,7 +197,7 @@ def test_the_container_with_its_test_is_under_forty_lines() -> None:
     [block for block in FILES if block.language in ("yaml", "ini", "toml")],
     ids=lambda block: block.file,
 )
-def test_a_configuration_file_loads(
+def test_a_configuration_file_on_a_page_loads(
     block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DATABASE__URL", raising=False)
@@ -228,7 +230,7 @@ def clone() -> Iterator[Path]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("command", commands_like("-m ledger demo"))
-def test_a_demo_proves_what_the_page_shows(command: str, clone: Path) -> None:
+def test_a_demo_gives_the_results_that_the_page_shows(command: str, clone: Path) -> None:
     environment, python, *arguments = shlex.split(command)
     assert (environment, python) == (".ci/env", "python")
 
@@ -240,7 +242,7 @@ def test_a_demo_proves_what_the_page_shows(command: str, clone: Path) -> None:
     assert shape(printed) >= shape(shown_here.text)
 
 
-def test_the_server_starts_answers_and_ends(clone: Path) -> None:
+def test_the_server_of_a_page_starts_answers_and_ends(clone: Path) -> None:
     (command,) = commands_like("-m ledger serve")
     arguments = [sys.executable, *shlex.split(command)[2:], "--port", "0"]
     environment = os.environ | {"PYTHONPATH": str(clone / "src")}
@@ -257,7 +259,7 @@ def test_the_server_starts_answers_and_ends(clone: Path) -> None:
 
 
 @pytest.mark.long
-def test_the_comparison_has_the_rows_that_the_page_shows_and_finds_nothing_against_us(
+def test_the_comparison_has_the_rows_of_the_page_and_finds_no_fault_in_sessionwire(
     clone: Path,
 ) -> None:
     (command,) = commands_like("-m ledger compare")
@@ -284,7 +286,7 @@ def test_the_comparison_has_the_rows_that_the_page_shows_and_finds_nothing_again
 
 
 @pytest.mark.long
-def test_the_messages_that_the_page_counts_are_those_on_the_wire(tmp_path: Path) -> None:
+def test_the_message_counts_of_the_page_are_those_on_the_wire(tmp_path: Path) -> None:
     (command,) = commands_like(r"-m tests\.benchmarks")
 
     run(CHECKOUT, *shlex.split(command)[2:], "messages", "--output", str(tmp_path))
@@ -300,7 +302,7 @@ def shape(output: str) -> set[str]:
     return {re.sub(r"[\d.,]*\d", "0", " ".join(line.split())) for line in output.splitlines()}
 
 
-def test_the_command_for_the_tests_is_the_one_of_the_gate_and_finds_them() -> None:
+def test_the_documented_command_for_tests_is_the_one_of_the_gate() -> None:
     commands = commands_like(r"^\.ci/env pytest")
     assert commands == [".ci/env pytest"]
     assert commands[0] in (CHECKOUT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
@@ -309,7 +311,7 @@ def test_the_command_for_the_tests_is_the_one_of_the_gate_and_finds_them() -> No
 
 
 @pytest.mark.long
-def test_a_test_of_the_page_passes(tmp_path: Path) -> None:
+def test_a_test_on_a_page_passes(tmp_path: Path) -> None:
     page = page_with("pytest test_shop.py")
     reader = Reader(
         page, tmp_path, "postgresql://nowhere.invalid/shop"
@@ -321,7 +323,7 @@ def test_a_test_of_the_page_passes(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("options", [(), ("--sessionwire-url=sqlite://",)])
-def test_tests_of_the_page_run_in_the_databases_of_the_plugin(
+def test_tests_on_a_page_run_in_the_databases_of_the_plugin(
     options: tuple[str, ...], tmp_path: Path
 ) -> None:
     assert " ".join(("pytest test_shop.py", *options)) in [
@@ -332,13 +334,13 @@ def test_tests_of_the_page_run_in_the_databases_of_the_plugin(
 
 
 @pytest.mark.long
-def test_a_test_of_the_page_that_is_not_async_runs_too(tmp_path: Path) -> None:
+def test_a_synchronous_test_on_a_page_passes(tmp_path: Path) -> None:
     reader = Reader(TESTS_WITH_ROLLBACK, tmp_path, "postgresql://nowhere.invalid/shop")
     assert_passed(pytest_run(reader.directory, "test_web.py::test_tea_that_is_not_there"), 1)
 
 
 @pytest.mark.long
-def test_tests_of_the_page_need_no_plugin_that_the_extra_does_not_bring(tmp_path: Path) -> None:
+def test_tests_on_a_page_need_only_plugins_that_the_extra_installs(tmp_path: Path) -> None:
     brought = {
         "sessionwire",
         *(Requirement(line).name for line in PROJECT["optional-dependencies"]["testing"]),
@@ -356,7 +358,7 @@ def test_tests_of_the_page_need_no_plugin_that_the_extra_does_not_bring(tmp_path
 @pytest.mark.parametrize(
     "command", COMMANDS, ids=lambda command: f"{command.block.place}-{command.words[0]}"
 )
-def test_no_command_is_left_out(command: Command) -> None:
+def test_each_command_of_the_documentation_is_tested(command: Command) -> None:
     assert any(re.fullmatch(pattern, command.line) for pattern in KINDS), (
         f"{command.block.place}: nobody runs {command.line!r}"
     )
@@ -365,12 +367,12 @@ def test_no_command_is_left_out(command: Command) -> None:
 @pytest.mark.parametrize(
     "command", [c for c in COMMANDS if c.line.startswith("pip install ")], ids=lambda c: c.line
 )
-def test_what_pip_is_to_install_is_what_the_project_offers(command: Command) -> None:
+def test_each_documented_pip_install_names_an_extra_of_the_project(command: Command) -> None:
     """The gate installs the wheel for real; this is not on any index before its release."""
     check_installed(command)
 
 
-def test_each_extra_has_its_command() -> None:
+def test_each_extra_has_a_documented_pip_install() -> None:
     wanted = [
         Requirement(word)
         for command in COMMANDS
@@ -421,7 +423,7 @@ def shown(value: object) -> str:
     return "none" if value is None else str(value).lower()
 
 
-def test_the_reference_of_the_configuration_is_that_of_the_models() -> None:
+def test_the_reference_of_settings_equals_the_models() -> None:
     documented = [[cell.replace("`", "") for cell in row] for row in SETTINGS.rows("Configuration")]
     actual = [
         [
@@ -445,7 +447,7 @@ URLS = [
 
 
 @pytest.mark.parametrize("url", URLS)
-def test_each_form_of_a_url_is_taken(url: str) -> None:
+def test_each_documented_form_of_a_url_is_accepted(url: str) -> None:
     drivers = {
         "postgres": "postgresql+asyncpg",
         "sqlite": "sqlite+aiosqlite",
@@ -456,7 +458,7 @@ def test_each_form_of_a_url_is_taken(url: str) -> None:
     assert make_url(DatabaseSettings(url=complete).url).drivername == driver
 
 
-def test_each_environment_variable_that_is_named_belongs_to_a_key() -> None:
+def test_each_documented_environment_variable_belongs_to_a_key() -> None:
     named = {
         name for page in DOCUMENTS for name in re.findall(r"\b[A-Z_]*DATABASE__[A-Z_]+", page.text)
     }
@@ -466,7 +468,7 @@ def test_each_environment_variable_that_is_named_belongs_to_a_key() -> None:
         assert key.lower().replace("__", ".") in dict(keys(DatabaseSettings)), variable
 
 
-def test_each_error_and_warning_is_explained_and_none_that_is_not() -> None:
+def test_the_documentation_explains_each_error_and_warning_and_no_other() -> None:
     explained = [name for row in ERRORS.rows("Errors") for name in code_in(row[0])]
     public = [
         name
@@ -482,7 +484,7 @@ def test_each_error_and_warning_is_explained_and_none_that_is_not() -> None:
         assert data, name
 
 
-def test_each_mode_of_a_transaction_is_in_the_table() -> None:
+def test_each_propagation_mode_is_in_the_documented_table() -> None:
     modes = TRANSACTIONS.rows("What joins what")
     assert [code_in(mode)[0] for mode, _, _ in modes] == [mode.name for mode in Propagation]
     for _, inside, without in modes:
@@ -490,12 +492,12 @@ def test_each_mode_of_a_transaction_is_in_the_table() -> None:
             assert error in sessionwire.__all__
 
 
-def test_each_option_of_a_transaction_is_in_the_table() -> None:
+def test_each_option_of_a_transaction_is_in_the_documented_table() -> None:
     options = [code_in(option)[0] for option, _, _ in TRANSACTIONS.rows("Options")]
     assert options == list(TransactionOptions.__annotations__)
 
 
-def test_each_part_of_the_mission_names_what_is_there() -> None:
+def test_the_table_of_parts_names_each_provider_and_only_existing_names() -> None:
     names = {name for row in CONTAINERS.rows("Parts") for name in code_in(row[2])}
     providers = set(DatabaseContainer.providers)
     assert providers <= names
@@ -517,7 +519,7 @@ def slug(heading: str) -> str:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
-def test_each_link_leads_somewhere(document: Document) -> None:
+def test_each_link_of_the_documentation_has_a_target(document: Document) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", document.prose):
         path, _, anchor = target.partition("#")
         if re.match(r"https?://", path):
@@ -531,13 +533,13 @@ def test_each_link_leads_somewhere(document: Document) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
-def test_each_file_that_is_named_is_there(document: Document) -> None:
+def test_each_file_named_in_the_documentation_exists(document: Document) -> None:
     for code in document.code:
         if re.fullmatch(r"(src|tests|config|\.ci)(/[\w.-]+)*", code):
             assert (CHECKOUT / code).exists(), f"{document.name}: {code}"
 
 
-def test_the_changelog_begins_with_the_version_that_this_is() -> None:
+def test_the_changelog_begins_with_the_current_version() -> None:
     changelog = (CHECKOUT / "CHANGELOG.md").read_text(encoding="utf-8")
     first = re.search(r"^## (\S+)", changelog, re.MULTILINE)
     assert first is not None

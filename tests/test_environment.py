@@ -51,13 +51,13 @@ def env(project: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_an_environment_of_that_interpreter_is_used_as_it_is(project: Path) -> None:
+def test_an_environment_of_the_same_interpreter_is_reused(project: Path) -> None:
     ended = env(project, PYTHON=sys.executable)
 
     assert ended.stdout == f"{project / '.venv'}\n", ended.stderr
 
 
-def test_an_environment_of_another_interpreter_is_made_anew(
+def test_an_environment_of_another_interpreter_is_replaced(
     project: Path, other_python: str
 ) -> None:
     ended = env(project, PYTHON=other_python)
@@ -67,7 +67,7 @@ def test_an_environment_of_another_interpreter_is_made_anew(
     )
 
 
-def test_an_environment_made_from_another_project_file_is_made_anew(project: Path) -> None:
+def test_an_environment_made_from_another_project_file_is_replaced(project: Path) -> None:
     (project / "pyproject.toml").write_text("# something else")
 
     ended = env(project, PYTHON=sys.executable)
@@ -77,7 +77,7 @@ def test_an_environment_made_from_another_project_file_is_made_anew(project: Pat
     )
 
 
-def test_each_directory_is_an_environment_of_its_own(project: Path) -> None:
+def test_each_directory_has_a_separate_environment(project: Path) -> None:
     ended = env(project, PYTHON=sys.executable, VENV=".venv-other")
 
     assert (ended.returncode, ended.stdout) == (3, f"anew: .venv-other with {sys.executable}\n"), (
@@ -85,7 +85,7 @@ def test_each_directory_is_an_environment_of_its_own(project: Path) -> None:
     )
 
 
-def test_an_interpreter_that_is_not_there_leaves_the_environment_alone(project: Path) -> None:
+def test_a_missing_interpreter_leaves_the_environment_alone(project: Path) -> None:
     ended = env(project, PYTHON="python3.99")
 
     assert ended.returncode != 0
@@ -93,7 +93,7 @@ def test_an_interpreter_that_is_not_there_leaves_the_environment_alone(project: 
     assert (project / ".venv" / "installed-from").exists()
 
 
-def test_each_place_names_the_pythons_that_are_supported() -> None:
+def test_each_file_that_lists_pythons_lists_the_supported_ones() -> None:
     supported = [
         match[1]
         for line in PROJECT["classifiers"]

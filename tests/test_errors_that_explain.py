@@ -22,7 +22,7 @@ from .models import Note
 from .postgres import OnPostgres, kill
 
 
-async def test_a_session_that_close_has_aborted(database_url: str) -> None:
+async def test_a_session_that_close_aborted_says_so(database_url: str) -> None:
     manager = DatabaseSessionManager(DatabaseSettings(url=database_url, drain_timeout=0))
     await manager.open()
     session = CurrentSession(manager)
@@ -36,7 +36,7 @@ async def test_a_session_that_close_has_aborted(database_url: str) -> None:
                 await session.execute(text("SELECT 1"))
 
 
-async def test_a_block_that_another_task_has_entered(manager: DatabaseSessionManager) -> None:
+async def test_a_block_that_another_task_entered_says_so(manager: DatabaseSessionManager) -> None:
     """As `wait_for(block.__aenter__(), …)` does before Python 3.12."""
     block = manager.transaction()
     await asyncio.create_task(block.__aenter__())
@@ -47,7 +47,7 @@ async def test_a_block_that_another_task_has_entered(manager: DatabaseSessionMan
         await CurrentSession(manager).execute(text("SELECT 1"))
 
 
-async def test_a_session_that_a_failed_flush_has_ended(manager: DatabaseSessionManager) -> None:
+async def test_a_session_that_a_failed_flush_ended_says_so(manager: DatabaseSessionManager) -> None:
     async with manager.session() as session:
         session.add(Note(text=None))  # type: ignore[arg-type]
         with pytest.raises(DBAPIError) as first:
@@ -72,7 +72,7 @@ class TestLostConnections(OnPostgres):
             assert pending.value.__cause__ is first.value
             await session.rollback()
 
-    async def test_so_does_a_connection(
+    async def test_a_connection_names_the_statement_that_lost_it(
         self, manager: DatabaseSessionManager, postgres: Postgres
     ) -> None:
         with pytest.raises(PendingRollbackError) as pending:
@@ -86,7 +86,9 @@ class TestLostConnections(OnPostgres):
 
 
 class TestTablesOfManyProcesses(OnPostgres):
-    async def test_are_made_by_one_and_found_by_the_others(self, database_url: str) -> None:
+    async def test_create_all_in_many_processes_creates_each_table_once(
+        self, database_url: str
+    ) -> None:
         """Without turns, all but one of them would meet tables that the first is making."""
 
         async def start() -> None:
@@ -105,7 +107,9 @@ class TestTablesOfManyProcesses(OnPostgres):
             ):
                 await manager.drop_all(connection)
 
-    async def test_the_lock_has_the_documented_key(self, manager: DatabaseSessionManager) -> None:
+    async def test_create_all_takes_the_lock_with_the_documented_key(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         key = "classid::bigint << 32 | objid::bigint"
         held = text(
             f"SELECT {key} FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"

@@ -27,7 +27,7 @@ def settings(database_url: str) -> DatabaseSettings:
 
 
 @pytest.mark.parametrize("how", ["flush", "insert", "text"])
-async def test_sessions_that_only_write_wait_for_their_turns(
+async def test_sessions_that_only_write_wait_for_each_other(
     manager: DatabaseSessionManager, how: str
 ) -> None:
     async def add(number: int) -> None:
@@ -49,7 +49,7 @@ async def test_sessions_that_only_write_wait_for_their_turns(
     assert await notes(manager) == sorted(map(str, seen))
 
 
-async def test_a_session_waits_as_long_as_the_pool_and_can_be_cancelled(
+async def test_a_session_waits_for_the_lock_until_the_pool_timeout_and_can_be_cancelled(
     settings: DatabaseSettings,
 ) -> None:
     pool = PoolSettings(size=2, max_overflow=0, timeout=0.3)
@@ -80,7 +80,7 @@ async def test_a_session_waits_as_long_as_the_pool_and_can_be_cancelled(
 
 
 @pytest.mark.parametrize("other", ["has committed", "is writing"])
-async def test_one_that_has_read_is_told_at_once_to_take_a_transaction(
+async def test_a_session_that_has_read_is_refused_at_once_and_told_to_use_a_transaction(
     manager: DatabaseSessionManager, other: str
 ) -> None:
     async def write(done: asyncio.Event) -> None:
@@ -113,7 +113,9 @@ async def test_one_that_has_read_is_told_at_once_to_take_a_transaction(
     assert await notes(manager) == ["kept", "too"]
 
 
-async def test_a_session_that_reads_is_beside_a_writer(manager: DatabaseSessionManager) -> None:
+async def test_a_session_can_read_while_a_transaction_writes(
+    manager: DatabaseSessionManager,
+) -> None:
     async with manager.transaction() as writer:
         writer.add(Note(text="kept"))
         await writer.flush()
@@ -132,7 +134,7 @@ class TestSQLiteLock:
     def backend(self) -> str:
         return "sqlite"
 
-    async def test_a_writer_waits_for_the_one_before_it(
+    async def test_a_writer_waits_for_the_previous_writer(
         self, manager: DatabaseSessionManager
     ) -> None:
         async def write(name: str) -> None:
@@ -144,7 +146,7 @@ class TestSQLiteLock:
         await asyncio.gather(*(write(str(number)) for number in range(5)))
         assert len(await notes(manager)) == 5
 
-    async def test_a_wait_that_is_cancelled_ends_at_once(
+    async def test_a_cancelled_wait_for_the_lock_ends_at_once(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.transaction() as session:
@@ -158,7 +160,7 @@ class TestSQLiteLock:
                     await waiting
         assert await notes(manager) == ["first"]
 
-    async def test_a_wait_that_lasts_longer_than_the_pools_timeout_is_an_error(
+    async def test_a_wait_for_the_lock_beyond_the_pool_timeout_is_an_error(
         self, settings: DatabaseSettings, manager: DatabaseSessionManager
     ) -> None:
         impatient = settings.model_copy(update={"pool": PoolSettings(timeout=0.05)})
@@ -170,7 +172,7 @@ class TestSQLiteLock:
             async with other.session() as reader:  # which no writer keeps out
                 assert (await reader.scalars(select(Note))).all() == []
 
-    async def test_a_cancelled_statement_does_not_keep_the_lock(
+    async def test_a_cancelled_statement_releases_the_lock(
         self, manager: DatabaseSessionManager
     ) -> None:
         count = (

@@ -24,7 +24,9 @@ async def shared() -> AsyncIterator[Server]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("scenario", SCENARIOS)
-async def test_each_promise_is_kept(scenario: str, shared: Server) -> None:
+async def test_each_scenario_of_the_fault_suite_keeps_every_promise(
+    scenario: str, shared: Server
+) -> None:
     verdict = await run(SCENARIOS[scenario], 1, shared, seconds=0.7)
     assert not verdict.violations, str(verdict)
 
@@ -32,7 +34,9 @@ async def test_each_promise_is_kept(scenario: str, shared: Server) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2, 6))
 @pytest.mark.parametrize("scenario", SCENARIOS)
-async def test_so_it_is_with_other_seeds(scenario: str, seed: int, shared: Server) -> None:
+async def test_each_scenario_keeps_every_promise_with_other_seeds(
+    scenario: str, seed: int, shared: Server
+) -> None:
     verdict = await run(SCENARIOS[scenario], seed, shared, seconds=1.5)
     assert not verdict.violations, str(verdict)
 
@@ -45,7 +49,7 @@ async def forget(world: World) -> None:
 
 
 @pytest.mark.long
-def test_a_violation_is_told_with_the_seed_that_repeats_it(
+def test_a_violated_promise_is_reported_with_the_seed_that_repeats_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(SCENARIOS, "forget", Scenario("forget", Place.FILE, forget, Manner(), POOL))

@@ -35,7 +35,7 @@ def call(
         (call(Answer.UNKNOWN, rollbacks=1), 0, set(), {"wrong_hooks": 1}),
     ],
 )
-def test_each_call_is_held_against_the_books(
+def test_the_verdict_compares_each_call_with_the_books(
     asked: Call, rows: int, transfers: set[int], wrong: dict[str, int]
 ) -> None:
     verdict = Verdict("", 0)
@@ -45,14 +45,14 @@ def test_each_call_is_held_against_the_books(
     assert verdict.violations == [f"{name}: {number}" for name, number in wrong.items()]
 
 
-def test_times_are_held_against_their_bounds() -> None:
+def test_the_verdict_compares_times_with_their_limits() -> None:
     assert not Verdict("", 0, Counts(acknowledged=1, overrun=0.4, recovery=1.9)).violations
     assert (
         len(Verdict("", 0, Counts(overrun=0.6, recovery=2.1)).violations) == 3
     )  # and nothing was acknowledged
 
 
-def test_recovery_ends_with_the_last_failure() -> None:
+def test_the_recovery_time_ends_with_the_last_failure() -> None:
     def at(ended: float, answer: Answer, began: float) -> Call:
         return Call(0, "", 1, None, began=began, ended=ended, answer=answer)
 
@@ -67,7 +67,7 @@ def test_recovery_ends_with_the_last_failure() -> None:
     assert recovery(before, first, at(11.0, Answer.UNKNOWN, 9.0)) == 1.0
 
 
-def test_what_is_alive_is_counted() -> None:
+def test_the_verdict_counts_open_sessions() -> None:
     before = Living()
     left = Session()
     assert Living().sessions == before.sessions + 1
