@@ -198,7 +198,7 @@ FORMS: list[Callable[..., Any]] = [
 
 class TestForms:
     @pytest.mark.parametrize("endpoint", FORMS)
-    async def test_each_is_given_what_the_container_provides(
+    async def test_each_form_of_an_endpoint_gets_its_service(
         self, endpoint: Callable[..., Any], wired: Container
     ) -> None:
         app = app_with(endpoint)
@@ -206,13 +206,15 @@ class TestForms:
         assert await get(app, f"/{endpoint.__name__}") == 422
 
     @pytest.mark.parametrize("endpoint", FORMS)
-    def test_each_is_kept_out_of_openapi(self, endpoint: Callable[..., Any]) -> None:
+    def test_each_form_of_an_endpoint_hides_its_service_from_openapi(
+        self, endpoint: Callable[..., Any]
+    ) -> None:
         operation = app_with(endpoint).openapi()["paths"][f"/{endpoint.__name__}"]["get"]
         assert [parameter["name"] for parameter in operation["parameters"]] == ["name"]
         assert "requestBody" not in operation
 
     @pytest.mark.parametrize("endpoint", FORMS)
-    async def test_each_follows_an_override(
+    async def test_each_form_of_an_endpoint_follows_an_override(
         self, endpoint: Callable[..., Any], wired: Container
     ) -> None:
         app = app_with(endpoint)
@@ -220,15 +222,17 @@ class TestForms:
             assert await get(app, f"/{endpoint.__name__}?name=Ada") == "bye, Ada"
         assert await get(app, f"/{endpoint.__name__}?name=Ada") == "hello, Ada"
 
-    async def test_an_argument_goes_before_what_would_be_injected(self, wired: Container) -> None:
+    async def test_an_argument_passed_to_an_endpoint_takes_precedence_over_injection(
+        self, wired: Container
+    ) -> None:
         assert await short("Ada", greeter=Greeter("hey")) == "hey, Ada"
 
-    async def test_an_annotation_that_only_type_checkers_know_hides_no_other(
+    async def test_an_annotation_known_only_to_type_checkers_does_not_hide_others(
         self, wired: Container
     ) -> None:
         assert await beside_what_only_type_checkers_know(2) == 10
 
-    def test_nothing_to_inject_is_warned_of_where_it_was_written(self) -> None:
+    def test_inject_without_a_marker_warns_with_its_call_site(self) -> None:
         with pytest.warns(wiring.DIWiringWarning, match="nothing to inject") as caught:
 
             @inject
@@ -255,7 +259,7 @@ MARKERS = {
 
 class TestMarkers:
     @pytest.mark.parametrize("name", MARKERS)
-    async def test_each_feature_of_the_original_is_there(
+    async def test_each_marker_of_dependency_injector_works_in_an_endpoint(
         self, name: str, container: Container
     ) -> None:
         marker, expected = MARKERS[name]
@@ -272,7 +276,9 @@ class TestMarkers:
         app = app_with(short, depends)
         assert [await get(app, "/short"), await get(app, "/depends")] == [expected, expected]
 
-    async def test_the_provider_itself_and_the_container_too(self, container: Container) -> None:
+    async def test_an_endpoint_can_get_a_provider_and_the_container(
+        self, container: Container
+    ) -> None:
         @inject
         async def endpoint(
             build: Any = Provider[Container.greeter],
@@ -284,7 +290,9 @@ class TestMarkers:
         container.wire(modules=[__name__])
         assert await get(app_with(endpoint), "/endpoint") == ["hello"] * 3
 
-    async def test_closing_shuts_the_resource_after_the_request(self, container: Container) -> None:
+    async def test_a_closing_marker_shuts_the_resource_down_after_the_request(
+        self, container: Container
+    ) -> None:
         @inject
         async def short(door: Any = Closing[Provide[Container.door]]) -> bool:
             return bool(door.is_open)
@@ -333,7 +341,7 @@ class TestThreads:
         ("endpoint", "takes_a_thread"),
         [(three_depends, False), (three_short, False), (original, True)],
     )
-    async def test_only_the_original_marker_takes_one(
+    async def test_only_the_marker_of_dependency_injector_uses_a_thread(
         self, endpoint: Callable[..., Any], takes_a_thread: bool, wired: Container
     ) -> None:
         before = workers()
@@ -433,20 +441,20 @@ class TestDependencies:
             (of_function, "?name=Ada", "hello, Ada"),
         ],
     )
-    async def test_are_injected_themselves(
+    async def test_a_fastapi_dependency_is_injected(
         self, endpoint: Callable[..., Any], query: str, expected: str, wired: Container
     ) -> None:
         assert await get(app_with(endpoint), f"/{endpoint.__name__}{query}") == expected
 
     @pytest.mark.parametrize("endpoint", [of_generator, of_synchronous_generator])
-    async def test_generators_go_on_after_the_endpoint(
+    async def test_a_generator_dependency_continues_after_the_endpoint(
         self, endpoint: Callable[..., Any], wired: Container
     ) -> None:
         LOG.clear()
         assert await get(app_with(endpoint), f"/{endpoint.__name__}") == "hello"
         assert LOG == ["begin", "end"]
 
-    async def test_an_async_generator_sees_the_error_of_the_endpoint(
+    async def test_an_async_generator_dependency_sees_the_error_of_the_endpoint(
         self, wired: Container
     ) -> None:
         LOG.clear()
@@ -454,7 +462,7 @@ class TestDependencies:
         assert await get(app, "/fails_beside_generator") == 409
         assert LOG == ["begin", "HTTPException"]
 
-    async def test_an_async_generator_is_iterated_and_closed_as_any_other(
+    async def test_an_injected_async_generator_can_be_iterated_and_closed(
         self, wired: Container
     ) -> None:
         assert [letter async for letter in letters()] == ["h", "e", "l", "l", "o"]
@@ -464,7 +472,7 @@ class TestDependencies:
         await some.aclose()
         assert LOG == ["closed"]
 
-    async def test_one_of_a_whole_router_is_injected(self, wired: Container) -> None:
+    async def test_a_dependency_of_a_router_is_injected(self, wired: Container) -> None:
         @inject
         async def refuse(
             limit: int = Provide["config.limit", as_int()], page: Annotated[int, Query()] = 1
@@ -531,19 +539,21 @@ def app_of(module: str) -> FastAPI:
 
 
 class TestWiring:
-    async def test_may_come_before_the_routes_are_in_the_application(
+    async def test_wiring_works_before_the_routes_are_in_the_application(
         self, module: str, container: Container
     ) -> None:
         container.wire(modules=[module])
         app = app_of(module)
         assert [await get(app, path) for path in ("/short", "/depends")] == ["hello", "hello"]
 
-    async def test_may_come_after_it(self, module: str, container: Container) -> None:
+    async def test_wiring_works_after_the_routes_are_in_the_application(
+        self, module: str, container: Container
+    ) -> None:
         app = app_of(module)
         container.wire(modules=[module])
         assert [await get(app, path) for path in ("/short", "/depends")] == ["hello", "hello"]
 
-    async def test_may_be_taken_back_and_given_to_another_container(
+    async def test_wiring_can_move_to_another_container(
         self, module: str, container: Container
     ) -> None:
         app = app_of(module)
@@ -554,7 +564,7 @@ class TestWiring:
         assert [await get(app, path) for path in ("/short", "/depends")] == ["good day", "good day"]
         other.unwire()
 
-    async def test_that_is_missing_says_so(self, module: str) -> None:
+    async def test_an_endpoint_that_is_not_wired_says_so(self, module: str) -> None:
         app = app_of(module)
         with pytest.raises(
             AttributeError,
@@ -564,7 +574,9 @@ class TestWiring:
         with pytest.raises(TypeError, match="missing 1 required positional argument: 'greeter'"):
             await get(app, "/short")
 
-    async def test_without_inject_says_so(self, module: str, container: Container) -> None:
+    async def test_an_endpoint_without_inject_says_so(
+        self, module: str, container: Container
+    ) -> None:
         app = app_of(module)
         with pytest.raises(AttributeError, match="decorate the function with @inject"):
             await get(app, "/bare")
@@ -589,7 +601,7 @@ async def write_depends(
     return await notebook.read()
 
 
-async def test_a_service_writes_in_transactions_of_its_own(database_url: str) -> None:
+async def test_an_injected_service_writes_in_its_own_transactions(database_url: str) -> None:
     container = NotebookContainer(settings=DatabaseSettings(url=database_url))
     container.wire(modules=[__name__])
     app = FastAPI(lifespan=Lifespan(container))
@@ -613,7 +625,7 @@ def run(code: str) -> str:
     return subprocess.run(command, cwd=source, capture_output=True, text=True, check=False).stderr
 
 
-def test_without_fastapi_the_import_says_what_to_install() -> None:
+def test_importing_sessionwire_fastapi_without_fastapi_says_what_to_install() -> None:
     said = run("import sys; sys.modules['fastapi'] = None; import sessionwire.fastapi")
     assert (
         said.splitlines()[-1]

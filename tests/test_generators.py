@@ -102,7 +102,7 @@ async def add_note(session: AsyncSession) -> None:
 class TestLeftEarly:
     """No block whose generator is left ends quietly with something lost."""
 
-    async def test_what_joined_it_is_not_lost_quietly(
+    async def test_leaving_a_generator_early_reports_lost_work_of_a_joined_block(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         with pytest.raises(
@@ -113,7 +113,7 @@ class TestLeftEarly:
         assert checked_out(manager) == 0
 
     @pytest.mark.parametrize("write", [insert_note, add_note])
-    async def test_nor_what_the_loop_wrote_itself(
+    async def test_leaving_a_generator_early_reports_lost_writes_of_the_loop(
         self,
         manager: DatabaseSessionManager,
         service: Notes,
@@ -124,7 +124,7 @@ class TestLeftEarly:
         assert await notes(manager) == []
 
     @pytest.mark.parametrize("write", [insert_note, add_note])
-    async def test_nor_what_the_generator_wrote_itself(
+    async def test_leaving_a_generator_early_reports_lost_writes_of_the_generator(
         self, manager: DatabaseSessionManager, write: Callable[[AsyncSession], Awaitable[object]]
     ) -> None:
         async def rows() -> Rows:
@@ -137,7 +137,7 @@ class TestLeftEarly:
         assert await notes(manager) == []
 
     @pytest.mark.parametrize("write", [insert_note, add_note])
-    async def test_nor_what_a_session_did_not_commit(
+    async def test_leaving_a_generator_early_reports_uncommitted_work_of_a_session(
         self,
         manager: DatabaseSessionManager,
         service: Notes,
@@ -147,7 +147,7 @@ class TestLeftEarly:
             await first_of(service.in_session(write))
         assert await notes(manager) == []
 
-    async def test_nor_what_a_connection_did(
+    async def test_leaving_a_generator_early_reports_lost_work_of_a_connection(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         with pytest.raises(UnexpectedRollbackError):
@@ -155,14 +155,14 @@ class TestLeftEarly:
         assert await notes(manager) == []
         assert checked_out(manager) == 0
 
-    async def test_nor_what_is_pending_in_autocommit(
+    async def test_leaving_a_generator_early_reports_pending_objects_in_autocommit(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         with pytest.raises(UnexpectedRollbackError):
             await first_of(service.numbers(Propagation.SUPPORTS), lambda: add_note(service.session))
         assert await notes(manager) == []
 
-    async def test_a_savepoint_takes_nothing_else_along(
+    async def test_a_savepoint_of_a_generator_left_early_rolls_back_alone(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         async with manager.transaction():
@@ -171,7 +171,7 @@ class TestLeftEarly:
                 await first_of(service.numbers(Propagation.NESTED), lambda: service.add("lost"))
         assert await notes(manager) == ["kept"]
 
-    async def test_what_a_savepoint_inside_it_kept_is_lost_with_it(
+    async def test_leaving_a_generator_early_rolls_back_a_savepoint_that_was_kept_inside(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         async def nested() -> None:
@@ -182,7 +182,7 @@ class TestLeftEarly:
             await first_of(service.numbers(), nested)
         assert await notes(manager) == []
 
-    async def test_one_that_had_joined_and_written_takes_the_outer_one_along(
+    async def test_a_generator_left_early_that_joined_and_wrote_rolls_the_outer_block_back(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         with pytest.raises(UnexpectedRollbackError) as raised:
@@ -192,7 +192,7 @@ class TestLeftEarly:
         assert isinstance(raised.value.__cause__, UnexpectedRollbackError)
         assert await notes(manager) == []
 
-    async def test_the_failure_that_has_doomed_it_is_the_cause(
+    async def test_leaving_a_generator_early_reports_an_earlier_failure_as_the_cause(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         async def swallow() -> None:
@@ -203,7 +203,9 @@ class TestLeftEarly:
             await first_of(service.numbers(), swallow)
         assert isinstance(raised.value.__cause__, ZeroDivisionError)
 
-    async def test_hooks_run_as_after_any_rollback(self, service: Notes) -> None:
+    async def test_leaving_a_generator_early_runs_the_on_rollback_hooks(
+        self, service: Notes
+    ) -> None:
         ran: list[str] = []
 
         async def work() -> None:
@@ -215,7 +217,7 @@ class TestLeftEarly:
             await first_of(service.numbers(), work)
         assert ran == ["rollback"]
 
-    async def test_through_a_context_manager_in_the_generator(
+    async def test_leaving_a_generator_early_reports_lost_work_inside_a_context_manager(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         @asynccontextmanager
@@ -232,7 +234,7 @@ class TestLeftEarly:
         assert await notes(manager) == []
 
     @pytest.mark.parametrize("kind", ["transaction", "session", "connect"])
-    async def test_a_generator_that_is_dropped_tells_the_event_loop(
+    async def test_a_dropped_generator_reports_lost_work_to_the_event_loop(
         self, manager: DatabaseSessionManager, service: Notes, kind: str
     ) -> None:
         told: list[BaseException] = []
@@ -276,13 +278,13 @@ class TestLeftEarlyWithNothingLost:
             lambda service: service.in_connection(),
         ],
     )
-    async def test_one_that_only_reads_ends_quietly(
+    async def test_a_generator_left_early_that_only_read_ends_silently(
         self, manager: DatabaseSessionManager, service: Notes, rows: Callable[[Notes], Rows]
     ) -> None:
         await first_of(rows(service), service.count)
         assert checked_out(manager) == 0
 
-    async def test_what_a_session_has_committed_is_kept(
+    async def test_a_generator_left_early_keeps_what_its_session_committed(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         async def work(session: AsyncSession) -> None:
@@ -292,7 +294,7 @@ class TestLeftEarlyWithNothingLost:
         await first_of(service.in_session(work))
         assert await notes(manager) == ["kept"]
 
-    async def test_what_autocommit_has_done_is_kept(
+    async def test_a_generator_left_early_keeps_what_autocommit_wrote(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         kept = insert(Note).values(text="kept")
@@ -302,7 +304,7 @@ class TestLeftEarlyWithNothingLost:
     @pytest.mark.parametrize(
         "propagation", [Propagation.REQUIRED, Propagation.NESTED, Propagation.SUPPORTS]
     )
-    async def test_one_that_reads_inside_a_transaction_leaves_that_alone(
+    async def test_a_generator_left_early_that_read_leaves_the_outer_transaction_alone(
         self, manager: DatabaseSessionManager, service: Notes, propagation: Propagation
     ) -> None:
         async with manager.transaction():
@@ -311,7 +313,7 @@ class TestLeftEarlyWithNothingLost:
             await service.add("behind")
         assert await notes(manager) == ["before", "behind"]
 
-    async def test_what_a_savepoint_inside_it_has_undone_was_told_before(
+    async def test_a_generator_left_early_does_not_report_a_savepoint_rolled_back_before(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         await service.add("there")
@@ -325,7 +327,7 @@ class TestLeftEarlyWithNothingLost:
         await first_of(service.numbers(), nested)
         assert await notes(manager) == ["there"]
 
-    async def test_one_that_runs_to_its_end_commits(
+    async def test_a_generator_that_runs_to_its_end_commits(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         async for number in service.numbers():
@@ -336,7 +338,7 @@ class TestLeftEarlyWithNothingLost:
 class TestLeftByAnError:
     """An error or a cancellation is not replaced: it tells that the work was not done."""
 
-    async def test_an_exit_that_is_raised_by_hand_is_an_error_as_any_other(
+    async def test_a_generator_exit_raised_by_hand_is_an_ordinary_error(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         with pytest.raises(GeneratorExit):
@@ -346,7 +348,7 @@ class TestLeftByAnError:
         assert await notes(manager) == []
 
     @pytest.mark.parametrize("kind", ["transaction", "session", "connect"])
-    async def test_the_error_of_the_loop_goes_on_with_a_note(
+    async def test_an_error_in_the_loop_over_a_generator_goes_on_with_a_note(
         self, manager: DatabaseSessionManager, service: Notes, kind: str
     ) -> None:
         rows = {
@@ -365,7 +367,7 @@ class TestLeftByAnError:
         assert "left before its end" in raised.value.__notes__[0]
         assert await notes(manager) == []
 
-    async def test_also_through_a_generator_around_it(
+    async def test_an_error_in_the_loop_goes_on_through_an_outer_generator(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         async def doubled() -> Rows:
@@ -379,7 +381,7 @@ class TestLeftByAnError:
             await first_of(doubled(), lambda: service.add("lost"))
         assert await notes(manager) == []
 
-    async def test_so_does_a_cancellation_however_the_generator_is_closed(
+    async def test_a_cancellation_of_the_loop_goes_on_however_the_generator_is_closed(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         async def work() -> None:
@@ -400,7 +402,7 @@ class TestLeftByAnError:
             await task
         assert await notes(manager) == []
 
-    async def test_and_a_deadline_of_a_block_around_the_loop(
+    async def test_a_deadline_around_the_loop_goes_on_however_the_generator_is_closed(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         async def wait() -> None:
@@ -441,7 +443,7 @@ class TestWritesInsideATransaction:
     )
 
     @pytest.mark.parametrize("write", WRITES)
-    async def test_they_are_refused(
+    async def test_a_write_in_a_generators_session_inside_a_transaction_is_refused(
         self,
         manager: DatabaseSessionManager,
         service: Notes,
@@ -456,7 +458,7 @@ class TestWritesInsideATransaction:
             session.add(Note(text="kept"))  # what was refused has done nothing to the transaction
         assert await notes(manager) == ["kept"]
 
-    async def test_also_in_a_comprehension_and_through_other_generators(
+    async def test_a_write_is_refused_in_a_comprehension_and_through_other_generators(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         async def doubled() -> Rows:
@@ -476,7 +478,7 @@ class TestWritesInsideATransaction:
         gc.collect()  # the errors refer to the generators that they left
         await assert_all_returned(manager)
 
-    async def test_the_loop_may_read_there_and_write_elsewhere(
+    async def test_a_loop_can_read_in_a_generators_session_and_write_elsewhere(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         async with manager.transaction() as session:
@@ -488,7 +490,7 @@ class TestWritesInsideATransaction:
             await service.add("behind")
         assert await notes(manager) == ["1", "2", "3", "behind"]
 
-    async def test_one_that_joins_is_the_transaction(
+    async def test_a_generator_that_joins_shares_the_transaction_of_the_loop(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         async with manager.transaction():
@@ -496,7 +498,7 @@ class TestWritesInsideATransaction:
                 await service.add(str(number))
         assert await notes(manager) == ["1", "2", "3"]
 
-    async def test_without_a_transaction_the_session_is_as_ever(
+    async def test_a_loop_without_a_transaction_can_write_in_a_generators_session(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         async with manager.session():
@@ -504,7 +506,7 @@ class TestWritesInsideATransaction:
                 await service.add(str(number))
         assert await notes(manager) == ["1", "2", "3"]
 
-    async def test_a_session_that_the_loop_is_given_is_its_own(
+    async def test_a_loop_can_write_in_a_session_that_the_generator_yields(
         self, manager: DatabaseSessionManager
     ) -> None:
         async def sessions() -> AsyncGenerator[AsyncSession, None]:
@@ -517,7 +519,7 @@ class TestWritesInsideATransaction:
                 await session.commit()
         assert await notes(manager) == ["kept"]
 
-    async def test_code_that_opens_the_session_itself_writes_in_it(
+    async def test_code_that_opens_a_session_inside_a_transaction_can_write_in_it(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         async with manager.transaction(), manager.session() as session:
@@ -526,7 +528,7 @@ class TestWritesInsideATransaction:
             await service.add("second")
         assert await notes(manager) == ["first", "second"]
 
-    async def test_so_does_the_generator(
+    async def test_a_generator_can_write_in_the_session_that_it_opened(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         async def rows() -> Rows:
@@ -541,7 +543,7 @@ class TestWritesInsideATransaction:
             assert [number async for number in rows()] == [1, 2]
         assert await notes(manager) == ["in a task", "itself"]
 
-    async def test_and_code_inside_a_context_manager_or_a_fixture(
+    async def test_code_inside_a_context_manager_or_a_fixture_can_write_in_its_session(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         async def unit() -> AsyncIterator[AsyncSession]:
@@ -561,7 +563,7 @@ class TestWritesInsideATransaction:
             await anext(fixture, None)
         assert await notes(manager) == ["context manager", "fixture"]
 
-    async def test_a_function_that_runs_inside_a_generator_opens_its_own(
+    async def test_a_function_called_by_a_generator_can_open_its_own_session(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         async def beside() -> None:
@@ -578,7 +580,7 @@ class TestWritesInsideATransaction:
                 pass
         assert await notes(manager) == ["beside"]
 
-    async def test_nothing_of_the_generator_is_kept_alive(
+    async def test_the_check_of_writes_keeps_no_generator_alive(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         async with manager.transaction():
@@ -595,7 +597,7 @@ class TestWritesInsideATransaction:
                     await asyncio.sleep(0.01)
         assert getattr(scope, "generator", 0) is None
 
-    async def test_changes_that_the_loop_made_to_what_it_read_there_are_warned_of(
+    async def test_changes_to_objects_of_a_generators_session_cause_a_warning(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
         async def change() -> None:
@@ -613,7 +615,7 @@ class TestWritesInsideATransaction:
 
 class TestWritesInsideATransactionOnPostgres(OnPostgres):
     @pytest.mark.parametrize("propagation", [Propagation.REQUIRES_NEW, Propagation.NOT_SUPPORTED])
-    async def test_they_are_refused_in_each_session_of_its_own(
+    async def test_a_write_is_refused_in_every_kind_of_separate_session(
         self, manager: DatabaseSessionManager, service: Notes, propagation: Propagation
     ) -> None:
         async with manager.transaction():

@@ -57,7 +57,7 @@ def diary() -> Diary:
 
 
 class TestAfterTheEnd:
-    async def test_they_run_after_the_commit_sync_and_async_in_the_order_given(
+    async def test_on_commit_hooks_run_after_the_commit_in_the_order_given(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         async def look() -> None:
@@ -73,7 +73,7 @@ class TestAfterTheEnd:
             assert diary.entries == []
         assert diary.entries == ["first", "second", "saw ['a']", "fourth"]
 
-    async def test_they_run_after_the_rollback_in_the_order_given(
+    async def test_on_rollback_hooks_run_after_the_rollback_in_the_order_given(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         async def look() -> None:
@@ -90,14 +90,14 @@ class TestAfterTheEnd:
                 raise ZeroDivisionError
         assert diary.entries == ["first", "second", "saw []"]
 
-    async def test_a_block_that_was_used_for_nothing_has_its_hooks(
+    async def test_a_block_that_sent_nothing_runs_its_hooks(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         async with manager.transaction():
             diary.register(manager.transaction, "empty")
         assert diary.entries == ["empty committed"]
 
-    async def test_a_block_that_cannot_commit_has_rolled_back(
+    async def test_a_block_that_cannot_commit_runs_its_on_rollback_hooks(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         with pytest.raises(IntegrityError):
@@ -111,7 +111,7 @@ class TestAfterTheEnd:
                     await session.execute(insert(Note), [{"text": "twice"}, {"text": "twice"}])
         assert diary.entries == ["failed flush rolled back", "swallowed failure rolled back"]
 
-    async def test_set_rollback_only_is_a_rollback(
+    async def test_set_rollback_only_runs_the_on_rollback_hooks(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         async with manager.transaction():
@@ -119,7 +119,7 @@ class TestAfterTheEnd:
             manager.transaction.set_rollback_only()
         assert diary.entries == ["it rolled back"]
 
-    async def test_those_of_a_joined_block_wait_for_the_outermost_end(
+    async def test_hooks_of_a_joined_block_run_at_the_end_of_the_outermost_block(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         async with manager.transaction():
@@ -129,7 +129,7 @@ class TestAfterTheEnd:
             diary.register(manager.transaction, "outer")
         assert diary.entries == ["joined committed", "outer committed"]
 
-    async def test_those_of_a_transaction_in_a_bare_session_run_at_its_end_and_not_at_that_of_the_session(
+    async def test_hooks_of_a_transaction_in_a_session_run_at_the_end_of_the_transaction(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         async with manager.session() as session:
@@ -148,7 +148,7 @@ class TestAfterTheEnd:
             await session.rollback()
         assert len(diary.entries) == 3
 
-    async def test_they_run_in_the_task_and_context_of_the_caller(
+    async def test_hooks_run_in_the_task_and_context_of_the_caller(
         self, manager: DatabaseSessionManager
     ) -> None:
         seen: ContextVar[object] = ContextVar("seen")
@@ -161,7 +161,7 @@ class TestAfterTheEnd:
             manager.transaction.on_commit(look)
         assert seen.get() is asyncio.current_task()
 
-    async def test_they_see_no_scope_of_the_transaction_that_has_ended(
+    async def test_hooks_do_not_find_the_scope_that_has_ended(
         self, manager: DatabaseSessionManager
     ) -> None:
         refused: list[str] = []
@@ -186,7 +186,7 @@ class TestAfterTheEnd:
 
 
 class TestSavepoints:
-    async def test_the_on_commit_of_one_that_was_kept_runs_at_the_outermost_end(
+    async def test_the_on_commit_hook_of_a_kept_savepoint_runs_at_the_outermost_end(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         async with manager.transaction():
@@ -195,7 +195,7 @@ class TestSavepoints:
             assert diary.entries == []
         assert diary.entries == ["savepoint committed"]
 
-    async def test_of_one_that_was_rolled_back_only_the_on_rollback_runs_and_at_the_outermost_end(
+    async def test_a_rolled_back_savepoint_runs_only_on_rollback_at_the_outermost_end(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         async with manager.transaction():
@@ -218,7 +218,7 @@ class TestSavepoints:
             "after committed",
         ]
 
-    async def test_one_that_asked_for_its_rollback_itself_was_rolled_back(
+    async def test_set_rollback_only_in_a_savepoint_runs_its_on_rollback_hooks(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         async with manager.transaction(), manager.transaction(Propagation.NESTED):
@@ -226,7 +226,7 @@ class TestSavepoints:
             manager.transaction.set_rollback_only()
         assert diary.entries == ["savepoint rolled back"]
 
-    async def test_where_all_is_rolled_back_so_is_a_savepoint_that_was_kept(
+    async def test_a_rollback_of_the_transaction_includes_a_kept_savepoint(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         with pytest.raises(ZeroDivisionError):
@@ -238,7 +238,7 @@ class TestSavepoints:
 
 
 class TestTransactionsOfTheirOwn:
-    async def test_those_of_requires_new_run_at_its_own_end(
+    async def test_hooks_of_requires_new_run_at_its_own_end(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         reads = database_of(manager).is_sqlite  # where one writer excludes another
@@ -257,7 +257,7 @@ class TestTransactionsOfTheirOwn:
                 raise ZeroDivisionError
         assert diary.entries[2:] == ["outer rolled back", "outer again rolled back"]
 
-    async def test_a_hook_of_requires_new_finds_itself_in_the_outer_transaction_again(
+    async def test_a_hook_of_requires_new_runs_in_the_outer_transaction(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.transaction() as outer:
@@ -269,7 +269,7 @@ class TestTransactionsOfTheirOwn:
         assert await notes(manager) == ["from the hook"]
 
     @pytest.mark.parametrize("end", ["on_commit", "on_rollback"])
-    async def test_a_hook_may_open_a_transaction_which_has_hooks_of_its_own(
+    async def test_a_hook_can_open_a_transaction_with_its_own_hooks(
         self, manager: DatabaseSessionManager, diary: Diary, end: str
     ) -> None:
         async def follow_up() -> None:
@@ -289,7 +289,7 @@ class TestTransactionsOfTheirOwn:
             ["follow-up", "it"] if end == "on_commit" else ["follow-up"]
         )
 
-    async def test_a_hook_that_is_given_in_a_hook_finds_no_transaction(
+    async def test_a_hook_registered_in_a_hook_finds_no_transaction(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         def register() -> None:
@@ -306,7 +306,7 @@ class TestTransactionsOfTheirOwn:
 
 
 class TestWithoutATransaction:
-    async def test_a_sync_on_commit_runs_at_once_and_an_on_rollback_never(
+    async def test_a_sync_on_commit_hook_without_a_transaction_runs_at_once(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         diary.register(manager.transaction, "nothing open")
@@ -319,13 +319,13 @@ class TestWithoutATransaction:
             f"{name} committed" for name in ("nothing open", "supports", "not supported")
         ]
 
-    async def test_what_a_sync_on_commit_raises_reaches_the_caller(
+    async def test_an_error_of_a_hook_without_a_transaction_reaches_the_caller(
         self, manager: DatabaseSessionManager
     ) -> None:
         with pytest.raises(ZeroDivisionError):
             manager.transaction.on_commit(lambda: 1 / 0)
 
-    async def test_an_async_on_commit_is_refused_and_says_to_await_it(
+    async def test_an_async_on_commit_hook_without_a_transaction_is_refused(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         class Send:
@@ -339,7 +339,7 @@ class TestWithoutATransaction:
 
 
 class TestErrors:
-    async def test_one_that_raises_undoes_nothing_and_stops_no_other(
+    async def test_a_hook_that_raises_rolls_nothing_back_and_stops_no_other_hook(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         async def fail() -> None:
@@ -362,7 +362,7 @@ class TestErrors:
         assert await notes(manager) == ["kept"]
         assert checked_out(manager) == 0
 
-    async def test_after_an_error_of_the_block_theirs_are_notes_on_it(
+    async def test_errors_of_hooks_are_notes_on_the_error_of_the_block(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         def fail(why: str) -> None:
@@ -380,7 +380,7 @@ class TestErrors:
         ]
         assert diary.entries == ["still called"]
 
-    async def test_an_exit_that_one_asks_for_is_not_lost_behind_the_error_of_an_earlier_one(
+    async def test_a_system_exit_in_a_hook_is_not_hidden_by_an_earlier_error(
         self, manager: DatabaseSessionManager
     ) -> None:
         def leave() -> None:
@@ -392,7 +392,7 @@ class TestErrors:
                 manager.transaction.on_commit(leave)
         assert isinstance(raised.value.__cause__, ZeroDivisionError)
 
-    async def test_an_error_of_a_hook_is_not_an_error_of_the_transaction_around(
+    async def test_an_error_of_a_hook_does_not_roll_the_outer_transaction_back(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.session() as session:
@@ -406,7 +406,7 @@ class TestErrors:
 
 
 class TestCancellation:
-    async def test_a_block_that_is_cancelled_has_rolled_back(
+    async def test_a_cancelled_block_runs_its_on_rollback_hooks(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         async def work() -> None:
@@ -424,7 +424,7 @@ class TestCancellation:
             await task
         assert diary.entries == ["it rolled back"]
 
-    async def test_where_the_commit_was_done_although_cancelled_on_commit_runs_and_the_cancellation_goes_on(
+    async def test_a_cancellation_during_a_commit_lets_the_on_commit_hooks_run(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         async def work() -> None:
@@ -441,7 +441,7 @@ class TestCancellation:
         assert diary.entries == ["it committed", "and waited for"]
         assert await notes(manager) == ["kept"]
 
-    async def test_one_that_is_cancelled_stops_no_other_and_the_cancellation_goes_on(
+    async def test_a_cancelled_hook_stops_no_other_and_the_cancellation_goes_on(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         async def wait() -> None:
@@ -463,7 +463,7 @@ class TestCancellation:
         assert diary.entries == ["still called"]
         assert await notes(manager) == ["kept"]
 
-    async def test_a_cancellation_in_a_hook_is_not_lost_behind_the_error_of_the_block(
+    async def test_a_cancellation_in_a_hook_is_not_hidden_by_the_error_of_the_block(
         self, manager: DatabaseSessionManager
     ) -> None:
         async def wait() -> None:
@@ -485,7 +485,7 @@ class TestCancellation:
 
 
 class TestUnknownOutcome(OnPostgres):
-    async def test_after_a_commit_whose_outcome_is_unknown_none_runs(
+    async def test_a_commit_with_an_unknown_outcome_runs_no_hooks(
         self, manager: DatabaseSessionManager, postgres: Postgres, diary: Diary
     ) -> None:
         async def work() -> None:
@@ -503,7 +503,7 @@ class TestUnknownOutcome(OnPostgres):
 
 
 class TestOnBegin:
-    async def test_a_sync_one_may_send_statements_in_every_kind_of_block(
+    async def test_a_sync_on_begin_hook_can_send_statements_in_every_kind_of_block(
         self, manager: DatabaseSessionManager
     ) -> None:
         def look(connection: AsyncConnection) -> None:
@@ -520,7 +520,7 @@ class TestOnBegin:
         assert found == [1, 1, 1]
 
     @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-    async def test_it_is_called_at_the_begin_of_every_transaction_and_of_no_savepoint(
+    async def test_an_on_begin_hook_runs_for_every_transaction_and_no_savepoint(
         self, manager: DatabaseSessionManager, is_async: bool
     ) -> None:
         begun: list[AsyncConnection] = []
@@ -552,7 +552,7 @@ class TestOnBegin:
             assert len(begun) == 5
             assert begun[4].sync_connection is connection.sync_connection
 
-    async def test_it_is_called_again_for_every_attempt(
+    async def test_an_on_begin_hook_runs_again_for_every_attempt(
         self, manager: DatabaseSessionManager
     ) -> None:
         begun: list[AsyncConnection] = []
@@ -569,7 +569,7 @@ class TestOnBegin:
         await manager.transaction.run(work, retries=5)
         assert (attempts, len(begun)) == (3, 3)
 
-    async def test_several_are_called_in_the_order_given_on_the_connection_of_the_transaction(
+    async def test_on_begin_hooks_run_in_order_on_the_connection_of_the_transaction(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
         @manager.transaction.on_begin
@@ -586,7 +586,7 @@ class TestOnBegin:
         database_of(manager).begin_hooks.clear()
         assert await notes(manager) == []
 
-    async def test_where_one_is_set_reads_run_in_a_transaction_too(
+    async def test_an_on_begin_hook_makes_reads_run_in_a_transaction(
         self, manager: DatabaseSessionManager
     ) -> None:
         class Reader:
@@ -604,7 +604,7 @@ class TestOnBegin:
         assert await Reader().count() == 0
         assert len(begun) == 1
 
-    async def test_one_that_fails_lets_nothing_through(
+    async def test_an_on_begin_hook_that_fails_stops_every_statement(
         self, manager: DatabaseSessionManager
     ) -> None:
         @manager.transaction.on_begin
@@ -635,7 +635,7 @@ class TestOnBegin:
         database_of(manager).begin_hooks.clear()
         assert await notes(manager) == []
 
-    async def test_one_that_fails_once_leaves_a_bare_session_usable_after_its_rollback(
+    async def test_a_session_is_usable_after_the_rollback_of_a_failed_on_begin_hook(
         self, manager: DatabaseSessionManager
     ) -> None:
         failures = [PermissionError("not yet")]
@@ -672,7 +672,7 @@ class TestRowLevelSecurity(OnPostgres):
             await connection.execute(text(f"DROP OWNED BY {role}"))
         await postgres.execute(f"DROP ROLE {role}")
 
-    async def test_each_tenant_sees_and_writes_its_own_rows_in_every_kind_of_block(
+    async def test_row_level_security_separates_tenants_in_every_kind_of_block(
         self, manager: DatabaseSessionManager, database_url: str, role: str
     ) -> None:
         tenant: ContextVar[str] = ContextVar("tenant")

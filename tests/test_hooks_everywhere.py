@@ -163,7 +163,7 @@ SENDING_BEFORE = (
 class TestEveryWay(OnPostgres):
     @pytest.mark.parametrize("in_sandbox", [False, True], ids=["database", "sandbox"])
     @pytest.mark.parametrize("way", WAYS)
-    async def test_each_statement_is_in_a_transaction_that_has_it(
+    async def test_each_statement_runs_in_a_transaction_with_the_on_begin_hook(
         self, manager: DatabaseSessionManager, way: Way, in_sandbox: bool
     ) -> None:
         @manager.transaction.on_begin
@@ -178,7 +178,7 @@ class TestEveryWay(OnPostgres):
             assert await execute(ask)
 
     @pytest.mark.parametrize("way", WAYS)
-    async def test_where_it_fails_nothing_is_sent(
+    async def test_no_statement_is_sent_if_the_on_begin_hook_fails(
         self, manager: DatabaseSessionManager, way: Way
     ) -> None:
         failures: list[Exception] = []
@@ -219,7 +219,7 @@ class TestEachStatementAlone:
         return begun
 
     @pytest.mark.parametrize("mode", WITHOUT)
-    async def test_what_was_done_is_kept_and_one_that_fails_undoes_only_itself(
+    async def test_a_failed_statement_in_autocommit_with_a_hook_undoes_only_itself(
         self, manager: DatabaseSessionManager, mode: Propagation, begun: list[int]
     ) -> None:
         with pytest.raises(ZeroDivisionError):
@@ -241,7 +241,7 @@ class TestEachStatementAlone:
         assert checked_out(manager) == 0
 
     @pytest.mark.parametrize("mode", WITHOUT)
-    async def test_a_lock_is_held_no_longer_than_its_statement(
+    async def test_a_statement_in_autocommit_with_a_hook_releases_its_lock(
         self, manager: DatabaseSessionManager, mode: Propagation, begun: list[int]
     ) -> None:
         async with manager.transaction(mode) as session:
@@ -255,7 +255,7 @@ class TestEachStatementAlone:
                 note.text = "b"
             assert await session.scalar(select(Note.text)) == "b"
 
-    async def test_a_hook_that_fails_once_lets_the_next_statement_have_it(
+    async def test_an_on_begin_hook_that_failed_once_runs_for_the_next_statement(
         self, manager: DatabaseSessionManager
     ) -> None:
         failures = [PermissionError("not yet")]
@@ -273,7 +273,7 @@ class TestEachStatementAlone:
         database_of(manager).begin_hooks.clear()
         assert await notes(manager) == ["a", "hook 0"]
 
-    async def test_what_needs_a_transaction_is_refused_with_the_reason(
+    async def test_autocommit_with_a_hook_refuses_operations_that_need_a_transaction(
         self, manager: DatabaseSessionManager, begun: list[int]
     ) -> None:
         async with manager.transaction(Propagation.NOT_SUPPORTED) as session:
@@ -287,7 +287,7 @@ class TestEachStatementAlone:
         database_of(manager).begin_hooks.clear()
         assert await notes(manager) == ["a"]
 
-    async def test_the_hook_itself_may_set_a_savepoint(
+    async def test_an_on_begin_hook_in_autocommit_can_set_a_savepoint(
         self, manager: DatabaseSessionManager
     ) -> None:
         @manager.transaction.on_begin
@@ -306,7 +306,7 @@ class TestEachStatementAlone:
         database_of(manager).begin_hooks.clear()
         assert await notes(manager) == ["NOT_SUPPORTED", "REQUIRED", "by the engine"]
 
-    async def test_a_transaction_inside_is_one_of_its_own(
+    async def test_a_transaction_inside_autocommit_with_a_hook_is_separate(
         self, manager: DatabaseSessionManager, begun: list[int]
     ) -> None:
         async with manager.transaction(Propagation.SUPPORTS) as session:
@@ -319,7 +319,7 @@ class TestEachStatementAlone:
                 own.add(Note(text="a"))
         assert len(begun) == 2
 
-    async def test_a_block_that_was_open_before_the_hook_is_refused(
+    async def test_a_block_opened_before_the_first_hook_is_refused(
         self, manager: DatabaseSessionManager
     ) -> None:
         for read_only in (False, True):
@@ -334,7 +334,9 @@ class TestEachStatementAlone:
 
 
 class TestAutocommitOnTheEngine:
-    async def test_it_is_refused_unless_it_is_marked(self, manager: DatabaseSessionManager) -> None:
+    async def test_autocommit_on_the_engine_is_refused_with_hooks_unless_it_opts_out(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         begun: list[object] = []
         engine = manager.engine.execution_options(isolation_level="AUTOCOMMIT")
         async with engine.connect() as connection:
@@ -360,7 +362,9 @@ class TestAutocommitOnTheEngine:
         assert await notes(manager) == ["a"]
         assert len(begun) == 1
 
-    async def test_a_block_may_be_marked_too(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_block_can_opt_out_of_on_begin_hooks(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         begun: list[object] = []
         manager.transaction.on_begin(begun.append)
         for mode in MODES:
@@ -373,7 +377,7 @@ class TestAutocommitOnTheEngine:
 
 
 class TestVacuum(OnPostgres):
-    async def test_what_no_transaction_may_do_can_be_done_without_the_hooks(
+    async def test_vacuum_is_possible_without_the_hooks(
         self, manager: DatabaseSessionManager
     ) -> None:
         manager.transaction.on_begin(lambda _: None)
@@ -385,7 +389,7 @@ class TestVacuum(OnPostgres):
 
 
 class TestOpening:
-    async def test_the_check_of_open_and_the_sandbox_itself_go_without(
+    async def test_opening_a_manager_or_a_sandbox_runs_no_on_begin_hook(
         self, manager: DatabaseSessionManager
     ) -> None:
         begun: list[object] = []
@@ -397,7 +401,7 @@ class TestOpening:
             await notes(manager)
             assert len(begun) == 1
 
-    async def test_a_connection_from_before_the_first_hook_has_it_in_its_next_transaction(
+    async def test_a_connection_older_than_the_hook_runs_it_in_its_next_transaction(
         self, manager: DatabaseSessionManager
     ) -> None:
         begun: list[object] = []
@@ -410,7 +414,7 @@ class TestOpening:
 
 
 class TestBatches(OnPostgres):
-    async def test_each_batch_of_a_large_insert_has_it(
+    async def test_each_batch_of_a_large_insert_runs_with_the_hook(
         self, manager: DatabaseSessionManager
     ) -> None:
         @manager.transaction.on_begin
@@ -429,7 +433,7 @@ class TestBatches(OnPostgres):
 
 
 class TestLostConnection(OnPostgres):
-    async def test_the_next_statement_alone_has_another_one(
+    async def test_a_statement_in_autocommit_after_a_lost_connection_gets_a_new_one(
         self, manager: DatabaseSessionManager, postgres: Postgres
     ) -> None:
         begun: list[object] = []
@@ -445,7 +449,7 @@ class TestLostConnection(OnPostgres):
 
 
 class TestCancellation(OnPostgres):
-    async def test_a_statement_alone_that_is_cancelled_is_undone_and_its_connection_is_gone(
+    async def test_a_cancelled_statement_in_autocommit_with_a_hook_is_rolled_back(
         self, manager: DatabaseSessionManager, postgres: Postgres
     ) -> None:
         async def work() -> None:

@@ -189,7 +189,7 @@ class Layers(containers.DeclarativeContainer):
 ALL_UP, ALL_DOWN = ["+first", "+second", "+third"], ["-third", "-second", "-first"]
 
 
-async def test_resources_start_after_those_they_need_and_end_before_them() -> None:
+async def test_resources_start_after_their_dependencies_and_end_before_them() -> None:
     async with Lifespan(Layers()) as layers:
         assert layers.log().take() == ALL_UP
     assert layers.log().take() == ALL_DOWN
@@ -217,7 +217,7 @@ async def test_all_kinds_of_resources_start_and_end_in_order_and_start_again(
 
 
 @named(KINDS_WITHOUT_END)
-async def test_resources_without_an_end_are_made_anew_at_each_start(
+async def test_resources_without_an_end_are_built_again_at_each_start(
     kind: Callable[..., Any],
 ) -> None:
     layers = layers_of(kind)
@@ -257,7 +257,7 @@ class Nested(containers.DeclarativeContainer):
     announcement = providers.Resource(generator, log, "announcement", workers.worker)
 
 
-async def test_the_order_holds_across_nested_containers() -> None:
+async def test_the_order_of_resources_holds_across_nested_containers() -> None:
     async with Lifespan(Nested()) as nested:
         assert nested.log().take() == ["+broker", "+worker", "+announcement"]
     assert nested.log().take() == ["-announcement", "-worker", "-broker"]
@@ -284,7 +284,7 @@ class Application(containers.DeclarativeContainer):
     diary.add_kwargs(name=providers.Callable(lambda _: "diary", tables))
 
 
-async def test_the_database_is_open_while_the_resources_start_and_end_that_use_it(
+async def test_the_database_is_open_while_resources_that_use_it_start_and_end(
     settings: DatabaseSettings,
 ) -> None:
     async with Lifespan(Application(settings=settings)) as application:
@@ -294,7 +294,9 @@ async def test_the_database_is_open_while_the_resources_start_and_end_that_use_i
         assert await notes(manager) == ["+diary", "-diary"]
 
 
-async def test_the_end_waits_for_a_transaction_that_is_still_open(sqlite: DatabaseSettings) -> None:
+async def test_the_end_of_a_lifespan_waits_for_an_open_transaction(
+    sqlite: DatabaseSettings,
+) -> None:
     async def work() -> None:
         async with container.db.transaction()():
             is_inside.set()
@@ -312,7 +314,7 @@ async def test_the_end_waits_for_a_transaction_that_is_still_open(sqlite: Databa
         assert await notes(manager) == ["a"]
 
 
-async def test_what_was_started_by_hand_is_not_started_again_and_ends_with_the_rest() -> None:
+async def test_a_resource_started_by_hand_is_not_started_again_and_ends_with_the_rest() -> None:
     layers = Layers()
     await layers.first.init()  # type: ignore[misc]
     async with Lifespan(layers):
@@ -320,7 +322,7 @@ async def test_what_was_started_by_hand_is_not_started_again_and_ends_with_the_r
     assert layers.log().take() == ALL_DOWN
 
 
-async def test_one_inside_another_starts_and_ends_only_what_that_has_not_started() -> None:
+async def test_a_nested_lifespan_starts_and_ends_only_what_the_outer_one_has_not_started() -> None:
     async with Lifespan(Layers()) as layers:
         await layers.third.shutdown()  # type: ignore[misc]
         assert layers.log().take() == [*ALL_UP, "-third"]
@@ -330,14 +332,16 @@ async def test_one_inside_another_starts_and_ends_only_what_that_has_not_started
     assert layers.log().take() == ["-second", "-first"]
 
 
-async def test_what_was_ended_by_hand_is_not_ended_again() -> None:
+async def test_a_resource_ended_by_hand_is_not_ended_again() -> None:
     async with Lifespan(Layers()) as layers:
         await layers.third.shutdown()  # type: ignore[misc]
         await layers.first.shutdown()  # type: ignore[misc]
     assert layers.log().take() == [*ALL_UP, "-third", "-first", "-second"]
 
 
-async def test_a_manager_that_was_closed_by_hand_does_not_mind(sqlite: DatabaseSettings) -> None:
+async def test_a_lifespan_accepts_a_manager_that_was_closed_by_hand(
+    sqlite: DatabaseSettings,
+) -> None:
     async with Lifespan(Container(settings=sqlite)) as container:
         await container.db.sessionmanager().close()
 
@@ -353,7 +357,7 @@ async def test_an_overridden_resource_is_not_started() -> None:
     assert layers.log().take() == ["+first", "+third", "-third", "-first"]
 
 
-async def test_a_resource_that_overrides_starts_and_ends_instead() -> None:
+async def test_an_overriding_resource_starts_and_ends_instead_of_the_overridden_one() -> None:
     layers = Layers()
     with layers.second.override(providers.Resource(async_generator, layers.log, "instead")):
         async with Lifespan(layers):
@@ -361,7 +365,7 @@ async def test_a_resource_that_overrides_starts_and_ends_instead() -> None:
     assert layers.log().take() == ["-third", "-instead", "-first"]
 
 
-async def test_a_resource_whose_override_is_taken_back_before_the_end_ends_with_the_rest() -> None:
+async def test_a_resource_whose_override_is_reset_before_the_end_ends_with_the_rest() -> None:
     layers = Layers()
     layers.third.override(providers.Resource(async_generator, layers.log, "instead"))
     async with Lifespan(layers):
@@ -384,7 +388,7 @@ async def test_a_resource_that_overrides_after_the_start_ends_with_the_rest() ->
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
 @named(ASYNC_KINDS + SYNC_KINDS)
-async def test_where_a_resource_fails_to_start_those_already_started_are_ended(
+async def test_a_resource_that_fails_to_start_ends_those_already_started(
     kind: Callable[..., Any], failing: int
 ) -> None:
     layers = layers_of(kind)
@@ -398,7 +402,7 @@ async def test_where_a_resource_fails_to_start_those_already_started_are_ended(
         assert layers.log().take() == ALL_UP
 
 
-async def test_what_fails_while_a_failed_start_is_unwound_is_noted_on_its_error() -> None:
+async def test_errors_in_the_cleanup_of_a_failed_start_are_notes_on_its_error() -> None:
     layers = Layers()
     layers.log().fails_at = {"+third", "-second", "-first"}
     with pytest.raises(RuntimeError, match="third") as failed:
@@ -408,7 +412,7 @@ async def test_what_fails_while_a_failed_start_is_unwound_is_noted_on_its_error(
     assert noted == ["RuntimeError: -second", "RuntimeError: -first"]
 
 
-async def test_a_database_that_does_not_answer_ends_what_had_started() -> None:
+async def test_a_database_that_does_not_answer_ends_the_resources_already_started() -> None:
     class WithDatabase(Layers):
         db = providers.Container(DatabaseContainer)
         last = providers.Resource(
@@ -425,7 +429,7 @@ async def test_a_database_that_does_not_answer_ends_what_had_started() -> None:
     assert entries == up + [f"-{entry[1:]}" for entry in reversed(up)]
 
 
-async def test_a_database_is_closed_where_a_later_resource_fails_to_start(
+async def test_a_database_is_closed_if_a_later_resource_fails_to_start(
     sqlite: DatabaseSettings,
 ) -> None:
     async def failing(notebook: Notebook) -> None:
@@ -441,7 +445,7 @@ async def test_a_database_is_closed_where_a_later_resource_fails_to_start(
 
 
 @named(ASYNC_KINDS + SYNC_KINDS)
-async def test_where_resources_fail_to_end_the_rest_ends_all_the_same(
+async def test_resources_that_fail_to_end_do_not_stop_the_rest(
     kind: Callable[..., Any],
 ) -> None:
     layers = layers_of(kind)
@@ -459,7 +463,7 @@ async def test_where_resources_fail_to_end_the_rest_ends_all_the_same(
         assert layers.log().take() == (ALL_UP if ended else ["+first"])
 
 
-async def test_the_error_of_the_block_goes_before_those_of_the_end() -> None:
+async def test_the_error_of_the_block_is_raised_before_errors_of_the_end() -> None:
     layers = Layers()
     layers.log().fails_at = {"-third", "-first"}
     with pytest.raises(ZeroDivisionError) as failed:
@@ -471,7 +475,7 @@ async def test_the_error_of_the_block_goes_before_those_of_the_end() -> None:
 
 
 @pytest.mark.parametrize("way_out", [KeyboardInterrupt, SystemExit])
-async def test_a_resource_that_leaves_the_program_lets_the_others_end_first(
+async def test_a_resource_that_exits_the_program_lets_the_others_end_first(
     way_out: type[BaseException],
 ) -> None:
     layers = layers_of(generator)
@@ -482,7 +486,7 @@ async def test_a_resource_that_leaves_the_program_lets_the_others_end_first(
     assert layers.log().take() == ALL_DOWN
 
 
-async def test_a_database_is_closed_where_what_uses_it_fails_to_end(
+async def test_a_database_is_closed_if_a_resource_that_uses_it_fails_to_end(
     sqlite: DatabaseSettings,
 ) -> None:
     async def failing(notebook: Notebook) -> AsyncIterator[None]:
@@ -534,7 +538,7 @@ async def cancelled_at(
 
 @pytest.mark.parametrize("starting", [0, 1, 2])
 @named([async_generator, Async])
-async def test_a_cancelled_start_ends_what_had_started(
+async def test_a_cancelled_start_ends_the_resources_already_started(
     kind: Callable[..., Any], starting: int
 ) -> None:
     layers = layers_of(kind)
@@ -547,7 +551,9 @@ async def test_a_cancelled_start_ends_what_had_started(
 
 @pytest.mark.parametrize("ending", [0, 1, 2])
 @named([async_generator, Async])
-async def test_a_cancelled_end_still_ends_the_rest(kind: Callable[..., Any], ending: int) -> None:
+async def test_a_cancelled_end_still_ends_the_remaining_resources(
+    kind: Callable[..., Any], ending: int
+) -> None:
     layers = layers_of(kind)
     await cancelled_at(ALL_DOWN[ending], layers)
     expected = [*ALL_DOWN[:ending], f"{ALL_DOWN[ending]} cancelled", *ALL_DOWN[ending + 1 :]]
@@ -556,14 +562,14 @@ async def test_a_cancelled_end_still_ends_the_rest(kind: Callable[..., Any], end
         assert layers.log().take() == ALL_UP
 
 
-async def test_what_fails_after_a_cancellation_is_noted_on_it() -> None:
+async def test_an_error_after_a_cancellation_is_a_note_on_it() -> None:
     layers = Layers()
     layers.log().fails_at = {"-first"}
     cancellation = await cancelled_at("-second", layers)
     assert "RuntimeError: -first" in "".join(cancellation.__notes__)
 
 
-async def test_what_failed_before_a_cancellation_is_its_cause() -> None:
+async def test_an_error_before_a_cancellation_is_its_cause() -> None:
     def fail() -> None:
         raise ZeroDivisionError
 
@@ -571,7 +577,7 @@ async def test_what_failed_before_a_cancellation_is_its_cause() -> None:
     assert isinstance(cancellation.__cause__, ZeroDivisionError)
 
 
-async def test_a_database_whose_opening_is_cancelled_is_closed() -> None:
+async def test_a_database_is_closed_if_its_opening_is_cancelled() -> None:
     connected = asyncio.Event()
 
     async def never_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -595,7 +601,7 @@ async def test_a_database_whose_opening_is_cancelled_is_closed() -> None:
 # Again
 
 
-async def test_a_container_can_be_started_again_with_all_that_was_built_of_it(
+async def test_a_container_can_be_started_again_and_keeps_its_singletons(
     settings: DatabaseSettings,
 ) -> None:
     container = Container(settings=settings)
@@ -717,7 +723,7 @@ web_frameworks = pytest.mark.parametrize("framework", [starlette_app, fastapi_ap
 
 
 @web_frameworks
-async def test_a_web_application_lives_with_its_container(
+async def test_a_web_application_starts_and_stops_its_container(
     framework: Callable[[Web], Any], web: Web
 ) -> None:
     app = framework(web)
@@ -732,7 +738,7 @@ async def test_a_web_application_lives_with_its_container(
 
 
 @web_frameworks
-async def test_a_web_application_whose_container_fails_to_start_is_refused_with_the_reason(
+async def test_a_web_application_does_not_start_if_its_container_fails_to(
     framework: Callable[[Web], Any], sqlite: DatabaseSettings
 ) -> None:
     web = Web(settings=sqlite)
@@ -744,7 +750,7 @@ async def test_a_web_application_whose_container_fails_to_start_is_refused_with_
 
 
 @web_frameworks
-async def test_a_web_application_whose_container_fails_to_end_says_so_and_closes_the_database(
+async def test_a_web_application_whose_container_fails_to_end_closes_the_database(
     framework: Callable[[Web], Any], sqlite: DatabaseSettings
 ) -> None:
     web = Web(settings=sqlite)

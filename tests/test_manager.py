@@ -65,7 +65,7 @@ class TestInit:
         await sessionmanager.close()
 
     @pytest.mark.parametrize("kind", [str, make_url, lambda url: DatabaseSettings(url=url)])
-    async def test_it_takes_a_string_a_url_and_settings(
+    async def test_init_accepts_a_string_a_url_and_settings(
         self, database_url: str, kind: object
     ) -> None:
         manager = DatabaseSessionManager()
@@ -73,14 +73,14 @@ class TestInit:
         await use_session(manager)
         await manager.close()
 
-    def test_it_needs_no_event_loop_and_no_database(self, tmp_path: Path) -> None:
+    def test_init_needs_no_event_loop_and_no_database(self, tmp_path: Path) -> None:
         manager = DatabaseSessionManager()
         manager.init(f"sqlite:///{tmp_path / 'not' / 'there.db'}")
         manager = DatabaseSessionManager()
         manager.init("postgresql://nobody@nowhere.invalid/nothing")
         assert list(tmp_path.iterdir()) == []
 
-    async def test_it_is_refused_while_there_is_an_engine(
+    async def test_init_is_refused_while_the_manager_has_an_engine(
         self, manager: DatabaseSessionManager
     ) -> None:
         engine = manager.engine
@@ -89,7 +89,7 @@ class TestInit:
         assert "close() it first" in raised.value.__notes__[0]
         assert manager.engine is engine
 
-    def test_it_refuses_what_is_no_url(self) -> None:
+    def test_init_refuses_an_invalid_url(self) -> None:
         with pytest.raises(ConfigurationError, match="not a database URL"):
             DatabaseSessionManager().init("my password is not shown")
 
@@ -98,13 +98,15 @@ class TestNotInitialized:
     MESSAGE = r"^DatabaseSessionManager is not initialized(\n|$)"
 
     @every_use
-    async def test_nothing_can_be_used_before_init(self, use: object) -> None:
+    async def test_a_manager_cannot_be_used_before_init(self, use: object) -> None:
         with pytest.raises(NotInitializedError, match=self.MESSAGE) as raised:
             await use(DatabaseSessionManager())  # type: ignore[operator]
         assert "init(url)" in raised.value.__notes__[0]
 
     @every_use
-    async def test_nothing_can_be_used_after_close(self, database_url: str, use: object) -> None:
+    async def test_a_manager_cannot_be_used_after_close(
+        self, database_url: str, use: object
+    ) -> None:
         manager = DatabaseSessionManager()
         manager.init(database_url)
         await use(manager)  # type: ignore[operator]
@@ -112,21 +114,21 @@ class TestNotInitialized:
         with pytest.raises(NotInitializedError, match=self.MESSAGE):
             await use(manager)  # type: ignore[operator]
 
-    async def test_close_and_engine_say_so_too(self) -> None:
+    async def test_close_and_engine_are_refused_before_init(self) -> None:
         manager = DatabaseSessionManager(DatabaseSettings(url="sqlite://"))
         with pytest.raises(NotInitializedError, match=self.MESSAGE):
             await manager.close()
         with pytest.raises(NotInitializedError, match=self.MESSAGE):
             _ = manager.engine
 
-    async def test_open_without_settings_says_what_to_give_it(self) -> None:
+    async def test_open_without_settings_says_what_to_pass(self) -> None:
         with pytest.raises(NotInitializedError) as raised:
             await DatabaseSessionManager().open()
         assert "give it settings" in raised.value.__notes__[0]
 
 
 class TestOpen:
-    async def test_it_opens_and_closes_as_a_context_manager_again_and_again(
+    async def test_a_manager_can_be_opened_and_closed_repeatedly(
         self, settings: DatabaseSettings
     ) -> None:
         manager = DatabaseSessionManager(settings)
@@ -137,11 +139,13 @@ class TestOpen:
             with pytest.raises(NotInitializedError):
                 await manager.close()
 
-    async def test_the_block_may_close_it_itself(self, settings: DatabaseSettings) -> None:
+    async def test_a_manager_can_be_closed_inside_its_block(
+        self, settings: DatabaseSettings
+    ) -> None:
         async with DatabaseSessionManager(settings) as manager:
             await manager.close()
 
-    async def test_two_at_once_open_once(self, settings: DatabaseSettings) -> None:
+    async def test_two_concurrent_opens_open_once(self, settings: DatabaseSettings) -> None:
         manager = DatabaseSessionManager(settings)
         engines = []
 
@@ -169,7 +173,7 @@ class TestOpen:
         with pytest.raises(NotInitializedError):
             await manager.close()
 
-    async def test_a_server_that_does_not_answer_is_given_up_in_time(self) -> None:
+    async def test_open_gives_up_in_time_if_the_server_does_not_answer(self) -> None:
         hung_up = asyncio.Event()
 
         async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -186,7 +190,7 @@ class TestOpen:
                 await DatabaseSessionManager(settings).open()
             await asyncio.wait_for(hung_up.wait(), timeout=5)
 
-    async def test_it_can_be_tried_again_after_it_failed(self, tmp_path: Path) -> None:
+    async def test_open_can_be_repeated_after_it_failed(self, tmp_path: Path) -> None:
         (tmp_path / "taken").write_text(
             "this is no database, and long enough for SQLite to see that it is none"
         )
@@ -199,7 +203,7 @@ class TestOpen:
         await use_session(manager)
         await manager.close()
 
-    async def test_a_cancelled_one_leaves_nothing_open_and_can_be_repeated(
+    async def test_a_cancelled_open_leaves_nothing_open_and_can_be_repeated(
         self, settings: DatabaseSettings
     ) -> None:
         manager = DatabaseSessionManager(settings)
@@ -217,7 +221,7 @@ class TestOpen:
 
 
 class TestClose:
-    async def test_it_waits_for_open_scopes_and_serves_those_within(
+    async def test_close_waits_for_open_scopes_and_for_blocks_inside_them(
         self, manager: DatabaseSessionManager
     ) -> None:
         inside, go_on = asyncio.Event(), asyncio.Event()
@@ -250,7 +254,7 @@ class TestClose:
         assert await notes(manager) == ["outer"]
 
     @pytest.mark.parametrize("where", ["between statements", "in a statement"])
-    async def test_it_cuts_off_what_is_left_after_the_drain_timeout(
+    async def test_close_aborts_open_scopes_after_the_drain_timeout(
         self, settings: DatabaseSettings, backend: str, where: str
     ) -> None:
         manager = DatabaseSessionManager(settings.model_copy(update={"drain_timeout": 0.05}))
@@ -280,7 +284,9 @@ class TestClose:
         async with manager:
             assert await notes(manager) == []
 
-    async def test_a_session_that_was_cut_off_says_so(self, settings: DatabaseSettings) -> None:
+    async def test_a_session_that_close_aborted_refuses_use(
+        self, settings: DatabaseSettings
+    ) -> None:
         manager = DatabaseSessionManager(settings.model_copy(update={"drain_timeout": 0}))
         await manager.open()
         async with manager.session() as session:
@@ -288,7 +294,7 @@ class TestClose:
             with pytest.raises(NoSessionError, match="cut off by close"):
                 await session.execute(select(1))
 
-    async def test_it_does_not_wait_for_the_scope_that_it_is_called_in(
+    async def test_close_does_not_wait_for_the_scope_around_its_call(
         self, settings: DatabaseSettings
     ) -> None:
         manager = DatabaseSessionManager(settings)
@@ -298,14 +304,14 @@ class TestClose:
                 await session.execute(select(1))
                 await manager.close()
 
-    async def test_two_at_once_close_once(self, settings: DatabaseSettings) -> None:
+    async def test_two_concurrent_closes_close_once(self, settings: DatabaseSettings) -> None:
         manager = DatabaseSessionManager(settings)
         await manager.open()
         await asyncio.gather(manager.close(), manager.close())
         with pytest.raises(NotInitializedError):
             await manager.close()
 
-    async def test_a_cancelled_one_still_disposes_the_engine(
+    async def test_a_cancelled_close_still_disposes_the_engine(
         self, settings: DatabaseSettings
     ) -> None:
         manager = DatabaseSessionManager(settings)
@@ -329,7 +335,7 @@ class TestClose:
         leave.set()
         await holder
 
-    async def test_a_connection_that_was_waited_for_until_it_was_closed_commits_nothing(
+    async def test_a_connection_that_close_aborted_commits_nothing(
         self, settings: DatabaseSettings, manager: DatabaseSessionManager
     ) -> None:
         async def write() -> None:
@@ -357,7 +363,7 @@ class TestClose:
 
 
 class TestConnect:
-    async def test_it_commits_when_the_block_ends_well(
+    async def test_connect_commits_if_the_block_ends_normally(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.connect() as connection:
@@ -365,7 +371,7 @@ class TestConnect:
         assert await notes(manager) == ["kept"]
 
     @pytest.mark.parametrize("error", [ValueError, asyncio.CancelledError, KeyboardInterrupt])
-    async def test_it_rolls_back_on_any_error(
+    async def test_connect_rolls_back_on_any_error(
         self, manager: DatabaseSessionManager, error: type[BaseException]
     ) -> None:
         with pytest.raises(error):
@@ -375,7 +381,7 @@ class TestConnect:
         assert await notes(manager) == []
 
     @pytest.mark.parametrize("kind", ["connect", "transaction"])
-    async def test_a_commit_that_is_refused_is_an_error_and_leaves_nothing_to_the_next(
+    async def test_connect_raises_if_its_commit_is_refused_and_leaves_a_clean_connection(
         self, manager: DatabaseSessionManager, backend: str, kind: str
     ) -> None:
         if backend == "postgresql":
@@ -392,7 +398,9 @@ class TestConnect:
             session.add(Note(id=99, text="too late a parent"))
         assert await notes(manager) == ["too late a parent"]
 
-    async def test_tables_are_created_and_dropped(self, settings: DatabaseSettings) -> None:
+    async def test_create_all_and_drop_all_create_and_drop_the_tables(
+        self, settings: DatabaseSettings
+    ) -> None:
         metadata = MetaData()
         Note.__table__.to_metadata(metadata, name="other")  # type: ignore[attr-defined]
         async with (
@@ -408,7 +416,9 @@ class TestConnect:
 
 
 class TestOwnership:
-    def test_another_event_loop_is_told_so_instead_of_hanging(self, tmp_path: Path) -> None:
+    def test_a_manager_open_in_another_event_loop_is_refused_without_hanging(
+        self, tmp_path: Path
+    ) -> None:
         manager = DatabaseSessionManager()
         manager.init(f"sqlite:///{tmp_path / 'a.db'}")
         with asyncio.Runner() as first, asyncio.Runner() as second:
@@ -420,7 +430,7 @@ class TestOwnership:
             with pytest.raises(NotInitializedError):
                 second.run(manager.close())
 
-    def test_after_a_close_another_event_loop_may_open_it(self, tmp_path: Path) -> None:
+    def test_another_event_loop_can_open_a_closed_manager(self, tmp_path: Path) -> None:
         manager = DatabaseSessionManager(f"sqlite:///{tmp_path / 'a.db'}")
 
         async def once() -> None:
@@ -430,7 +440,9 @@ class TestOwnership:
         asyncio.run(once())
         asyncio.run(once())
 
-    def test_after_a_failed_open_another_event_loop_may_open_it(self, tmp_path: Path) -> None:
+    def test_another_event_loop_can_open_a_manager_after_a_failed_open(
+        self, tmp_path: Path
+    ) -> None:
         manager = DatabaseSessionManager()
         with asyncio.Runner() as first, asyncio.Runner() as second:
             with pytest.raises(NotInitializedError):
@@ -444,7 +456,7 @@ class TestOwnership:
             second.run(use_session(manager))
             second.run(manager.close())
 
-    async def test_a_coroutine_that_goes_on_in_a_forked_process_is_told_so(
+    async def test_a_coroutine_that_continues_in_a_forked_process_is_refused(
         self, manager: DatabaseSessionManager
     ) -> None:
         receiver, sender = multiprocessing.Pipe()

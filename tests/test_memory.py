@@ -242,7 +242,9 @@ async def settled(before: Counter[str]) -> Counter[str]:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=[way.__name__ for way in WAYS])
-async def test_nothing_is_alive_after(way: Way, manager: DatabaseSessionManager) -> None:
+async def test_no_object_stays_alive_after_a_block_ended(
+    way: Way, manager: DatabaseSessionManager
+) -> None:
     await leave(way, manager, 1)
     before = alive()
 
@@ -255,7 +257,7 @@ async def test_nothing_is_alive_after(way: Way, manager: DatabaseSessionManager)
 @pytest.mark.parametrize(
     "way", [refused_commit, refused_commit_of_a_connection, refused_commit_of_a_session]
 )
-async def test_memory_is_flat_over_refused_commits(
+async def test_memory_does_not_grow_with_refused_commits(
     way: Way, manager: DatabaseSessionManager, times: int
 ) -> None:
     await leave(way, manager, 20)
@@ -268,7 +270,7 @@ async def test_memory_is_flat_over_refused_commits(
     assert len(gc.get_objects()) < before + times  # not one object for each
 
 
-async def test_nothing_is_alive_after_a_pool_that_was_full(database_url: str) -> None:
+async def test_no_object_stays_alive_after_a_full_pool(database_url: str) -> None:
     settings = DatabaseSettings(
         url=database_url, pool=PoolSettings(size=1, max_overflow=0, timeout=0.05)
     )
@@ -285,7 +287,7 @@ async def test_nothing_is_alive_after_a_pool_that_was_full(database_url: str) ->
         assert await settled(before) == Counter()
 
 
-async def test_nothing_is_alive_after_close_aborted_a_block(database_url: str) -> None:
+async def test_no_object_stays_alive_after_close_aborted_a_block(database_url: str) -> None:
     manager = DatabaseSessionManager(DatabaseSettings(url=database_url, drain_timeout=0))
 
     async def be_aborted() -> weakref.ref[Any]:
@@ -304,7 +306,7 @@ async def test_nothing_is_alive_after_close_aborted_a_block(database_url: str) -
 
 
 class TestOnPostgres(OnPostgres):
-    async def test_nothing_is_alive_after_a_lost_connection(
+    async def test_no_object_stays_alive_after_a_lost_connection(
         self, manager: DatabaseSessionManager, postgres: Postgres
     ) -> None:
         async def lose_it() -> None:

@@ -52,7 +52,7 @@ MISTAKES: list[tuple[tuple[object, ...], dict[str, object], str]] = [
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize(("arguments", "options", "message"), MISTAKES)
-def test_what_no_block_can_be_asked_for(
+def test_an_invalid_option_of_a_block_is_explained(
     way: Callable[..., object],
     arguments: tuple[object, ...],
     options: dict[str, object],
@@ -63,7 +63,7 @@ def test_what_no_block_can_be_asked_for(
     assert message in str(raised.value)
 
 
-def test_retries_are_for_what_can_be_called_again() -> None:
+def test_retries_of_a_block_are_refused_with_the_remedy() -> None:
     with pytest.raises(TypeError, match=r"'retries': only @transactional\(retries=…\) and run"):
         TRANSACTION(retries=3)
     with pytest.raises(ValueError, match="unknown isolation level 3"):
@@ -73,7 +73,7 @@ def test_retries_are_for_what_can_be_called_again() -> None:
 
 
 @pytest.mark.parametrize("decorator", [transactional, read_only])
-def test_a_decorator_above_what_it_is_not_for(decorator: Any) -> None:
+def test_a_decorator_above_a_wrong_object_is_explained(decorator: Any) -> None:
     class Shop: ...
 
     with pytest.raises(
@@ -111,7 +111,7 @@ class Without:
     async def work(self) -> None: ...
 
 
-async def test_an_attribute_that_is_not_there() -> None:
+async def test_a_missing_attribute_is_explained() -> None:
     with pytest.raises(
         TypeError, match="'transaction' of Slotted is missing: there is one in '_tx', so write"
     ):
@@ -124,7 +124,7 @@ async def test_an_attribute_that_is_not_there() -> None:
         await Without().work()
 
 
-async def test_a_function_that_is_not_wired(manager: DatabaseSessionManager) -> None:
+async def test_a_function_that_is_not_wired_is_explained(manager: DatabaseSessionManager) -> None:
     @transactional
     async def work(transaction: TransactionManager = Provide["db.transaction"]) -> None: ...
 
@@ -134,7 +134,9 @@ async def test_a_function_that_is_not_wired(manager: DatabaseSessionManager) -> 
         await work()
 
 
-async def test_a_block_that_is_not_called_or_not_entered(manager: DatabaseSessionManager) -> None:
+async def test_a_block_that_is_not_called_or_not_entered_is_explained(
+    manager: DatabaseSessionManager,
+) -> None:
     class Own(containers.DeclarativeContainer):
         transaction = providers.Factory(TransactionManager, manager)
 
@@ -165,7 +167,7 @@ async def test_a_block_that_is_not_called_or_not_entered(manager: DatabaseSessio
 
 
 @pytest.mark.parametrize("propagation", [Propagation.REQUIRED, Propagation.SUPPORTS])
-async def test_a_write_where_the_block_only_reads(
+async def test_a_write_in_a_read_only_block_is_explained(
     manager: DatabaseSessionManager, propagation: Propagation
 ) -> None:
     for by_hand in (False, True):
@@ -180,7 +182,9 @@ async def test_a_write_where_the_block_only_reads(
         )
 
 
-async def test_what_was_not_loaded_when_its_block_ended(manager: DatabaseSessionManager) -> None:
+async def test_an_attribute_not_loaded_before_its_block_ended_is_explained(
+    manager: DatabaseSessionManager,
+) -> None:
     async with manager.transaction() as session:
         session.add(Note(text="child", parent=Note(text="parent")))
     async with manager.transaction() as session:
@@ -202,7 +206,7 @@ async def test_what_was_not_loaded_when_its_block_ended(manager: DatabaseSession
 Given = Annotated[Notebook, Provide[Container.notebook]]
 
 
-def test_an_endpoint_without_inject() -> None:
+def test_an_endpoint_without_inject_is_explained() -> None:
     async def endpoint(notebook: Annotated[Notebook, Provide[Container.notebook]]) -> None: ...
 
     endpoint.__annotations__["notebook"] = Given
@@ -213,7 +217,7 @@ def test_an_endpoint_without_inject() -> None:
         FastAPI().get("/")(endpoint)
 
 
-async def test_an_endpoint_that_is_not_wired() -> None:
+async def test_an_endpoint_that_is_not_wired_is_explained() -> None:
     @inject
     async def endpoint(notebook: Given) -> None:
         raise TypeError("its own")

@@ -98,7 +98,7 @@ def run(program: str, database_url: str) -> list[str]:
 class TestAfterItsLoop:
     """One manager of a module, and an event loop for each job."""
 
-    def test_the_next_loop_just_uses_it(self, database_url: str) -> None:
+    def test_a_manager_can_be_used_in_the_next_event_loop(self, database_url: str) -> None:
         program = """
         manager.init(sys.argv[1])
         asyncio.run(tables())
@@ -113,7 +113,9 @@ class TestAfterItsLoop:
         """
         assert run(program, database_url) == ["['a', 'b', 'c'] False", "True"]
 
-    def test_it_can_be_closed_opened_and_initialized_there(self, database_url: str) -> None:
+    def test_a_manager_can_be_closed_opened_and_initialized_in_the_next_loop(
+        self, database_url: str
+    ) -> None:
         program = """
         async def job():
             manager.init(sys.argv[1])
@@ -131,7 +133,9 @@ class TestAfterItsLoop:
         """
         assert run(program, database_url) == ["False"]
 
-    def test_what_the_former_loop_has_left_is_dropped(self, database_url: str) -> None:
+    def test_blocks_and_connections_left_by_the_former_loop_are_dropped(
+        self, database_url: str
+    ) -> None:
         program = """
         async def leave():
             for block in (manager.session(), manager.transaction(read_only=True)):
@@ -168,7 +172,9 @@ class TestAfterItsLoop:
         )
         assert run(program, database_url) == ["['leave', 'leave_connected', 'leave_written']"]
 
-    def test_a_connection_that_has_written_is_reported_and_dropped(self, database_url: str) -> None:
+    def test_a_connection_with_writes_left_by_the_former_loop_is_reported(
+        self, database_url: str
+    ) -> None:
         program = """
         manager.init(sys.argv[1])
 
@@ -190,7 +196,7 @@ class TestAfterItsLoop:
         assert "rolled back" in reported
         assert kept == "[]"
 
-    def test_what_a_loop_was_doing_when_it_was_closed_is_dropped(self, database_url: str) -> None:
+    def test_a_block_running_when_its_loop_closed_is_dropped(self, database_url: str) -> None:
         program = """
         manager.init(sys.argv[1])
         asyncio.run(tables())
@@ -220,7 +226,7 @@ class TestAfterItsLoop:
         assert run(program, database_url) == ["['kept']"]
 
     @pytest.mark.parametrize("how", ["cancelled", "dropped"])
-    def test_a_statement_that_it_was_running_is_no_hindrance(
+    def test_a_statement_running_when_its_loop_closed_does_not_block_the_next_loop(
         self, how: str, backend: str, database_url: str
     ) -> None:
         # a server doesn't look for its client before the end of a statement
@@ -256,7 +262,7 @@ class TestAfterItsLoop:
         """
         assert run(program, database_url) == ["['kept']"]
 
-    def test_a_temporary_database_is_still_there(self) -> None:
+    def test_a_temporary_database_survives_its_event_loop(self) -> None:
         program = """
         manager.init(sys.argv[1])
         asyncio.run(tables())
@@ -266,7 +272,7 @@ class TestAfterItsLoop:
         """
         assert run(program, "sqlite://") == ["['a']"]
 
-    def test_a_block_that_it_has_left_is_no_block_for_others(self, tmp_path: Path) -> None:
+    def test_a_block_left_by_the_former_loop_is_not_found_in_the_next(self, tmp_path: Path) -> None:
         manager = DatabaseSessionManager(f"sqlite:///{tmp_path / 'a.db'}")
         manager.init(manager.settings)
 
@@ -285,7 +291,7 @@ class TestAfterItsLoop:
             context.run(asyncio.run, use())
         asyncio.run(manager.close())
 
-    def test_listeners_on_the_engine_stay(self, database_url: str) -> None:
+    def test_listeners_on_the_engine_survive_its_event_loop(self, database_url: str) -> None:
         program = """
         from sqlalchemy import event
         manager.init(sys.argv[1])
@@ -300,7 +306,7 @@ class TestAfterItsLoop:
 
 
 class TestOnPostgres(OnPostgres):
-    async def test_the_server_is_told_that_the_connections_are_gone(
+    async def test_the_server_learns_that_connections_of_a_former_loop_are_closed(
         self, postgres: Postgres, database_url: str
     ) -> None:
         sessions = "SELECT 1 FROM pg_stat_activity WHERE datname = $1"
@@ -367,7 +373,7 @@ class TestInAThread:
 
         return use
 
-    async def test_it_is_told_so_and_the_block_goes_on(
+    async def test_a_thread_that_uses_a_block_is_refused_and_the_block_goes_on(
         self, manager: DatabaseSessionManager, use: Callable[..., Awaitable[object]]
     ) -> None:
         async with manager.transaction() as session:
@@ -383,7 +389,7 @@ class TestInAThread:
             session.add(Note(text="after"))
         assert await notes(manager) == ["after", "before"]
 
-    async def test_it_is_told_so_in_autocommit_and_in_a_bare_session(
+    async def test_a_thread_that_uses_autocommit_or_a_session_is_refused(
         self, manager: DatabaseSessionManager
     ) -> None:
         async def work() -> None:
@@ -397,7 +403,7 @@ class TestInAThread:
                     await asyncio.to_thread(asyncio.run, work())
                 await session.execute(select(1))
 
-    async def test_it_may_use_a_manager_of_its_own(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_thread_can_use_its_own_manager(self, manager: DatabaseSessionManager) -> None:
         other = DatabaseSessionManager(manager.settings)
 
         async def work() -> list[str]:
@@ -408,7 +414,7 @@ class TestInAThread:
             await session.execute(select(1))
             assert await asyncio.to_thread(asyncio.run, work()) == []
 
-    async def test_it_may_hand_work_to_the_loop_of_the_block(
+    async def test_a_thread_can_send_work_to_the_loop_of_the_block(
         self, manager: DatabaseSessionManager
     ) -> None:
         session, loop = CurrentSession(manager), asyncio.get_running_loop()
@@ -422,7 +428,7 @@ class TestInAThread:
             )
             assert done == 1
 
-    async def test_a_block_does_not_end_in_another_loop(
+    async def test_a_block_cannot_end_in_another_event_loop(
         self, manager: DatabaseSessionManager
     ) -> None:
         for block in (manager.session(), manager.transaction()):
@@ -444,7 +450,7 @@ class TestInAThread:
 class TestInAForkedProcess:
     """What the parent has open is the parent's: the child begins anew, and sends nothing on it."""
 
-    def test_the_child_just_uses_it_and_the_parent_goes_on(self, database_url: str) -> None:
+    def test_a_manager_works_in_a_forked_child_and_in_its_parent(self, database_url: str) -> None:
         program = """
         manager.init(sys.argv[1])
         asyncio.run(tables())
@@ -469,7 +475,9 @@ class TestInAForkedProcess:
         """
         assert run(program, database_url) == ["['after', 'again', 'before', 'child']"]
 
-    def test_a_loop_was_closed_before(self, database_url: str) -> None:
+    def test_a_manager_whose_loop_was_closed_works_in_a_forked_child(
+        self, database_url: str
+    ) -> None:
         program = """
         manager.init(sys.argv[1])
         asyncio.run(tables())
@@ -481,7 +489,7 @@ class TestInAForkedProcess:
         """
         assert run(program, database_url) == ["['a', 'b']"]
 
-    def test_blocks_of_the_parent_are_no_blocks_of_the_child(self, database_url: str) -> None:
+    def test_a_forked_child_does_not_find_the_blocks_of_its_parent(self, database_url: str) -> None:
         program = """
         manager.init(sys.argv[1])
         asyncio.run(tables())
@@ -507,7 +515,7 @@ class TestInAForkedProcess:
         """
         assert run(program, database_url) == ["NoSessionError", "[]", "['parent']"]
 
-    def test_a_child_that_leaves_a_block_of_the_parent_undoes_nothing(
+    def test_a_forked_child_that_leaves_its_parents_block_rolls_nothing_back(
         self, database_url: str
     ) -> None:
         program = """

@@ -237,7 +237,7 @@ def told(error: BaseException | None) -> str | None:
 
 
 @pytest.mark.parametrize("mode", Propagation, ids=lambda mode: mode.name)
-async def test_the_table_holds(
+async def test_each_propagation_mode_behaves_as_its_table_says(
     manager: DatabaseSessionManager, backend: str, mode: Propagation
 ) -> None:
     async with manager.transaction() as session:
@@ -251,7 +251,7 @@ async def test_the_table_holds(
 
 
 class TestSavepoints:
-    async def test_a_joined_block_that_fails_dooms_up_to_the_innermost_savepoint(
+    async def test_a_failed_joined_block_rolls_back_to_the_innermost_savepoint(
         self, manager: DatabaseSessionManager
     ) -> None:
         transaction = manager.transaction
@@ -283,7 +283,7 @@ class TestSavepoints:
     @pytest.mark.parametrize(
         "mode", [Propagation.NESTED, Propagation.REQUIRED], ids=lambda mode: mode.name
     )
-    async def test_one_that_ends_before_a_block_of_another_task_inside_it_ends_that_too_and_says_so(
+    async def test_a_savepoint_that_ends_before_a_block_of_another_task_ends_that_block(
         self, manager: DatabaseSessionManager, mode: Propagation
     ) -> None:
         transaction = manager.transaction
@@ -312,7 +312,7 @@ class TestSavepoints:
         assert ran == ["told"]
         assert await notes(manager) == []
 
-    async def test_they_may_end_in_any_order_and_none_ends_quietly(
+    async def test_savepoints_can_end_in_any_order_and_none_loses_work_silently(
         self, manager: DatabaseSessionManager
     ) -> None:
         transaction = manager.transaction
@@ -327,7 +327,7 @@ class TestSavepoints:
                     await inner.__aexit__(None, None, None)
         assert await notes(manager) == []
 
-    async def test_the_wish_and_the_hooks_of_one_task_do_not_go_to_the_savepoint_of_another(
+    async def test_a_task_cannot_give_hooks_to_the_savepoint_of_another_task(
         self, manager: DatabaseSessionManager
     ) -> None:
         transaction = manager.transaction
@@ -354,7 +354,9 @@ class TestSavepoints:
             transaction.set_rollback_only()
         assert await notes(manager) == []
 
-    async def test_what_one_has_undone_dooms_nobody(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_failure_that_a_savepoint_rolled_back_does_not_affect_the_transaction(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.transaction() as session:
             for name in ("taken", "taken", "free"):
                 with suppress(IntegrityError):
@@ -382,7 +384,7 @@ class TestRefusedAtEntry:
     @pytest.mark.parametrize(
         "mode", [Propagation.REQUIRED, Propagation.NESTED, Propagation.MANDATORY]
     )
-    async def test_it_asks_for_what_the_transaction_has_not(
+    async def test_a_block_is_refused_if_it_requests_options_that_the_transaction_lacks(
         self,
         manager: DatabaseSessionManager,
         mode: Propagation,
@@ -414,7 +416,7 @@ class TestRefusedAtEntry:
         ],
         ids=str,
     )
-    async def test_it_asks_for_no_more_than_the_transaction_has_and_joins(
+    async def test_a_block_joins_if_the_transaction_has_the_requested_options(
         self, manager: DatabaseSessionManager, terms: dict[str, Any], joining: dict[str, Any]
     ) -> None:
         async with manager.transaction(**terms) as outer:
@@ -422,7 +424,7 @@ class TestRefusedAtEntry:
             async with manager.transaction(**joining) as inner:
                 assert inner is outer
 
-    async def test_it_would_write_where_the_outer_call_is_read_only(
+    async def test_a_writing_block_is_refused_inside_a_read_only_block(
         self, manager: DatabaseSessionManager
     ) -> None:
         class Service:
@@ -438,7 +440,7 @@ class TestRefusedAtEntry:
         with pytest.raises(IncompatibleTransactionError, match="make the outer call transactional"):
             await Service().read()
 
-    async def test_a_block_of_another_task_is_open_in_it(
+    async def test_a_block_is_refused_while_another_task_has_a_block_open_inside(
         self, manager: DatabaseSessionManager
     ) -> None:
         joined, leave = asyncio.Event(), asyncio.Event()
@@ -461,7 +463,7 @@ class TestRefusedAtEntry:
 
 class TestIsolation:
     @pytest.mark.parametrize("backend", ["sqlite"])
-    async def test_on_sqlite_one_writer_excludes_another_at_once(
+    async def test_a_second_writer_inside_a_writer_is_refused_at_once_on_sqlite(
         self, manager: DatabaseSessionManager
     ) -> None:
         start = monotonic()
@@ -475,7 +477,7 @@ class TestIsolation:
 
     @pytest.mark.parametrize("backend", ["sqlite"])
     @pytest.mark.parametrize("by", ["transaction", "session"])
-    async def test_so_are_a_connection_and_a_write_in_a_session_of_its_own(
+    async def test_a_connection_or_session_that_writes_inside_a_writer_is_refused_on_sqlite(
         self, manager: DatabaseSessionManager, by: str
     ) -> None:
         async with getattr(manager, by)() as session:
@@ -493,7 +495,7 @@ class TestIsolation:
             await session.rollback() if by == "session" else manager.transaction.set_rollback_only()
         assert await notes(manager) == []
 
-    async def test_the_weakest_level_is_given_as_the_database_has_it(
+    async def test_an_isolation_level_is_raised_to_the_weakest_one_of_the_database(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.transaction(isolation="read uncommitted") as session:
@@ -502,7 +504,7 @@ class TestIsolation:
 
     @pytest.mark.parametrize("backend", ["postgresql"])
     @pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
-    async def test_the_server_is_told_the_level_and_only_for_this_transaction(
+    async def test_an_isolation_level_holds_in_the_server_for_one_transaction_only(
         self, manager: DatabaseSessionManager, level: str
     ) -> None:
         async def shown(session: AsyncSession, setting: str) -> object:
@@ -521,7 +523,7 @@ class TestReading:
         "mode", [Propagation.REQUIRED, Propagation.SUPPORTS], ids=["transaction", "scope"]
     )
     @pytest.mark.parametrize("sql", ["INSERT INTO note (text) VALUES ('lost')", "DROP TABLE note"])
-    async def test_the_database_itself_refuses_a_write(
+    async def test_the_database_refuses_a_write_in_a_read_only_block(
         self, manager: DatabaseSessionManager, mode: Propagation, sql: str
     ) -> None:
         with pytest.raises(DBAPIError, match=r"read-?only"):
@@ -534,7 +536,7 @@ class TestReading:
     @pytest.mark.parametrize(
         "mode", [Propagation.REQUIRED, Propagation.SUPPORTS], ids=["transaction", "scope"]
     )
-    async def test_the_database_refuses_a_flush_too(
+    async def test_the_database_refuses_a_flush_in_a_read_only_block(
         self, manager: DatabaseSessionManager, mode: Propagation
     ) -> None:
         with pytest.raises(DBAPIError, match=r"read-?only"):
@@ -542,7 +544,7 @@ class TestReading:
                 session.add(Note(text="lost"))
         assert await notes(manager) == []
 
-    async def test_methods_that_read_go_side_by_side_each_in_a_session_of_its_own(
+    async def test_concurrent_read_only_calls_each_have_a_session(
         self, manager: DatabaseSessionManager
     ) -> None:
         together = asyncio.Barrier(3)
@@ -567,7 +569,7 @@ class TestReading:
         assert len({id(session) for session in sessions}) == 4
 
     @pytest.mark.parametrize("backend", ["postgresql"])
-    async def test_a_read_scope_costs_no_begin_and_no_end(
+    async def test_a_read_only_scope_sends_no_begin_and_no_commit(
         self, manager: DatabaseSessionManager, postgres: Postgres
     ) -> None:
         async def activity(pid: object) -> tuple[str, str]:
@@ -585,7 +587,7 @@ class TestReading:
         assert await activity(pid) == ("idle", ask)  # no ROLLBACK has come after it
 
     @pytest.mark.parametrize("backend", ["sqlite"])
-    async def test_a_read_scope_sends_its_queries_and_nothing_else(
+    async def test_a_read_only_scope_sends_only_its_queries(
         self, manager: DatabaseSessionManager
     ) -> None:
         sent: list[str] = []
@@ -603,7 +605,7 @@ class TestPool:
     """`REQUIRES_NEW` wants a second connection while the first is held."""
 
     @pytest.mark.parametrize("size", [1, 3])
-    async def test_one_too_small_is_an_error_in_time_that_says_how_large_it_must_be(
+    async def test_a_pool_too_small_for_requires_new_is_an_error_that_names_the_size(
         self, settings: DatabaseSettings, manager: DatabaseSessionManager, size: int
     ) -> None:
         pool = PoolSettings(size=size, max_overflow=0, timeout=0.1)
@@ -639,7 +641,9 @@ class TestPool:
                 await write(session, "afterwards")
         assert await notes(manager) == ["afterwards"]
 
-    async def test_one_large_enough_serves_both(self, settings: DatabaseSettings) -> None:
+    async def test_a_pool_large_enough_serves_both_transactions_of_requires_new(
+        self, settings: DatabaseSettings
+    ) -> None:
         pool = PoolSettings(size=2, max_overflow=0, timeout=0.1)
         async with (
             DatabaseSessionManager(settings.model_copy(update={"pool": pool})) as manager,
@@ -654,7 +658,7 @@ class TestPool:
 class TestWithoutBlocksOfItsOwn:
     """A statement that failed and was caught is not lost quietly in `connect()` or a bare `session()` either."""
 
-    async def test_a_connection_does_not_commit_after_it(
+    async def test_a_connection_does_not_commit_after_a_failed_statement(
         self, manager: DatabaseSessionManager
     ) -> None:
         with pytest.raises(
@@ -667,7 +671,7 @@ class TestWithoutBlocksOfItsOwn:
         assert isinstance(raised.value.__cause__, IntegrityError)
         assert await notes(manager) == []
 
-    async def test_a_connection_commits_what_a_savepoint_has_saved(
+    async def test_a_connection_commits_if_a_savepoint_contained_the_failed_statement(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.connect() as connection:
@@ -678,7 +682,7 @@ class TestWithoutBlocksOfItsOwn:
         assert await notes(manager) == ["twice"]
 
     @pytest.mark.parametrize("by", ["a statement", "a flush"])
-    async def test_a_session_does_not_commit_after_it_and_can_begin_anew(
+    async def test_a_session_does_not_commit_after_a_failed_statement_and_can_begin_again(
         self, manager: DatabaseSessionManager, by: str
     ) -> None:
         async with manager.session() as session:
@@ -695,7 +699,7 @@ class TestWithoutBlocksOfItsOwn:
             await session.commit()
         assert await notes(manager) == ["anew"]
 
-    async def test_a_session_that_was_rolled_back_after_it_commits_what_follows(
+    async def test_a_session_commits_later_work_after_it_rolled_a_failed_statement_back(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.session() as session:
@@ -706,7 +710,7 @@ class TestWithoutBlocksOfItsOwn:
             await session.commit()
         assert await notes(manager) == ["kept"]
 
-    async def test_nor_does_a_session_by_the_block_of_its_begin(
+    async def test_session_begin_does_not_commit_after_a_failed_statement(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.session() as session, session.begin():
@@ -729,7 +733,7 @@ class TestWithoutBlocksOfItsOwn:
             await session_block.__aexit__(None, None, None)
         assert await notes(manager) == ["kept"]
 
-    async def test_a_session_whose_commit_was_refused_has_nothing_more_to_warn_of(
+    async def test_a_session_whose_commit_was_refused_does_not_warn_of_lost_changes(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.session() as session:

@@ -60,18 +60,18 @@ FOR_TESTS = [
 ]
 
 
-def test_these_are_the_public_names() -> None:
+def test_the_public_names_of_sessionwire_are_these() -> None:
     assert sessionwire.__all__ == NAMES
     assert sessionwire.testing.__all__ == FOR_TESTS
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_public_name_says_what_it_is(name: str) -> None:
+def test_each_public_name_has_a_docstring(name: str) -> None:
     assert inspect.getdoc(getattr(sessionwire, name))
 
 
 @pytest.mark.parametrize("name", FOR_TESTS)
-def test_each_public_name_for_tests_says_what_it_is(name: str) -> None:
+def test_each_public_name_of_testing_has_a_docstring(name: str) -> None:
     assert inspect.getdoc(getattr(sessionwire.testing, name))
 
 
@@ -84,13 +84,13 @@ ERRORS = {
 }
 
 
-def test_all_errors_are_public_and_in_one_tree() -> None:
+def test_all_errors_are_public_and_derive_from_one_base() -> None:
     assert set(ERRORS) <= set(sessionwire.__all__)
     raised = {name for name, error in ERRORS.items() if not issubclass(error, Warning)}
     assert raised == {name for name, error in ERRORS.items() if issubclass(error, SessionwireError)}
 
 
-def test_the_tree_of_errors_is_drawn_in_one_docstring_as_it_is() -> None:
+def test_the_docstring_of_errors_draws_the_actual_tree() -> None:
     drawn: dict[str, str] = {}
     path: list[str] = []
     for line in (errors.__doc__ or "").splitlines():
@@ -127,7 +127,7 @@ def run(code: str) -> set[str]:
     )
 
 
-def test_importing_it_imports_no_framework_and_no_driver() -> None:
+def test_importing_sessionwire_imports_no_framework_and_no_driver() -> None:
     imported = run("import sessionwire; print(*{name.partition('.')[0] for name in sys.modules})")
     assert "sqlalchemy" in imported
     assert not imported & {
@@ -136,7 +136,7 @@ def test_importing_it_imports_no_framework_and_no_driver() -> None:
     }  # the last one looks for web frameworks by itself
 
 
-def test_what_tests_need_comes_without_a_test_framework() -> None:
+def test_importing_sessionwire_testing_imports_no_test_framework() -> None:
     imported = run(
         "import sessionwire.testing; print(*{name.partition('.')[0] for name in sys.modules})"
     )
@@ -144,18 +144,18 @@ def test_what_tests_need_comes_without_a_test_framework() -> None:
     assert "pytest" not in imported
 
 
-def test_what_is_imported_late_is_there_all_the_same() -> None:
+def test_lazily_imported_names_are_attributes_of_the_package() -> None:
     assert {"DatabaseContainer", "Lifespan"} <= run("from sessionwire import *; print(*globals())")
     with pytest.raises(AttributeError, match="has no attribute 'Databasecontainer'"):
         _ = sessionwire.Databasecontainer
 
 
-def test_it_can_be_imported_without_any_framework_and_driver() -> None:
+def test_sessionwire_can_be_imported_without_any_framework_or_driver() -> None:
     hide = f"sys.modules.update(dict.fromkeys({OPTIONAL}))"
     assert "sessionwire" in run(f"{hide}; import sessionwire; print(*sys.modules)")
 
 
-def test_a_manager_shows_what_users_call_and_nothing_more() -> None:
+def test_dir_of_a_manager_shows_only_what_users_call() -> None:
     public = {name for name in dir(DatabaseSessionManager("sqlite://")) if not name.startswith("_")}
     of_its_life = {"init", "open", "close", "is_initialized", "is_open", "settings", "engine"}
     of_its_use = {"session", "connect", "transaction", "create_all", "drop_all", "metadata"}

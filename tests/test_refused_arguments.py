@@ -28,7 +28,7 @@ async def send(mail: str) -> None:
 
 @pytest.mark.parametrize("method", TAKE_HOOKS)
 class TestHooks:
-    async def test_a_coroutine_is_closed_and_named_and_nothing_is_kept(
+    async def test_a_coroutine_passed_as_a_hook_is_closed_and_refused(
         self, manager: DatabaseSessionManager, method: str
     ) -> None:
         coroutine = send("hello")
@@ -43,7 +43,7 @@ class TestHooks:
         assert not database_of(manager).begin_hooks
 
     @pytest.mark.parametrize("given", [None, "send", 3], ids=str)
-    async def test_what_cannot_be_called_is_refused_at_the_call_in_every_place(
+    async def test_a_hook_that_is_not_callable_is_refused_at_the_call(
         self, manager: DatabaseSessionManager, method: str, given: Any
     ) -> None:
         take = getattr(manager.transaction, method)
@@ -61,7 +61,7 @@ class TestHooks:
                 with refused:
                     take(given)
 
-    async def test_a_function_that_lacks_an_argument_is_refused_at_the_call(
+    async def test_a_hook_that_needs_an_argument_is_refused_at_the_call(
         self, manager: DatabaseSessionManager, method: str
     ) -> None:
         def lacking(connection: object, mail: str) -> None: ...
@@ -73,7 +73,7 @@ class TestHooks:
                 getattr(manager.transaction, method)(lacking)
 
 
-async def test_what_can_be_called_is_taken_whatever_it_is(manager: DatabaseSessionManager) -> None:
+async def test_any_callable_is_accepted_as_a_hook(manager: DatabaseSessionManager) -> None:
     class Callables:
         def method(self) -> None:
             called.append("method")
@@ -98,7 +98,7 @@ async def test_what_can_be_called_is_taken_whatever_it_is(manager: DatabaseSessi
     assert called == ["method", "object", "defaults", "partial"]
 
 
-async def test_run_refuses_a_coroutine_in_place_of_its_function(
+async def test_run_refuses_a_coroutine_instead_of_its_function(
     manager: DatabaseSessionManager,
 ) -> None:
     coroutine = send("hello")
@@ -156,7 +156,7 @@ class TestNumbers:
 
     @pytest.mark.parametrize("ask", [in_block, by_decorator, by_middleware, by_run])
     @pytest.mark.parametrize(("timeout", "error"), WRONG_TIMES)
-    def test_a_timeout_that_is_none(
+    def test_an_invalid_timeout_is_refused(
         self, ask: Callable[..., None], timeout: Any, error: type[Exception]
     ) -> None:
         with pytest.raises(error, match=r"^timeout="):
@@ -164,7 +164,7 @@ class TestNumbers:
 
     @pytest.mark.parametrize("ask", [by_decorator, by_run])
     @pytest.mark.parametrize(("retries", "error"), WRONG_COUNTS)
-    def test_retries_that_are_none(
+    def test_an_invalid_number_of_retries_is_refused(
         self, ask: Callable[..., None], retries: Any, error: type[Exception]
     ) -> None:
         with pytest.raises(error, match=r"^retries="):
@@ -173,7 +173,7 @@ class TestNumbers:
     @pytest.mark.parametrize(
         "timeout", [30, 30.0, timedelta(seconds=30), float("inf"), None], ids=str
     )
-    async def test_those_that_are_meant_are_taken(
+    async def test_valid_timeouts_and_retries_are_accepted(
         self, manager: DatabaseSessionManager, timeout: Any
     ) -> None:
         async def work() -> str:

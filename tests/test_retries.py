@@ -58,7 +58,7 @@ def lost_connection() -> DBAPIError:
 
 
 class TestAnyDatabase:
-    async def test_what_goes_well_is_tried_once_and_its_result_returned(
+    async def test_run_calls_a_successful_function_once_and_returns_its_result(
         self, manager: DatabaseSessionManager
     ) -> None:
         clerk = Clerk(manager, lambda session: session.execute(insert(Note).values(text="a")))
@@ -66,7 +66,7 @@ class TestAnyDatabase:
         assert clerk.attempts == 1
         assert await notes(manager) == ["a"]
 
-    async def test_arguments_reach_the_function_and_options_the_transaction(
+    async def test_run_passes_arguments_to_the_function_and_options_to_the_transaction(
         self, manager: DatabaseSessionManager
     ) -> None:
         async def work(first: int, second: str) -> tuple[int, str, object]:
@@ -97,7 +97,7 @@ class TestAnyDatabase:
     @pytest.mark.parametrize(
         "error", [ValueError, TimeoutError, CommitOutcomeUnknownError, KeyboardInterrupt]
     )
-    async def test_other_errors_are_not_tried_again(
+    async def test_an_error_of_the_application_is_not_retried(
         self, manager: DatabaseSessionManager, error: type[BaseException]
     ) -> None:
         async def fail(_: AsyncSession) -> None:
@@ -108,7 +108,7 @@ class TestAnyDatabase:
             await clerk.work_in_a_transaction()
         assert clerk.attempts == 1
 
-    async def test_nor_are_a_violated_constraint_and_a_passed_deadline(
+    async def test_a_violated_constraint_and_a_passed_deadline_are_not_retried(
         self, manager: DatabaseSessionManager
     ) -> None:
         clerk = Clerk(
@@ -123,7 +123,7 @@ class TestAnyDatabase:
             await manager.transaction.run(clerk.work, retries=3, timeout=0.02)
         assert clerk.attempts == 1
 
-    async def test_every_attempt_has_a_session_of_its_own_which_sees_nothing_of_the_failed_ones(
+    async def test_every_attempt_has_a_new_session_without_objects_of_failed_attempts(
         self, manager: DatabaseSessionManager
     ) -> None:
         sessions: list[object] = []
@@ -142,7 +142,7 @@ class TestAnyDatabase:
         assert len({id(session) for session in sessions}) == 3
         assert await notes(manager) == ["only once"]
 
-    async def test_hooks_of_failed_attempts_never_run(
+    async def test_hooks_of_retried_attempts_never_run(
         self, manager: DatabaseSessionManager
     ) -> None:
         ran: list[str] = []
@@ -163,7 +163,7 @@ class TestAnyDatabase:
             await manager.transaction.run(clerk.work, retries=1)
         assert ran == ["2 rolled back"]
 
-    async def test_those_of_an_attempt_that_ends_in_another_error_do(
+    async def test_hooks_of_an_attempt_that_ends_in_another_error_run(
         self, manager: DatabaseSessionManager
     ) -> None:
         ran: list[str] = []
@@ -177,7 +177,7 @@ class TestAnyDatabase:
             await clerk.work_in_a_transaction()
         assert ran == ["2"]
 
-    async def test_an_error_of_a_hook_after_the_commit_is_not_tried_again(
+    async def test_an_error_of_a_hook_after_the_commit_is_not_retried(
         self, manager: DatabaseSessionManager
     ) -> None:
         async def work(session: AsyncSession) -> None:
@@ -194,7 +194,7 @@ class TestAnyDatabase:
         assert await notes(manager) == ["kept"]
 
     @pytest.mark.parametrize("around", ["transaction", "session", "read scope", "savepoint"])
-    async def test_inside_another_scope_it_is_one_attempt(
+    async def test_run_inside_another_scope_makes_one_attempt(
         self, manager: DatabaseSessionManager, around: str
     ) -> None:
         async def fail(_: AsyncSession) -> None:
@@ -219,7 +219,7 @@ class TestAnyDatabase:
                 await work()
         assert clerk.attempts == 1
 
-    async def test_without_a_transaction_it_is_one_attempt_since_each_statement_was_kept(
+    async def test_run_in_autocommit_makes_one_attempt(
         self, manager: DatabaseSessionManager
     ) -> None:
         async def work() -> None:
@@ -234,7 +234,7 @@ class TestAnyDatabase:
             await manager.transaction.run(work, retries=3, propagation=Propagation.SUPPORTS)
         assert await notes(manager) == ["attempt 1"]
 
-    async def test_a_cancellation_in_the_pause_ends_it(
+    async def test_a_cancellation_in_the_pause_ends_the_retries(
         self, manager: DatabaseSessionManager, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         async def fail(_: AsyncSession) -> None:
@@ -253,7 +253,7 @@ class TestAnyDatabase:
             await task
         assert clerk.attempts == 1
 
-    async def test_a_cancellation_in_an_attempt_is_not_tried_again(
+    async def test_a_cancellation_in_an_attempt_is_not_retried(
         self, manager: DatabaseSessionManager
     ) -> None:
         async def wait(session: AsyncSession) -> None:
@@ -270,7 +270,7 @@ class TestAnyDatabase:
             await task
         assert clerk.attempts == 1
 
-    async def test_the_pauses_grow_up_to_a_limit_with_full_jitter(
+    async def test_the_pauses_between_attempts_grow_to_a_limit_with_full_jitter(
         self, manager: DatabaseSessionManager, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         ranges: list[tuple[float, float]] = []
@@ -313,7 +313,7 @@ class TestPostgres(OnPostgres):
 
         return work
 
-    async def test_a_serialization_failure_is_tried_again(
+    async def test_a_serialization_failure_is_retried(
         self, manager: DatabaseSessionManager, clash: Work
     ) -> None:
         clerk = Clerk(manager, clash)
@@ -321,7 +321,7 @@ class TestPostgres(OnPostgres):
         assert clerk.attempts == 2
         assert await notes(manager) == ["rival, work"]
 
-    async def test_without_retries_it_is_the_error(
+    async def test_a_serialization_failure_without_retries_is_raised(
         self, manager: DatabaseSessionManager, clash: Work
     ) -> None:
         clerk = Clerk(manager, clash)
@@ -330,7 +330,7 @@ class TestPostgres(OnPostgres):
         assert getattr(raised.value.orig, "sqlstate", None) == "40001"
         assert await notes(manager) == ["rival"]
 
-    async def test_one_that_was_swallowed_is_tried_again_too(
+    async def test_a_swallowed_serialization_failure_is_retried(
         self, manager: DatabaseSessionManager, clash: Work
     ) -> None:
         async def swallow(session: AsyncSession) -> None:
@@ -345,7 +345,7 @@ class TestPostgres(OnPostgres):
         assert (swallowed, clerk.attempts) == ([1], 2)
         assert await notes(manager) == ["rival, work"]
 
-    async def test_so_is_one_after_which_the_next_statement_failed(
+    async def test_a_swallowed_failure_after_which_a_statement_failed_is_retried(
         self, manager: DatabaseSessionManager, clash: Work
     ) -> None:
         async def go_on_regardless(session: AsyncSession) -> None:
@@ -358,7 +358,7 @@ class TestPostgres(OnPostgres):
         assert clerk.attempts == 2
         assert await notes(manager) == ["rival, work"]
 
-    async def test_one_that_was_swallowed_without_retries_is_an_unexpected_rollback_caused_by_it(
+    async def test_a_swallowed_failure_without_retries_causes_an_unexpected_rollback(
         self, manager: DatabaseSessionManager, clash: Work
     ) -> None:
         async def swallow(session: AsyncSession) -> None:
@@ -369,7 +369,7 @@ class TestPostgres(OnPostgres):
             await manager.transaction.run(Clerk(manager, swallow).work, isolation="SERIALIZABLE")
         assert isinstance(raised.value.__cause__, DBAPIError)
 
-    async def test_one_in_a_joined_method_is_tried_again_by_the_outermost(
+    async def test_a_serialization_failure_in_a_joined_method_is_retried_by_the_outer_one(
         self, manager: DatabaseSessionManager, clash: Work
     ) -> None:
         async def call_joined(_: AsyncSession) -> None:
@@ -380,7 +380,7 @@ class TestPostgres(OnPostgres):
         assert (inner.attempts, outer.attempts) == (2, 2)
         assert await notes(manager) == ["rival, work"]
 
-    async def test_one_that_comes_with_the_commit_is_tried_again(
+    async def test_a_serialization_failure_at_the_commit_is_retried(
         self, manager: DatabaseSessionManager
     ) -> None:
         """Write skew: each reads what the other writes, and the server finds out when the second commits."""
@@ -405,7 +405,7 @@ class TestPostgres(OnPostgres):
         assert ended_well == [1, 2]
         assert await notes(manager) == ["left", "right", "rival saw 2", "work saw 3"]
 
-    async def test_a_deadlock_is_tried_again_by_the_one_that_lost(
+    async def test_the_victim_of_a_deadlock_is_retried(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.transaction() as session:
@@ -432,7 +432,7 @@ class TestPostgres(OnPostgres):
     @pytest.mark.parametrize(
         "when", ["before a statement", "before the commit", "before the flush"]
     )
-    async def test_a_connection_that_is_lost_before_the_commit_is_sent_is_tried_again(
+    async def test_a_connection_lost_before_the_commit_is_sent_is_retried(
         self, manager: DatabaseSessionManager, postgres: Postgres, when: str
     ) -> None:
         async def work(session: AsyncSession) -> None:
@@ -456,7 +456,7 @@ class TestPostgres(OnPostgres):
         assert clerk.attempts == 2
         assert await notes(manager) == (["a", "b"] if when == "before the flush" else ["a"])
 
-    async def test_a_commit_whose_outcome_is_unknown_is_not_tried_again(
+    async def test_a_commit_with_an_unknown_outcome_is_not_retried(
         self, manager: DatabaseSessionManager, postgres: Postgres
     ) -> None:
         await at_commit(manager, "PERFORM pg_sleep(60)")
@@ -468,7 +468,7 @@ class TestPostgres(OnPostgres):
             await task
         assert clerk.attempts == 1
 
-    async def test_one_that_an_own_savepoint_has_undone_is_not_tried_again(
+    async def test_a_serialization_failure_rolled_back_by_a_savepoint_is_not_retried(
         self, manager: DatabaseSessionManager
     ) -> None:
         async def work(session: AsyncSession) -> None:
@@ -488,7 +488,7 @@ class TestSQLite:
     def backend(self) -> str:
         return "sqlite"
 
-    async def test_a_lock_that_does_not_come_free_in_time_is_tried_again(
+    async def test_a_lock_that_is_not_released_in_time_is_retried(
         self, settings: DatabaseSettings, manager: DatabaseSessionManager
     ) -> None:
         async def work(session: AsyncSession) -> None:
@@ -513,7 +513,7 @@ class TestSQLite:
         assert clerk.attempts == 2
         assert await notes(manager) == ["first", "second"]
 
-    async def test_where_it_never_comes_free_it_is_the_error_after_all_attempts(
+    async def test_a_lock_that_is_never_released_is_the_error_after_all_attempts(
         self, settings: DatabaseSettings, manager: DatabaseSessionManager
     ) -> None:
         impatient = settings.model_copy(update={"pool": PoolSettings(timeout=0.02)})
@@ -528,7 +528,7 @@ class TestSQLite:
         assert await notes(manager) == ["first"]
 
 
-async def test_run_and_the_decorator_take_any_manager_of_transactions(
+async def test_run_and_the_decorator_accept_any_transaction_manager(
     manager: DatabaseSessionManager,
 ) -> None:
     @transactional(retries=2)

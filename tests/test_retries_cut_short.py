@@ -84,7 +84,7 @@ class TestInThePause:
         assert clerk.ran == []
         return task
 
-    async def test_a_cancellation_goes_on_once_they_have_run(
+    async def test_a_cancellation_in_the_pause_runs_the_on_rollback_hooks_first(
         self, manager: DatabaseSessionManager, clerk: Clerk
     ) -> None:
         task = await self._in_the_pause(clerk, manager)
@@ -94,14 +94,14 @@ class TestInThePause:
         assert clerk.ran == ["1 rolled back", "1 rolled back, async"]
         assert await notes(manager) == []
 
-    async def test_a_deadline_around_it_too(
+    async def test_a_timeout_in_the_pause_runs_the_on_rollback_hooks_first(
         self, manager: DatabaseSessionManager, clerk: Clerk
     ) -> None:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(clerk.work(), 0.5)
         assert clerk.ran == ["1 rolled back", "1 rolled back, async"]
 
-    async def test_what_one_of_them_raises_is_a_note_on_the_cancellation_and_stops_no_other(
+    async def test_an_error_of_a_hook_in_the_pause_is_a_note_on_the_cancellation(
         self, manager: DatabaseSessionManager, clerk: Clerk
     ) -> None:
         register = clerk.register
@@ -119,7 +119,7 @@ class TestInThePause:
         assert clerk.ran == ["1 rolled back", "1 rolled back, async"]
 
 
-async def test_they_run_where_the_manager_was_closed_meanwhile(
+async def test_on_rollback_hooks_run_if_the_manager_was_closed_in_the_pause(
     manager: DatabaseSessionManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clerk = Clerk(manager, fails=1)
@@ -133,7 +133,7 @@ async def test_they_run_where_the_manager_was_closed_meanwhile(
     await manager.open()
 
 
-async def test_wherever_a_cancellation_strikes_the_hooks_of_one_attempt_run_once(
+async def test_a_cancellation_at_any_await_runs_the_hooks_of_one_attempt_once(
     manager: DatabaseSessionManager,
 ) -> None:
     clerks: list[Clerk] = []

@@ -60,7 +60,7 @@ async def conflict_once(attempts: Attempts, session: AsyncSession) -> None:
 
 
 class TestWrappedConflicts(OnPostgres):
-    async def test_a_conflict_in_an_error_of_the_application_is_tried_again(
+    async def test_a_conflict_wrapped_in_an_error_of_the_application_is_retried(
         self, attempts: Attempts
     ) -> None:
         async def work(session: AsyncSession) -> None:
@@ -75,9 +75,7 @@ class TestWrappedConflicts(OnPostgres):
         await attempts.run(work)
         assert attempts.count == 2
 
-    async def test_a_conflict_in_an_exception_group_is_tried_again(
-        self, attempts: Attempts
-    ) -> None:
+    async def test_a_conflict_in_an_exception_group_is_retried(self, attempts: Attempts) -> None:
         async def work(session: AsyncSession) -> None:
             async with asyncio.TaskGroup() as group:
                 group.create_task(conflict_once(attempts, session))
@@ -85,7 +83,9 @@ class TestWrappedConflicts(OnPostgres):
         await attempts.run(work)
         assert attempts.count == 2
 
-    async def test_an_error_of_the_application_alone_is_not(self, attempts: Attempts) -> None:
+    async def test_an_error_of_the_application_without_a_conflict_is_not_retried(
+        self, attempts: Attempts
+    ) -> None:
         async def work(session: AsyncSession) -> None:
             raise StorageError
 
@@ -93,7 +93,9 @@ class TestWrappedConflicts(OnPostgres):
             await attempts.run(work)
         assert attempts.count == 1
 
-    async def test_a_conflict_behind_a_cancellation_is_not(self, attempts: Attempts) -> None:
+    async def test_a_conflict_that_caused_a_cancellation_is_not_retried(
+        self, attempts: Attempts
+    ) -> None:
         async def work(session: AsyncSession) -> None:
             try:
                 await session.execute(CONFLICT)
@@ -108,7 +110,7 @@ class TestWrappedConflicts(OnPostgres):
 @pytest.mark.parametrize(
     "final", [CommitOutcomeUnknownError("unknown"), TransactionTimeoutError("late")]
 )
-def test_nothing_that_stands_over_an_unknown_outcome_or_a_deadline_is_retryable(
+def test_an_error_caused_by_an_unknown_outcome_or_a_deadline_is_not_retryable(
     final: Exception,
 ) -> None:
     lost = DBAPIError("COMMIT", None, OSError("gone"), connection_invalidated=True)
@@ -121,14 +123,14 @@ def test_nothing_that_stands_over_an_unknown_outcome_or_a_deadline_is_retryable(
     assert not is_retryable(ExceptionGroup("both", [lost, wrapped]))
 
 
-def test_an_error_that_is_its_own_cause_is_looked_at_once() -> None:
+def test_an_error_that_is_its_own_cause_is_examined_once() -> None:
     error = StorageError()
     error.__cause__ = error
     assert not is_retryable(error)
 
 
 class TestLostConnections(OnPostgres):
-    async def test_one_that_was_lost_in_a_savepoint_whose_error_was_swallowed(
+    async def test_a_connection_lost_in_a_savepoint_whose_error_was_swallowed_is_retried(
         self, manager: DatabaseSessionManager, attempts: Attempts, postgres: Postgres
     ) -> None:
         async def work(session: AsyncSession) -> None:
@@ -146,7 +148,7 @@ class TestLostConnections(OnPostgres):
 
 
 class TestConnecting(OnPostgres):
-    async def test_a_refused_connection_is_an_error_of_sqlalchemy_and_tried_again(
+    async def test_a_refused_connection_is_an_sqlalchemy_error_and_is_retried(
         self, postgres: Postgres, database_url: str
     ) -> None:
         network = Network()
@@ -161,7 +163,7 @@ class TestConnecting(OnPostgres):
         assert attempts.count == 3
         await manager.close()
 
-    async def test_a_connection_that_is_reset_while_it_is_made_is_tried_again(
+    async def test_a_connection_reset_while_connecting_is_retried(
         self, postgres: Postgres, database_url: str
     ) -> None:
         class Resetting(Network):
@@ -182,7 +184,7 @@ class TestConnecting(OnPostgres):
             await attempts.run(lambda session: session.execute(text("SELECT 1")))
             assert attempts.count == 3
 
-    async def test_a_server_without_room_for_a_connection_is_tried_again(
+    async def test_a_server_without_free_connections_is_retried(
         self, postgres: Postgres, database_url: str
     ) -> None:
         await postgres.execute("CREATE ROLE crowded LOGIN")
@@ -199,7 +201,7 @@ class TestConnecting(OnPostgres):
         finally:
             await postgres.execute("DROP ROLE crowded")
 
-    async def test_a_server_that_is_starting_is_tried_again(self) -> None:
+    async def test_a_server_that_is_starting_is_retried(self) -> None:
         async with cluster.server() as server:
             manager = DatabaseSessionManager(server.url("postgres"))
             await manager.open()
@@ -218,7 +220,9 @@ class TestConnecting(OnPostgres):
                     assert is_retryable(error), error
             await manager.close()
 
-    async def test_a_wrong_password_is_not(self, postgres: Postgres, database_url: str) -> None:
+    async def test_a_wrong_password_is_not_retried(
+        self, postgres: Postgres, database_url: str
+    ) -> None:
         await postgres.execute("CREATE ROLE nobody")  # NOLOGIN: 28000
         try:
             manager = DatabaseSessionManager(database_url.replace("postgres@", "nobody@"))
@@ -240,7 +244,7 @@ class TestMigrations(OnPostgres):
         name = database_url.partition("?")[0].rpartition("/")[2]
         return lambda sql: postgres.run(sql, name)
 
-    async def test_a_plan_that_has_another_result_now_is_made_anew(
+    async def test_a_prepared_statement_whose_result_type_changed_is_prepared_again(
         self, attempts: Attempts, migration: Callable[[str], Awaitable[None]]
     ) -> None:
         columns: list[str] = []
@@ -255,7 +259,7 @@ class TestMigrations(OnPostgres):
         assert attempts.count == 2
         assert "colour" in columns
 
-    async def test_a_type_that_was_made_anew_is_looked_up_anew(
+    async def test_a_recreated_type_is_looked_up_again(
         self, attempts: Attempts, migration: Callable[[str], Awaitable[None]]
     ) -> None:
         await migration("CREATE TYPE mood AS ENUM ('glad'); CREATE TABLE moods (mood mood)")
@@ -274,7 +278,7 @@ class TestMigrations(OnPostgres):
         await attempts.run(write)
         assert attempts.count <= 2
 
-    async def test_a_row_type_that_was_altered_is_looked_up_anew(
+    async def test_an_altered_row_type_is_looked_up_again(
         self, attempts: Attempts, migration: Callable[[str], Awaitable[None]]
     ) -> None:
         await migration(
@@ -297,7 +301,7 @@ class TestMigrations(OnPostgres):
 class TestAStandby(OnPostgres):
     """A connection that was made to a primary leads to a server that refuses to write."""
 
-    async def test_a_transaction_that_was_meant_to_write_drops_it_and_is_tried_again(
+    async def test_a_writing_transaction_on_a_standby_drops_the_connection_and_is_retried(
         self, manager: DatabaseSessionManager, postgres: Postgres, database_url: str
     ) -> None:
         attempts = Attempts(manager)
@@ -318,7 +322,7 @@ class TestAStandby(OnPostgres):
             assert await session.scalar(text("SELECT pg_backend_pid()")) != before
 
     @pytest.mark.parametrize("propagation", [Propagation.REQUIRED, Propagation.SUPPORTS])
-    async def test_a_write_in_a_read_only_block_keeps_its_connection(
+    async def test_a_refused_write_in_a_read_only_block_keeps_its_connection(
         self, manager: DatabaseSessionManager, propagation: Propagation
     ) -> None:
         pids: set[object] = set()
@@ -331,7 +335,7 @@ class TestAStandby(OnPostgres):
         assert len(pids) == 1
 
 
-async def test_a_map_of_schemas_is_compared_as_it_was_given(
+async def test_a_schema_translate_map_is_compared_as_it_was_given(
     manager: DatabaseSessionManager,
 ) -> None:
     """SQLAlchemy adds to the map that a connection has."""
@@ -351,7 +355,7 @@ async def test_a_map_of_schemas_is_compared_as_it_was_given(
     assert given == schemas()
 
 
-async def test_settings_of_a_whole_url_are_kept(database_url: str) -> None:
+async def test_settings_made_of_a_whole_url_keep_its_values(database_url: str) -> None:
     settings = DatabaseSettings(url=database_url)
     async with DatabaseSessionManager(settings) as manager, manager.session() as session:
         assert await session.scalar(text("SELECT 1")) == 1

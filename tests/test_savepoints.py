@@ -108,7 +108,7 @@ WAYS = [by_deadline, by_deadline_of_a_joined_block, by_timeout_outside, by_timeo
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_the_transaction_goes_on(
+async def test_the_transaction_goes_on_after_a_statement_in_a_savepoint_was_stopped(
     manager: DatabaseSessionManager, backend: str, way: Way
 ) -> None:
     async with manager.transaction() as session:
@@ -123,7 +123,9 @@ async def test_the_transaction_goes_on(
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_in_a_sandbox_too(manager: DatabaseSessionManager, backend: str, way: Way) -> None:
+async def test_the_transaction_in_a_sandbox_goes_on_after_a_savepoint_was_stopped(
+    manager: DatabaseSessionManager, backend: str, way: Way
+) -> None:
     async with sandbox(manager):
         async with manager.transaction() as session:
             session.add(Note(text="before"))
@@ -133,7 +135,9 @@ async def test_in_a_sandbox_too(manager: DatabaseSessionManager, backend: str, w
         assert await notes(manager) == ["before", "behind"]
 
 
-async def test_the_savepoint_around_goes_on(manager: DatabaseSessionManager, backend: str) -> None:
+async def test_the_enclosing_savepoint_goes_on_after_an_inner_one_was_stopped(
+    manager: DatabaseSessionManager, backend: str
+) -> None:
     async with manager.transaction() as session:
         session.add(Note(text="transaction"))
         async with manager.transaction(NESTED):
@@ -143,7 +147,9 @@ async def test_the_savepoint_around_goes_on(manager: DatabaseSessionManager, bac
     assert await notes(manager) == ["behind", "savepoint", "transaction"]
 
 
-async def test_it_can_happen_again(manager: DatabaseSessionManager, backend: str) -> None:
+async def test_several_savepoints_of_one_transaction_can_be_stopped(
+    manager: DatabaseSessionManager, backend: str
+) -> None:
     async with manager.transaction() as session:
         for number in range(3):
             await by_deadline(manager, session, READ[backend])
@@ -152,7 +158,7 @@ async def test_it_can_happen_again(manager: DatabaseSessionManager, backend: str
 
 
 @pytest.mark.parametrize("again_after", [None, 1], ids=["once", "twice"])
-async def test_a_cancellation_at_any_await_loses_the_savepoint_or_tells(
+async def test_a_cancellation_at_any_await_rolls_the_savepoint_back_or_raises(
     manager: DatabaseSessionManager, again_after: int | None
 ) -> None:
     """Also where it strikes a statement that writes, and one whose rows have not been fetched yet."""
@@ -198,7 +204,7 @@ class TestOnSQLite:
     def backend(self) -> str:
         return "sqlite"
 
-    async def test_a_write_that_is_done_soon_is_waited_for(
+    async def test_a_savepoint_waits_for_a_write_that_ends_soon_on_sqlite(
         self, manager: DatabaseSessionManager
     ) -> None:
         """SQLite undoes the whole transaction where a write is interrupted."""
@@ -220,7 +226,7 @@ class TestOnSQLite:
                         )
         assert await notes(manager) == ["outer"]
 
-    async def test_one_that_is_not_costs_the_transaction_and_says_so(
+    async def test_a_write_stopped_in_a_savepoint_rolls_the_transaction_back_on_sqlite(
         self, manager: DatabaseSessionManager, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(savepoints, "STOP_TIMEOUT", LIMIT)
@@ -240,14 +246,14 @@ class TestOnSQLite:
 
 
 class TestOnPostgres(OnPostgres):
-    async def test_the_server_has_stopped_it(
+    async def test_the_server_stops_the_statement_of_a_savepoint(
         self, manager: DatabaseSessionManager, postgres: Postgres
     ) -> None:
         async with manager.transaction() as session:
             await by_deadline(manager, session, "SELECT pg_sleep(60)")
             assert not await running(postgres, manager, "SELECT pg_sleep%")
 
-    async def test_a_write_and_a_wait_for_a_lock_are_stopped_as_well(
+    async def test_the_server_stops_a_write_and_a_wait_for_a_lock_in_a_savepoint(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.transaction() as session:
@@ -264,7 +270,7 @@ class TestOnPostgres(OnPostgres):
                 )
         assert await notes(manager) == ["locked", "outer"]
 
-    async def test_a_server_that_does_not_answer_costs_the_transaction_and_says_so(
+    async def test_a_savepoint_without_an_answer_of_the_server_rolls_the_transaction_back(
         self,
         manager: DatabaseSessionManager,
         postgres: Postgres,
@@ -287,7 +293,7 @@ class TestOnPostgres(OnPostgres):
             assert checked_out(remote) == 0
         assert await notes(manager) == []
 
-    async def test_so_does_one_whose_process_ends_meanwhile(
+    async def test_a_savepoint_whose_server_process_ends_rolls_the_transaction_back(
         self, manager: DatabaseSessionManager, postgres: Postgres
     ) -> None:
         async def work() -> None:

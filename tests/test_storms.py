@@ -109,7 +109,7 @@ class TestBlackHole(OnPostgres):
         )  # the second for whatever the test has left in use
 
     @pytest.mark.parametrize("kind", ["statement", "first statement", "flush"])
-    async def test_a_deadline_holds(
+    async def test_a_deadline_holds_in_a_network_that_swallows_everything(
         self, remote: DatabaseSessionManager, network: Network, kind: str
     ) -> None:
         before = time.monotonic()
@@ -125,7 +125,7 @@ class TestBlackHole(OnPostgres):
         assert 0.3 <= time.monotonic() - before < 0.8
 
     @pytest.mark.parametrize("cancelled", [False, True])
-    async def test_that_of_a_commit_holds(
+    async def test_the_commit_timeout_holds_in_a_network_that_swallows_everything(
         self, remote: DatabaseSessionManager, network: Network, cancelled: bool
     ) -> None:
         async def work() -> None:
@@ -146,7 +146,7 @@ class TestBlackHole(OnPostgres):
         assert 0.2 < time.monotonic() - before < 0.8
 
     @pytest.mark.parametrize("kind", ["transaction", "connect", "session"])
-    async def test_that_of_a_rollback_holds(
+    async def test_the_rollback_timeout_holds_in_a_network_that_swallows_everything(
         self, remote: DatabaseSessionManager, network: Network, kind: str
     ) -> None:
         with pytest.raises(ValueError, match="mine"):
@@ -157,7 +157,7 @@ class TestBlackHole(OnPostgres):
                 raise ValueError("mine")
         assert 0.9 < time.monotonic() - before < 1.5
 
-    async def test_a_cancelled_call_goes_on_at_once_and_its_place_is_free_once_its_connection_is_closed(
+    async def test_a_cancelled_call_in_a_dead_network_returns_at_once_and_frees_its_place(
         self, remote: DatabaseSessionManager, network: Network
     ) -> None:
         before = time.monotonic()
@@ -175,7 +175,7 @@ class TestBlackHole(OnPostgres):
                 assert time.monotonic() - before > 1.0
         assert checked_out(remote) == 0
 
-    async def test_a_connection_beyond_the_pools_size_that_cannot_be_closed_costs_a_moment(
+    async def test_an_overflow_connection_that_cannot_be_closed_delays_only_a_moment(
         self, remote: DatabaseSessionManager, network: Network
     ) -> None:
         async with remote.engine.connect(), remote.engine.connect():
@@ -229,7 +229,7 @@ class TestVanishedPeer(OnPostgres):
                 assert checked_out(remote) == 0
 
     @pytest.mark.parametrize("sent", ["before", "after"])
-    async def test_a_statement_without_a_deadline_fails(
+    async def test_a_statement_without_a_deadline_fails_if_its_server_vanishes(
         self, remote: DatabaseSessionManager, network: Unplugged, postgres: Postgres, sent: str
     ) -> None:
         async with asyncio.timeout(10):
@@ -246,14 +246,16 @@ class TestVanishedPeer(OnPostgres):
         if sent == "before":
             await kill(postgres, remote, "%pg_sleep(60)")  # it hasn't noticed
 
-    async def test_a_slow_statement_is_let_be(self, remote: DatabaseSessionManager) -> None:
+    async def test_a_slow_statement_is_not_taken_for_a_vanished_server(
+        self, remote: DatabaseSessionManager
+    ) -> None:
         async with remote.transaction() as session:
             assert await session.scalar(text("SELECT 1 FROM pg_sleep(2.5)")) == 1
 
     @pytest.mark.parametrize(
         ("tcp_timeout", "expected"), [(30.0, (1, 15, 5, 3, 30000)), (0.0, (0,))]
     )
-    async def test_the_setting_reaches_the_socket(
+    async def test_tcp_timeout_sets_the_keepalive_options_of_the_socket(
         self,
         manager: DatabaseSessionManager,
         network: Unplugged,

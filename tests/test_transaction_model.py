@@ -486,7 +486,7 @@ def kind(error: BaseException | None) -> Error:
     return None if error is None else type(error)
 
 
-def test_the_library_and_the_model_agree(settings: DatabaseSettings) -> None:
+def test_random_sequences_of_blocks_agree_with_the_model(settings: DatabaseSettings) -> None:
     manager = DatabaseSessionManager(settings.model_copy(update={"pool": PoolSettings(size=20)}))
 
     async def start() -> AsyncConnection:

@@ -70,7 +70,7 @@ def service(manager: DatabaseSessionManager) -> Service:
 
 
 class TestBlocks:
-    async def test_it_commits_when_the_block_ends_well(
+    async def test_transaction_commits_if_the_block_ends_normally(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.transaction() as session:
@@ -80,7 +80,7 @@ class TestBlocks:
     @pytest.mark.parametrize(
         "error", [ValueError, asyncio.CancelledError, KeyboardInterrupt, GeneratorExit]
     )
-    async def test_it_rolls_back_on_any_error(
+    async def test_transaction_rolls_back_on_any_error(
         self, manager: DatabaseSessionManager, error: type[BaseException]
     ) -> None:
         with pytest.raises(error):
@@ -90,7 +90,7 @@ class TestBlocks:
                 raise error
         assert await notes(manager) == []
 
-    async def test_a_flush_at_the_end_that_fails_is_the_error(
+    async def test_transaction_raises_the_error_of_its_final_flush(
         self, manager: DatabaseSessionManager
     ) -> None:
         with pytest.raises(IntegrityError):
@@ -98,7 +98,9 @@ class TestBlocks:
                 session.add_all([Note(text="twice"), Note(text="twice")])
         assert await notes(manager) == []
 
-    async def test_it_joins_the_current_one(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_transaction_joins_the_current_transaction(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         assert not manager.transaction.active
         async with manager.transaction() as outer:
             outer.add(Note(text="outer"))
@@ -110,7 +112,7 @@ class TestBlocks:
         assert not manager.transaction.active
         assert await notes(manager) == ["inner", "outer"]
 
-    async def test_a_joined_block_that_fails_takes_the_outer_one_with_it(
+    async def test_a_failed_joined_block_rolls_the_outer_block_back(
         self, manager: DatabaseSessionManager
     ) -> None:
         with pytest.raises(ValueError, match="inner"):
@@ -120,7 +122,7 @@ class TestBlocks:
                     raise ValueError("inner")
         assert await notes(manager) == []
 
-    async def test_a_joined_block_that_fails_and_is_caught_is_not_lost_quietly(
+    async def test_a_caught_failure_of_a_joined_block_is_reported(
         self, manager: DatabaseSessionManager
     ) -> None:
         with pytest.raises(UnexpectedRollbackError, match="ValueError: inner") as raised:
@@ -134,7 +136,7 @@ class TestBlocks:
         assert isinstance(raised.value.__cause__, ValueError)
         assert await notes(manager) == []
 
-    async def test_a_flush_that_failed_and_was_caught_is_not_lost_quietly(
+    async def test_a_caught_failure_of_a_flush_is_reported(
         self, manager: DatabaseSessionManager
     ) -> None:
         with pytest.raises(
@@ -146,7 +148,7 @@ class TestBlocks:
                     await session.flush()
         assert await notes(manager) == []
 
-    async def test_in_a_bare_session_it_commits_what_was_done_before_too(
+    async def test_a_transaction_in_a_session_also_commits_earlier_work(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.session() as session:
@@ -157,7 +159,7 @@ class TestBlocks:
             assert await notes(manager) == ["before", "inside"]
             assert await session.scalar(select(1)) == 1
 
-    async def test_in_a_bare_session_it_rolls_back_what_was_done_before_too(
+    async def test_a_transaction_in_a_session_also_rolls_earlier_work_back(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.session() as session:
@@ -168,7 +170,7 @@ class TestBlocks:
             assert await session.scalar(select(1)) == 1
         assert await notes(manager) == []
 
-    async def test_nothing_is_sent_for_a_block_that_uses_nothing(
+    async def test_a_transaction_without_a_statement_sends_nothing(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.transaction() as session:
@@ -177,7 +179,7 @@ class TestBlocks:
 
 
 class TestTransactional:
-    async def test_a_method_is_a_transaction(
+    async def test_a_transactional_method_is_a_transaction(
         self, manager: DatabaseSessionManager, service: Service
     ) -> None:
         assert len(await service.write("a", "b")) == 2
@@ -185,7 +187,7 @@ class TestTransactional:
             await service.write("c", fail=True)
         assert await notes(manager) == ["a", "b"]
 
-    async def test_a_method_joins_the_transaction_around_it(
+    async def test_a_transactional_method_joins_the_enclosing_transaction(
         self, manager: DatabaseSessionManager, service: Service
     ) -> None:
         with pytest.raises(ValueError, match="outer"):
@@ -194,7 +196,9 @@ class TestTransactional:
                 raise ValueError("outer")
         assert await notes(manager) == []
 
-    async def test_a_function_gets_it_as_a_parameter(self, manager: DatabaseSessionManager) -> None:
+    async def test_a_transactional_function_gets_the_manager_as_a_parameter(
+        self, manager: DatabaseSessionManager
+    ) -> None:
         @transactional
         async def write(text: str, transaction: TransactionManager) -> None:
             CurrentSession(manager).add(Note(text=text))
@@ -203,18 +207,18 @@ class TestTransactional:
         await write(text="by name", transaction=manager.transaction)
         assert await notes(manager) == ["by name", "by position"]
 
-    def test_it_keeps_name_docstring_and_signature(self) -> None:
+    def test_transactional_keeps_name_docstring_and_signature(self) -> None:
         assert Service.write.__name__ == "write"
         assert Service.write.__doc__ == "Write notes."
         assert inspect.iscoroutinefunction(Service.write)
 
-    def test_it_refuses_what_is_no_coroutine_function(self) -> None:
+    def test_transactional_refuses_a_synchronous_function(self) -> None:
         with pytest.raises(TypeError, match="write 'async def"):
 
             @transactional  # type: ignore[arg-type]
             def write(self: object) -> None: ...
 
-    async def test_it_says_what_is_missing(self) -> None:
+    async def test_transactional_says_which_manager_is_missing(self) -> None:
         class Incomplete:
             @transactional
             async def write(self) -> None: ...
@@ -235,7 +239,7 @@ async def notes_inside(session: AsyncSession) -> list[str]:
 
 
 class TestObjectsAfterTheEnd:
-    async def test_what_was_rolled_back_can_be_added_again(
+    async def test_an_object_that_was_rolled_back_can_be_added_again(
         self, manager: DatabaseSessionManager
     ) -> None:
         note = Note(text="again")
@@ -252,7 +256,7 @@ class TestObjectsAfterTheEnd:
             session.add(note)
         assert await notes(manager) == ["again"]
 
-    async def test_so_can_what_a_bare_session_did_not_commit(
+    async def test_an_object_that_a_session_did_not_commit_can_be_added_again(
         self, manager: DatabaseSessionManager
     ) -> None:
         note = Note(text="again")
@@ -287,7 +291,7 @@ class TestObjectsAfterTheEnd:
         await manager.transaction.run(change, retries=1)
         assert await notes(manager) == ["ab"]
 
-    async def test_what_was_only_read_can_be_read_after_an_error(
+    async def test_an_object_that_was_only_read_stays_readable_after_an_error(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.transaction() as session:
@@ -298,7 +302,7 @@ class TestObjectsAfterTheEnd:
                 raise ZeroDivisionError
         assert note.text == "read"
 
-    async def test_a_value_that_is_set_to_what_it_was_is_no_change_and_no_error(
+    async def test_setting_an_attribute_to_its_old_value_is_no_change(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.transaction() as session:
@@ -307,7 +311,7 @@ class TestObjectsAfterTheEnd:
             (await session.scalars(select(Note))).one().text = "same"
         assert await notes(manager) == ["same"]
 
-    async def test_a_listener_may_add_a_row_before_the_commit(
+    async def test_a_before_commit_listener_can_add_a_row(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.transaction() as session:
@@ -322,7 +326,7 @@ class TestObjectsAfterTheEnd:
 
 
 class TestOptions:
-    async def test_those_with_another_value_each_time_are_not_kept(
+    async def test_execution_options_with_changing_values_are_not_cached(
         self, manager: DatabaseSessionManager
     ) -> None:
         async def in_block(number: int) -> None:
@@ -353,7 +357,7 @@ class TestBlocksThatCannotBe:
                 await session.execute(text(sql))
         assert await notes(manager) == ["kept"]
 
-    async def test_savepoints_as_text_are_the_callers(
+    async def test_savepoints_as_text_are_left_to_the_caller(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.transaction() as session:
@@ -364,7 +368,7 @@ class TestBlocksThatCannotBe:
         assert await notes(manager) == ["kept"]
 
     @pytest.mark.parametrize("timeout", ["soon", object(), [1]])
-    async def test_a_timeout_that_is_none_is_refused_before_the_block(
+    async def test_an_invalid_timeout_is_refused_before_the_block(
         self, manager: DatabaseSessionManager, timeout: Any
     ) -> None:
         with pytest.raises((TypeError, ValueError)):
@@ -378,14 +382,14 @@ class TestBlocksThatCannotBe:
             ({"postgresql_readonly": True}, "read_only=True"),
         ],
     )
-    async def test_execution_options_do_not_go_around_those_of_the_block(
+    async def test_reserved_execution_options_are_refused(
         self, manager: DatabaseSessionManager, option: dict[str, Any], remedy: str
     ) -> None:
         with pytest.raises(ValueError, match=remedy):
             manager.transaction(execution_options=option)
 
     @pytest.mark.parametrize("kind", ["transaction", "session"])
-    async def test_a_block_is_entered_once(
+    async def test_a_block_cannot_be_entered_twice(
         self, manager: DatabaseSessionManager, kind: str
     ) -> None:
         block = getattr(manager, kind)()
@@ -400,7 +404,7 @@ class TestBlocksThatCannotBe:
             await block.__aenter__()
         assert await notes(manager) == ["first"]
 
-    async def test_what_a_transaction_object_would_end_is_refused_or_told(
+    async def test_ending_a_transaction_object_of_a_block_is_refused_or_reported(
         self, manager: DatabaseSessionManager
     ) -> None:
         with pytest.raises(ZeroDivisionError):

@@ -57,19 +57,19 @@ NOT_ENCODED = [
 @pytest.mark.parametrize(
     "url", NOT_ENCODED, ids=[f"{type(url).__name__} {i}" for i, url in enumerate(NOT_ENCODED)]
 )
-def test_a_password_that_was_not_encoded_is_refused_and_no_part_of_it_shown(url: str | URL) -> None:
+def test_a_password_that_is_not_encoded_is_refused_and_not_shown(url: str | URL) -> None:
     assert "percent-encoded: @ is %40" in refusal(url)
 
 
 @pytest.mark.parametrize("rest", [f"a&{SECRET}", f"a&{SECRET}=b", f"a&b=&{SECRET}"])
-def test_a_password_with_an_ampersand_in_the_query_is_refused_and_no_part_of_it_shown(
+def test_a_password_with_an_ampersand_in_the_query_is_refused_and_not_shown(
     rest: str,
 ) -> None:
     assert "%26" in refusal(f"postgresql://db/shop?password={rest}")
 
 
 @pytest.mark.parametrize("password", ["a:b", "a/b", "a?b", "a#b", "a:/?#b=c&d"])
-def test_what_can_only_be_the_password_is_the_password(password: str) -> None:
+def test_an_unambiguous_password_is_accepted(password: str) -> None:
     url = make_url(DatabaseSettings(url=f"postgresql://shop:{password}@db/shop").url)
     assert (url.username, url.password, url.host, url.database) == ("shop", password, "db", "shop")
 
@@ -84,7 +84,7 @@ def test_what_can_only_be_the_password_is_the_password(password: str) -> None:
         URL.create("postgresql", host="db", database="a@b"),
     ],
 )
-def test_an_at_sign_that_is_no_part_of_a_password_is_let_be(url: str | URL) -> None:
+def test_an_at_sign_outside_a_password_is_accepted(url: str | URL) -> None:
     settings = DatabaseSettings(url=url)
     assert DatabaseSettings(**settings.model_dump()) == settings
 
@@ -104,7 +104,7 @@ def test_a_url_whose_password_was_hidden_is_refused(url: str | URL) -> None:
     assert "the password was hidden; give the URL itself" in refusal(url)
 
 
-def test_settings_dumped_as_json_are_refused_where_their_password_was_hidden() -> None:
+def test_settings_dumped_as_json_with_a_hidden_password_are_refused() -> None:
     dumped = DatabaseSettings(url="postgresql://shop:secret@db/shop").model_dump_json()
     with pytest.raises(ValueError, match="the password was hidden"):
         DatabaseSettings.model_validate_json(dumped)
@@ -132,7 +132,7 @@ def test_settings_dumped_as_json_are_refused_where_their_password_was_hidden() -
         ),
     ],
 )
-def test_urls_of_pydantic_are_taken_with_their_password(given: Any, meant: str) -> None:
+def test_urls_of_pydantic_are_accepted_with_their_password(given: Any, meant: str) -> None:
     settings = DatabaseSettings(url=given)
     assert make_url(settings.url).render_as_string(hide_password=False) == meant
     assert DatabaseSessionManager(given).settings == settings
@@ -175,9 +175,7 @@ NO_PARAMETERS = {
 
 
 @pytest.mark.parametrize(("query", "remedy"), NO_PARAMETERS.items(), ids=NO_PARAMETERS)
-def test_a_parameter_that_a_url_cannot_have_is_refused_with_the_remedy(
-    query: str, remedy: str
-) -> None:
+def test_an_unsupported_url_parameter_is_refused_with_the_remedy(query: str, remedy: str) -> None:
     assert remedy in refusal(f"postgresql://db/shop?{query}")
 
 
@@ -195,7 +193,7 @@ def test_a_parameter_that_a_url_cannot_have_is_refused_with_the_remedy(
         ),
     ],
 )
-def test_several_hosts_may_be_written_as_libpq_has_them(url: Any, meant: str) -> None:
+def test_several_hosts_can_be_written_in_the_form_of_libpq(url: Any, meant: str) -> None:
     assert DatabaseSettings(url=url) == DatabaseSettings(url=meant)
 
 
@@ -214,13 +212,15 @@ class TestParameters(OnPostgres):
             "ssl=disable&passfile=/nowhere&krbsrvname=postgres",
         ],
     )
-    async def test_the_driver_takes_them(self, query: str, database_url: str) -> None:
+    async def test_url_parameters_of_the_driver_are_accepted_by_it(
+        self, query: str, database_url: str
+    ) -> None:
         async with DatabaseSessionManager(f"{database_url}&{query}") as manager:
             for _ in range(2):
                 async with manager.transaction() as session:
                     assert await session.scalar(text("SELECT 5")) == 5
 
-    async def test_a_number_is_in_force(self, database_url: str) -> None:
+    async def test_a_numeric_url_parameter_takes_effect(self, database_url: str) -> None:
         async with (
             DatabaseSessionManager(f"{database_url}&command_timeout=0.05") as manager,
             manager.session() as session,
@@ -250,12 +250,12 @@ class TestParameters(OnPostgres):
         ("sqlite:///shop.db?uri=perhaps", "must be true or false"),
     ],
 )
-def test_what_sqlite_would_pass_by_is_refused(url: str, remedy: str) -> None:
+def test_url_parts_that_sqlite_would_ignore_are_refused(url: str, remedy: str) -> None:
     assert remedy in refusal(url)
 
 
 @pytest.mark.parametrize("query", ["mode=ro", "immutable=1"])
-async def test_a_file_opened_read_only_is_read_and_stays_as_it_is(
+async def test_a_file_opened_read_only_can_be_read_and_does_not_change(
     query: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "shop.db"
@@ -276,7 +276,7 @@ async def no_driver_thread_is_left() -> bool:
     return not any("_connection_worker_thread" in thread.name for thread in threading.enumerate())
 
 
-async def test_a_file_opened_read_only_is_not_made(tmp_path: Path) -> None:
+async def test_a_file_opened_read_only_is_not_created(tmp_path: Path) -> None:
     file = tmp_path / "shop.db"
     with pytest.raises(ConnectionFailedError, match="unable to open database file"):
         await DatabaseSessionManager(f"sqlite:///file:{file}?mode=ro&uri=true").open()
@@ -298,16 +298,16 @@ UNREACHABLE = {
 
 
 @pytest.mark.parametrize(("url", "named"), UNREACHABLE.items(), ids=UNREACHABLE)
-async def test_a_database_that_does_not_answer_is_named_as_the_url_has_it(
-    url: str, named: str
-) -> None:
+async def test_the_error_of_a_silent_database_names_it_as_in_the_url(url: str, named: str) -> None:
     with pytest.raises(ConnectionFailedError) as failed:
         await DatabaseSessionManager(DatabaseSettings(url=url, connect_timeout=5)).open()
     assert f"could not open {named}: " in str(failed.value)
     await until(no_driver_thread_is_left)
 
 
-async def test_defaults_of_the_environment_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_error_names_defaults_that_come_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for variable, value in {"PGHOST": "/nowhere", "PGUSER": "shop", "PGDATABASE": "books"}.items():
         monkeypatch.setenv(variable, value)
     with pytest.raises(

@@ -247,7 +247,7 @@ class Clerk:
 
 @pytest.mark.parametrize("name", ["inject_over_transactional", "transactional_over_inject"])
 @pytest.mark.parametrize("owner", ["module", "object"])
-async def test_inject_and_transactional_go_together(
+async def test_inject_and_transactional_work_together(
     name: str, owner: str, container: Container
 ) -> None:
     container.wire(modules=[__name__])
@@ -259,7 +259,7 @@ async def test_inject_and_transactional_go_together(
     assert await notes(container.db.sessionmanager()) == ["a", "b"]
 
 
-async def test_imported_before_wiring_inject_belongs_over_transactional(
+async def test_inject_belongs_above_transactional_in_modules_imported_before_wiring(
     container: Container,
 ) -> None:
     over, under = IMPORTED_BEFORE_WIRING
@@ -271,7 +271,7 @@ async def test_imported_before_wiring_inject_belongs_over_transactional(
     assert await notes(container.db.sessionmanager()) == ["a", "c"]
 
 
-async def test_an_argument_goes_before_what_would_be_injected(
+async def test_an_argument_takes_precedence_over_injection(
     container: Container, tmp_path: Path
 ) -> None:
     container.wire(modules=[__name__])
@@ -303,12 +303,14 @@ async def test_a_transaction_manager_can_be_the_default_of_its_parameter(
 @pytest.mark.parametrize(
     "function", [of_function, inject_over_transactional, transactional_over_inject]
 )
-def test_what_is_injected_stays_a_coroutine_function_with_its_signature(function: Write) -> None:
+def test_an_injected_function_stays_a_coroutine_function_with_its_signature(
+    function: Write,
+) -> None:
     assert inspect.iscoroutinefunction(function)
     assert "text" in next(iter(inspect.signature(function).parameters))
 
 
-async def test_closing_what_is_injected_closes_neither_session_nor_database(
+async def test_a_closing_marker_closes_neither_session_nor_database(
     container: Container,
 ) -> None:
     @inject
@@ -369,7 +371,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Modules
         sys.modules.pop(name, None)
 
 
-async def test_a_module_is_wired_after_it_was_imported(
+async def test_a_module_can_be_wired_after_its_import(
     modules: Modules, container: Container
 ) -> None:
     module = importlib.import_module(modules.module)
@@ -381,7 +383,7 @@ async def test_a_module_is_wired_after_it_was_imported(
     assert await notes(container.db.sessionmanager()) == ["a", "b", "c"]
 
 
-async def test_a_module_is_wired_before_anybody_imports_it(
+async def test_a_module_can_be_wired_before_its_import(
     modules: Modules, container: Container
 ) -> None:
     container.wire(modules=[modules.module])
@@ -389,14 +391,14 @@ async def test_a_module_is_wired_before_anybody_imports_it(
     assert await notes(container.db.sessionmanager()) == ["a"]
 
 
-async def test_a_package_is_wired_with_its_modules(modules: Modules, container: Container) -> None:
+async def test_wiring_a_package_wires_its_modules(modules: Modules, container: Container) -> None:
     container.wire(packages=[modules.package])
     await importlib.import_module(modules.package).write("a")
     await importlib.import_module(modules.module).write("b")
     assert await notes(container.db.sessionmanager()) == ["a", "b"]
 
 
-async def test_a_loader_wires_what_is_imported_later(
+async def test_a_loader_wires_modules_imported_later(
     modules: Modules, container: Container
 ) -> None:
     register_loader_containers(container)
@@ -423,7 +425,7 @@ async def test_a_container_can_wire_itself_when_it_is_built(
     container.unwire()
 
 
-async def test_what_was_wired_before_the_start_works_after_it_and_after_a_restart(
+async def test_functions_wired_before_the_start_work_after_it_and_after_a_restart(
     modules: Modules, settings: DatabaseSettings
 ) -> None:
     container = Container(settings=settings)
@@ -439,7 +441,7 @@ async def test_what_was_wired_before_the_start_works_after_it_and_after_a_restar
     container.unwire()
 
 
-async def test_wiring_can_be_taken_back_and_given_to_another_container(
+async def test_wiring_can_be_undone_and_moved_to_another_container(
     modules: Modules, container: Container, tmp_path: Path
 ) -> None:
     module = importlib.import_module(modules.module)
@@ -456,7 +458,7 @@ async def test_wiring_can_be_taken_back_and_given_to_another_container(
     assert await notes(container.db.sessionmanager()) == ["a"]
 
 
-async def test_what_is_injected_in_one_call_shares_the_transaction_of_that_call(
+async def test_services_injected_in_one_call_share_its_transaction(
     container: Container,
 ) -> None:
     container.wire(modules=[__name__])

@@ -111,7 +111,7 @@ async def write_in_each_way(manager: DatabaseSessionManager) -> list[str]:
 
 
 @pytest.mark.parametrize(("loop", "tool"), ENVIRONMENTS, ids=IDS)
-def test_each_end_is_what_it_is_without_the_tool(
+def test_blocks_end_in_wrapped_tasks_as_in_plain_ones(
     database_url: str, loop: str, tool: Callable[[], Any]
 ) -> None:
     async def work() -> None:
@@ -132,7 +132,7 @@ def test_each_end_is_what_it_is_without_the_tool(
 @UNAWAITED
 @pytest.mark.long
 @pytest.mark.parametrize(("loop", "tool"), ENVIRONMENTS, ids=IDS)
-def test_a_cancellation_at_any_await_leaves_all_or_nothing(
+def test_a_cancellation_at_any_await_of_a_wrapped_task_leaves_all_or_nothing(
     database_url: str, loop: str, tool: Callable[[], Any]
 ) -> None:
     async def work() -> None:
@@ -159,7 +159,7 @@ def test_a_cancellation_at_any_await_leaves_all_or_nothing(
 
 @UNAWAITED
 @pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
-def test_a_loop_that_cancels_all_its_tasks_leaves_all_or_nothing(
+def test_cancelling_all_wrapped_tasks_of_the_loop_leaves_all_or_nothing(
     database_url: str, tool: Callable[[], Any]
 ) -> None:
     """As when the loop is shut down: a task that ends something for another one may be cancelled before it starts."""
