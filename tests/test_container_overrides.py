@@ -138,7 +138,7 @@ def take_back_all(provider: providers.Provider[Any]) -> None:
 @pytest.mark.parametrize("take_back", [take_back_the_last, take_back_all])
 @pytest.mark.parametrize("moment", ["before wiring", "before the start", "after the start"])
 @pytest.mark.parametrize("override", OVERRIDES)
-async def test_an_override_takes_effect_on_what_is_built_next_until_it_is_taken_back(
+async def test_an_override_applies_to_objects_built_next_until_it_is_reset(
     override: Callable[[Container, DatabaseSessionManager], list[providers.Provider[Any]]],
     moment: str,
     take_back: Callable[[providers.Provider[Any]], None],
@@ -180,7 +180,7 @@ async def test_an_override_by_context_manager_ends_with_the_block(
         assert await read() == await read_with() == ["own"]
 
 
-async def test_an_override_ends_also_where_its_block_fails(container: Container) -> None:
+async def test_an_override_by_context_manager_ends_if_the_block_fails(container: Container) -> None:
     container.wire(modules=[__name__])
     async with Lifespan(container):
         with pytest.raises(ZeroDivisionError), container.notes.override(FakeNotes("fake")):
@@ -188,7 +188,7 @@ async def test_an_override_ends_also_where_its_block_fails(container: Container)
         assert await read() == ["own"]
 
 
-async def test_nested_overrides_are_taken_back_one_by_one(
+async def test_nested_overrides_are_reset_one_by_one(
     container: Container, other: DatabaseSessionManager
 ) -> None:
     container.wire(modules=[__name__])
@@ -214,7 +214,9 @@ async def test_nested_overrides_are_taken_back_one_by_one(
         assert await read() == ["own"]
 
 
-async def test_what_was_built_before_keeps_what_it_got(container: Container) -> None:
+async def test_an_object_built_before_an_override_keeps_its_dependencies(
+    container: Container,
+) -> None:
     async with Lifespan(container):
         before = container.notebook()
         with container.notes.override(FakeNotes("fake")):
@@ -223,7 +225,7 @@ async def test_what_was_built_before_keeps_what_it_got(container: Container) -> 
         assert await between.read() == ["fake"]
 
 
-async def test_an_argument_goes_before_any_override(
+async def test_an_argument_takes_precedence_over_an_override(
     container: Container, other: DatabaseSessionManager
 ) -> None:
     container.wire(modules=[__name__])
@@ -234,7 +236,7 @@ async def test_an_argument_goes_before_any_override(
             ]
 
 
-async def test_an_override_of_the_class_is_in_all_that_are_made_of_it_meanwhile(
+async def test_an_override_of_a_container_class_applies_to_containers_created_meanwhile(
     container: Container, settings: DatabaseSettings
 ) -> None:
     with Container.notes.override(FakeNotes("fake")):
@@ -285,7 +287,7 @@ async def test_an_overriding_manager_is_opened_and_closed_instead_of_its_own(
         assert await container.notebook().read() == ["own"]
 
 
-async def test_with_a_manager_that_overrides_it_no_settings_are_needed(
+async def test_a_container_with_an_overriding_manager_needs_no_settings(
     other: DatabaseSessionManager,
 ) -> None:
     container = DatabaseContainer(sessionmanager=other)
@@ -295,7 +297,7 @@ async def test_with_a_manager_that_overrides_it_no_settings_are_needed(
         ]
 
 
-async def test_a_manager_that_overrides_after_the_start_stays_the_business_of_who_opened_it(
+async def test_a_manager_that_overrides_after_the_start_is_not_closed_by_the_container(
     container: Container, other: DatabaseSessionManager
 ) -> None:
     async with Lifespan(container):
@@ -309,7 +311,7 @@ async def test_a_manager_that_overrides_after_the_start_stays_the_business_of_wh
 @pytest.mark.parametrize(
     "built", [False, True], ids=["before it was built", "reset after it was built"]
 )
-async def test_overridden_settings_are_those_of_the_next_manager(
+async def test_overridden_settings_apply_to_the_next_manager(
     built: bool, container: Container, tmp_path: Path
 ) -> None:
     instead = DatabaseSettings(url=f"sqlite:///{tmp_path / 'instead.db'}")
@@ -325,7 +327,7 @@ async def test_overridden_settings_are_those_of_the_next_manager(
         assert await container.notebook().read() == ["own"]
 
 
-async def test_overridden_metadata_are_the_tables_of_the_next_manager(container: Container) -> None:
+async def test_overridden_metadata_applies_to_the_next_manager(container: Container) -> None:
     others = MetaData()
     Table("other", others, Column("id", Integer, primary_key=True))
     container.db.metadata.override(others)
@@ -409,7 +411,7 @@ async def test_an_override_that_cannot_take_effect_is_refused_at_the_start(
         assert await container.notebook().read() == ["own"]
 
 
-async def test_a_config_that_is_changed_after_settings_were_built_from_it_is_refused(
+async def test_a_config_changed_after_settings_were_built_from_it_is_refused(
     tmp_path: Path,
 ) -> None:
     container = DatabaseContainer(config={"url": f"sqlite:///{tmp_path / 'early.db'}"})
@@ -430,7 +432,7 @@ async def test_a_config_that_is_changed_after_settings_were_built_from_it_is_ref
         assert container.sessionmanager().engine.url.database == str(tmp_path / "late.db")
 
 
-async def test_settings_that_are_overridden_while_it_runs_are_refused_at_the_next_start(
+async def test_settings_overridden_while_the_container_runs_are_refused_at_the_next_start(
     container: Container,
 ) -> None:
     async with Lifespan(container):
@@ -448,7 +450,7 @@ class TwoDatabases(containers.DeclarativeContainer):
     there = providers.Container(DatabaseContainer)
 
 
-async def test_of_several_databases_the_one_at_fault_is_named() -> None:
+async def test_the_error_names_which_of_several_databases_has_the_wrong_override() -> None:
     container = TwoDatabases()
     container.here.config.from_dict({"url": "sqlite://"})
     container.there.manager.override(DatabaseSessionManager("sqlite://"))

@@ -601,7 +601,7 @@ async def test_a_database_is_closed_if_its_opening_is_cancelled() -> None:
 # Again
 
 
-async def test_a_container_can_be_started_again_and_keeps_its_singletons(
+async def test_a_service_works_again_when_its_container_is_started_again(
     settings: DatabaseSettings,
 ) -> None:
     container = Container(settings=settings)

@@ -335,7 +335,7 @@ class TestClose:
         leave.set()
         await holder
 
-    async def test_a_connection_that_close_aborted_commits_nothing(
+    async def test_a_wait_for_a_connection_that_close_ended_commits_nothing(
         self, settings: DatabaseSettings, manager: DatabaseSessionManager
     ) -> None:
         async def write() -> None:

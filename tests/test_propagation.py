@@ -495,7 +495,7 @@ class TestIsolation:
             await session.rollback() if by == "session" else manager.transaction.set_rollback_only()
         assert await notes(manager) == []
 
-    async def test_an_isolation_level_is_raised_to_the_weakest_one_of_the_database(
+    async def test_an_isolation_level_weaker_than_those_of_the_database_is_accepted(
         self, manager: DatabaseSessionManager
     ) -> None:
         async with manager.transaction(isolation="read uncommitted") as session:

@@ -355,7 +355,7 @@ async def test_a_schema_translate_map_is_compared_as_it_was_given(
     assert given == schemas()
 
 
-async def test_settings_made_of_a_whole_url_keep_its_values(database_url: str) -> None:
+async def test_settings_of_a_whole_url_open_its_database(database_url: str) -> None:
     settings = DatabaseSettings(url=database_url)
     async with DatabaseSessionManager(settings) as manager, manager.session() as session:
         assert await session.scalar(text("SELECT 1")) == 1

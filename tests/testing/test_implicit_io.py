@@ -120,7 +120,7 @@ USES: dict[str, tuple[Find, Callable[..., object], str]] = {
 @pytest.mark.parametrize("connection", ["in use", "idle", "none"])
 @pytest.mark.parametrize("block", ["session", "transaction"])
 @pytest.mark.parametrize(("find", "use", "message"), USES.values(), ids=USES)
-async def test_the_error_names_the_attribute_and_what_loads_it_and_the_block_goes_on(
+async def test_the_error_of_a_lazy_load_names_the_attribute_and_the_remedy(
     manager: DatabaseSessionManager,
     find: Find,
     use: Callable[..., object],
@@ -156,7 +156,7 @@ async def test_the_error_names_the_attribute_and_what_loads_it_and_the_block_goe
 
 
 @pytest.mark.parametrize("handler", [MissingGreenlet, ScopeError])
-async def test_handlers_of_sqlalchemys_error_and_of_this_librarys_get_it(
+async def test_the_error_of_a_lazy_load_is_also_sqlalchemys_missing_greenlet(
     manager: DatabaseSessionManager, handler: type[Exception]
 ) -> None:
     async with manager.session() as session:
@@ -165,7 +165,9 @@ async def test_handlers_of_sqlalchemys_error_and_of_this_librarys_get_it(
             _ = found.author
 
 
-async def test_a_transaction_that_it_leaves_is_rolled_back(manager: DatabaseSessionManager) -> None:
+async def test_a_lazy_load_whose_error_leaves_the_block_rolls_back(
+    manager: DatabaseSessionManager,
+) -> None:
     with pytest.raises(ImplicitIOError):
         async with manager.transaction() as session:
             session.add(Book(title="Undone", author_id=1))
@@ -173,7 +175,9 @@ async def test_a_transaction_that_it_leaves_is_rolled_back(manager: DatabaseSess
     assert await titles(manager) == ["Emma"]
 
 
-async def test_a_block_that_only_reads_goes_on_too(manager: DatabaseSessionManager) -> None:
+async def test_a_read_only_block_goes_on_after_a_refused_lazy_load(
+    manager: DatabaseSessionManager,
+) -> None:
     async with manager.transaction(read_only=True) as session:
         found = await book(session)
         with pytest.raises(ImplicitIOError):
@@ -181,7 +185,7 @@ async def test_a_block_that_only_reads_goes_on_too(manager: DatabaseSessionManag
         assert (await found.awaitable_attrs.author).name == "Jane Austen"
 
 
-async def test_no_transaction_is_begun_for_it(manager: DatabaseSessionManager) -> None:
+async def test_a_refused_lazy_load_begins_no_transaction(manager: DatabaseSessionManager) -> None:
     begun = []
 
     async def note_begin(connection: AsyncConnection) -> None:
@@ -200,7 +204,9 @@ async def test_no_transaction_is_begun_for_it(manager: DatabaseSessionManager) -
     assert begun == [1]
 
 
-async def test_each_remedy_loads_it(manager: DatabaseSessionManager) -> None:
+async def test_each_remedy_that_the_error_offers_loads_the_attribute(
+    manager: DatabaseSessionManager,
+) -> None:
     async with manager.session() as session:
         assert (
             (await session.scalars(select(Author).options(selectinload(Author.books)))).one().books
@@ -216,7 +222,9 @@ async def test_each_remedy_loads_it(manager: DatabaseSessionManager) -> None:
             assert getattr(found, key)
 
 
-async def test_a_remedy_that_would_not_help_is_not_offered(manager: DatabaseSessionManager) -> None:
+async def test_the_error_of_a_lazy_load_offers_no_useless_remedy(
+    manager: DatabaseSessionManager,
+) -> None:
     async with manager.session() as session:
         writer = (await session.scalars(select(Writer))).one()
         with pytest.raises(
@@ -238,7 +246,7 @@ async def test_a_remedy_that_would_not_help_is_not_offered(manager: DatabaseSess
     assert "refresh" not in str(refused.value)  # SQLAlchemy's loads no row of the same table
 
 
-async def test_a_statement_without_await_is_told_how_it_is_sent(
+async def test_a_statement_without_await_is_refused_with_the_remedy(
     manager: DatabaseSessionManager,
 ) -> None:
     async with manager.session() as session:

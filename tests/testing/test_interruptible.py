@@ -53,7 +53,7 @@ async def write(manager: DatabaseSessionManager) -> None:
 @pytest.mark.parametrize(
     "by", ["itself", "one that awaits it", "one that gathers it", "another error"]
 )
-async def test_ends_the_sandbox_that_waits_for_what_the_task_would_do(
+async def test_a_deadlock_in_a_task_that_nobody_awaits_ends_the_sandbox(
     manager: DatabaseSessionManager, holding: Callable[[], Awaitable[None]], by: str
 ) -> None:
     done = asyncio.Event()
@@ -86,7 +86,7 @@ async def test_ends_the_sandbox_that_waits_for_what_the_task_would_do(
     assert await notes(manager) == []
 
 
-async def test_leaves_a_test_alone_that_awaits_the_task_or_handles_the_error(
+async def test_a_test_that_awaits_the_task_or_handles_the_error_is_not_interrupted(
     manager: DatabaseSessionManager, holding: Callable[[], Awaitable[None]]
 ) -> None:
     async def handle() -> None:
@@ -109,7 +109,7 @@ async def test_leaves_a_test_alone_that_awaits_the_task_or_handles_the_error(
             await asyncio.sleep(0.7)  # longer than somebody is given to ask for an error
 
 
-async def test_is_a_note_on_another_error_of_the_sandbox(
+async def test_an_interruption_is_a_note_on_another_error_of_the_sandbox(
     manager: DatabaseSessionManager, holding: Callable[[], Awaitable[None]]
 ) -> None:
     async with asyncio.timeout(10):
@@ -161,7 +161,9 @@ BACKEND = "\n@pytest.fixture\ndef anyio_backend():\n    return 'asyncio'\n"
 
 @pytest.mark.long
 @pytest.mark.parametrize("by", ["asyncio", "asyncio(loop_scope='session')", "anyio"])
-def test_ends_a_test_of_the_plugin(tmp_path: Path, by: str) -> None:
+def test_a_deadlock_in_a_task_that_nobody_awaits_ends_a_test_of_the_plugin(
+    tmp_path: Path, by: str
+) -> None:
     project = Project(tmp_path, "sqlite://")
     mark = f"@pytest.mark.{by}"
     project.write("test_hangs.py", HANGS.format(mark=mark) + BACKEND)

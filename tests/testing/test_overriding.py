@@ -61,7 +61,7 @@ def container() -> Application:
 # What is overridden
 
 
-def test_several_providers_are_overridden_inside_and_are_as_before_after_it(
+def test_overriding_replaces_several_providers_inside_its_block_only(
     container: Application,
 ) -> None:
     shop = Shop(Mailer(FakeClock()))
@@ -75,13 +75,13 @@ def test_several_providers_are_overridden_inside_and_are_as_before_after_it(
     assert not container.shop.overridden
 
 
-def test_they_are_as_before_after_an_error_too(container: Application) -> None:
+def test_overriding_restores_providers_after_an_error(container: Application) -> None:
     with pytest.raises(ZeroDivisionError), overriding(container, office__clock=FakeClock()):
         raise ZeroDivisionError
     assert container.office.clock().time == container.shop().mailer.clock.time == "real"
 
 
-def test_what_was_overridden_before_is_so_again_and_what_was_left_overridden_inside_is_not(
+def test_overriding_restores_earlier_overrides_and_resets_later_ones(
     container: Application,
 ) -> None:
     container.office.clock.override(FakeClock())
@@ -94,7 +94,7 @@ def test_what_was_overridden_before_is_so_again_and_what_was_left_overridden_ins
     assert container.office.clock().time == "fake"
 
 
-def test_blocks_can_be_nested(container: Application) -> None:
+def test_blocks_of_overriding_can_be_nested(container: Application) -> None:
     with overriding(container, office__clock=FakeClock()):
         outer = container.shop()
         with overriding(container, office__clock=Clock()):
@@ -108,7 +108,7 @@ class OfficeWithoutTime(containers.DeclarativeContainer):
     clock = providers.Object(None)
 
 
-def test_a_nested_container_can_be_overridden_in_part(container: Application) -> None:
+def test_overriding_can_replace_a_part_of_a_nested_container(container: Application) -> None:
     container.office.archive.override("of before")
     with overriding(container, office=OfficeWithoutTime()):
         assert container.office.clock() is container.shop().mailer.clock is None
@@ -117,7 +117,7 @@ def test_a_nested_container_can_be_overridden_in_part(container: Application) ->
     assert container.office.archive() == "of before"
 
 
-def test_a_class_of_containers_can_be_overridden(container: Application) -> None:
+def test_overriding_works_on_a_container_class(container: Application) -> None:
     with overriding(Application, office__clock=FakeClock()) as same:
         assert same is Application
         assert Application().office.clock().time == "fake"
@@ -130,7 +130,7 @@ class Stubborn(providers.Factory[Any]):
         raise ZeroDivisionError
 
 
-def test_one_that_cannot_be_taken_back_does_not_keep_the_others(container: Application) -> None:
+def test_an_override_that_cannot_be_reset_does_not_keep_the_others(container: Application) -> None:
     container.stubborn = Stubborn(object)
     with (
         pytest.raises(ZeroDivisionError),
@@ -141,7 +141,9 @@ def test_one_that_cannot_be_taken_back_does_not_keep_the_others(container: Appli
     assert container.unrelated() is not None
 
 
-def test_one_that_cannot_be_overridden_so_leaves_nothing_overridden(container: Application) -> None:
+def test_a_provider_that_cannot_be_overridden_leaves_nothing_overridden(
+    container: Application,
+) -> None:
     with (
         pytest.raises(Exception, match="only by providers container"),
         overriding(container, shop=None, office=1),
@@ -168,7 +170,7 @@ def test_one_that_cannot_be_overridden_so_leaves_nothing_overridden(container: A
     ],
 )
 @pytest.mark.parametrize("of", [Application, Application()], ids=["the class", "an instance"])
-def test_an_unknown_name_is_refused_before_anything_is_overridden(
+def test_overriding_refuses_an_unknown_name_before_it_overrides_anything(
     of: Application | type[Application], name: str, message: str
 ) -> None:
     with pytest.raises(ConfigurationError) as refused, overriding(of, shop=None, **{name: None}):
@@ -189,7 +191,7 @@ SINGLETONS: list[Callable[..., providers.BaseSingleton[Any]]] = [
 
 @pytest.mark.parametrize("built", [True, False], ids=["built before", "not built before"])
 @pytest.mark.parametrize("singleton", SINGLETONS)
-def test_a_singleton_that_depends_on_it_is_built_anew_inside_and_is_the_former_one_after(
+def test_a_singleton_that_depends_on_an_override_is_built_again_inside_only(
     container: Application, singleton: Callable[..., providers.BaseSingleton[Any]], built: bool
 ) -> None:
     container.door = singleton(Shop, mailer=container.office.mailer)
@@ -206,7 +208,7 @@ def test_a_singleton_that_depends_on_it_is_built_anew_inside_and_is_the_former_o
         assert after is before
 
 
-def test_a_singleton_that_does_not_depend_on_it_is_the_same_one_inside_and_after(
+def test_a_singleton_that_does_not_depend_on_an_override_is_kept(
     container: Application,
 ) -> None:
     before = container.unrelated()
@@ -216,7 +218,7 @@ def test_a_singleton_that_does_not_depend_on_it_is_the_same_one_inside_and_after
 
 
 @pytest.mark.parametrize("singleton", SINGLETONS)
-def test_one_that_was_first_built_inside_is_reset_whatever_it_has_looked_up_by_itself(
+def test_a_singleton_first_built_inside_overriding_is_reset_at_its_end(
     container: Application, singleton: Callable[..., providers.BaseSingleton[Any]]
 ) -> None:
     container.time = singleton(lambda: container.office.clock().time)
@@ -228,7 +230,7 @@ def test_one_that_was_first_built_inside_is_reset_whatever_it_has_looked_up_by_i
     assert container.time() == "real"
 
 
-def test_one_that_takes_classes_of_one_kind_only_can_be_in_the_container(
+def test_overriding_works_with_a_provider_restricted_to_some_classes(
     container: Application,
 ) -> None:
     class OfShops(providers.Singleton[Shop]):
@@ -240,7 +242,9 @@ def test_one_that_takes_classes_of_one_kind_only_can_be_in_the_container(
     assert container.closed() is inside
 
 
-def test_an_option_of_an_overridden_configuration_counts(container: Application) -> None:
+def test_a_singleton_that_depends_on_an_overridden_option_is_built_again(
+    container: Application,
+) -> None:
     before = container.shop()
     with overriding(container, office__config={"mail": {"sender": "fake"}}):
         assert container.shop().mailer.sender == "fake"
@@ -248,7 +252,9 @@ def test_an_option_of_an_overridden_configuration_counts(container: Application)
     assert before.mailer.sender == "real"
 
 
-def test_an_attribute_of_what_is_overridden_counts(container: Application) -> None:
+def test_a_singleton_that_depends_on_an_attribute_of_an_override_is_built_again(
+    container: Application,
+) -> None:
     container.time = providers.Singleton(str, container.office.clock.provided.time)
     assert container.time() == "real"
     with overriding(container, office__clock=FakeClock()):
@@ -256,7 +262,9 @@ def test_an_attribute_of_what_is_overridden_counts(container: Application) -> No
     assert container.time() == "real"
 
 
-def test_a_singleton_in_the_place_of_another_counts(container: Application) -> None:
+def test_an_overriding_singleton_that_depends_on_an_override_is_built_again(
+    container: Application,
+) -> None:
     container.shop.override(providers.Singleton(Shop, container.office.mailer))
     before = container.shop()
     with overriding(container, office__clock=FakeClock()):
@@ -274,7 +282,7 @@ async def write(
     await notebook.write(text)
 
 
-async def test_services_work_with_the_overriding_manager(
+async def test_services_work_with_an_overriding_manager(
     manager: DatabaseSessionManager, tmp_path: Path
 ) -> None:
     container = sample_app.Container(
@@ -291,7 +299,7 @@ async def test_services_work_with_the_overriding_manager(
     assert await notes(manager) == ["instead"]
 
 
-async def test_of_overridden_settings_a_manager_is_made_and_opened_inside(
+async def test_a_manager_of_overridden_settings_can_be_opened_inside_overriding(
     settings: DatabaseSettings, tmp_path: Path
 ) -> None:
     container = sample_app.Container(

@@ -141,7 +141,7 @@ def assert_passed(finished: subprocess.CompletedProcess[str], count: int) -> Non
     ("backend", "isolation"),
     [("sqlite", "sandbox"), ("postgresql", "sandbox"), ("postgresql", "database")],
 )
-def test_each_test_finds_the_database_as_it_was_in_whatever_loop_it_runs(
+def test_each_test_of_the_plugin_finds_a_clean_database_in_any_event_loop(
     project: Project, isolation: str
 ) -> None:
     marks = {scope: f'@pytest.mark.asyncio(loop_scope="{scope}")' for scope in LOOPS} | {
@@ -169,7 +169,7 @@ async def test_is_killed(container):
 
 
 @pytest.mark.long
-def test_the_workers_of_a_run_share_an_embedded_server_and_end_that_of_a_killed_run(
+def test_workers_share_an_embedded_server_and_stop_that_of_a_killed_run(
     tmp_path: Path,
 ) -> None:
     project = Project(tmp_path, "embedded")
@@ -236,7 +236,7 @@ async def test_nothing(container):
 @pytest.mark.parametrize(
     ("backend", "isolation"), [("sqlite", "sandbox"), ("postgresql", "database")]
 )
-def test_what_a_test_leaves_open_fails_it_and_is_named_with_its_line(
+def test_a_test_that_leaves_something_open_fails_with_its_line(
     project: Project, isolation: str
 ) -> None:
     project.write("test_leaks.py", LEAKS)
@@ -252,7 +252,7 @@ def test_what_a_test_leaves_open_fails_it_and_is_named_with_its_line(
 
 @pytest.mark.long
 @pytest.mark.parametrize("backend", ["sqlite"])
-def test_what_is_wrong_is_said_with_the_remedy(project: Project) -> None:
+def test_the_plugin_explains_errors_of_its_use_with_the_remedy(project: Project) -> None:
     project.write("test_shop.py", "async def test_it(container): pass")
     project.write(
         "app.py", f"{APP}container.db.sessionmanager().init('sqlite:///of-the-application.db')"
@@ -294,7 +294,7 @@ async def test_both(container, number):
 @pytest.mark.parametrize(
     ("backend", "isolation"), [("sqlite", "database"), ("postgresql", "sandbox")]
 )
-def test_each_of_two_databases_has_its_own_tables_in_every_test(
+def test_two_databases_of_the_plugin_each_have_their_own_tables(
     project: Project, isolation: str
 ) -> None:
     project.write("shop.py", TWO)
@@ -335,7 +335,9 @@ async def test_tasks_that_end_one_after_the_other(container):
 
 @pytest.mark.long
 @pytest.mark.parametrize(("backend", "isolation"), [("sqlite", "sandbox"), ("sqlite", "database")])
-def test_what_ends_by_itself_after_the_test_is_waited_for(project: Project, isolation: str) -> None:
+def test_the_plugin_waits_for_work_that_ends_soon_after_the_test(
+    project: Project, isolation: str
+) -> None:
     project.write("test_cuts.py", CUTS)
 
     assert_passed(project.run("-o", "asyncio_mode=auto", f"--sessionwire-isolation={isolation}"), 3)
@@ -367,7 +369,7 @@ async def test_it(container, number):
 @pytest.mark.parametrize(
     ("backend", "isolation"), [("sqlite", "sandbox"), ("postgresql", "database")]
 )
-def test_what_a_module_took_from_its_container_works_in_the_test_too(
+def test_objects_that_a_module_took_from_its_container_work_in_tests(
     project: Project, isolation: str
 ) -> None:
     project.write("app.py", APP)
@@ -409,7 +411,7 @@ async def test_patience(container):
 
 @pytest.mark.long
 @pytest.mark.parametrize("backend", ["sqlite"])
-def test_the_terms_of_a_sandbox_are_ini_keys(project: Project) -> None:
+def test_the_options_of_a_sandbox_are_ini_keys(project: Project) -> None:
     project.write("test_terms.py", TERMS)
     terms = "-o", "sessionwire_check_deferred=true", "-o", "sessionwire_patience=0.1"
 

@@ -65,7 +65,9 @@ STRICT = "-W", "error::ResourceWarning", "-W", "error::pytest.PytestUnraisableEx
 
 @pytest.mark.long
 @pytest.mark.parametrize("isolation", ["sandbox", "database"])
-def test_a_test_client_works_with_the_container(project: Project, isolation: str) -> None:
+def test_a_test_client_works_with_the_container_of_the_plugin(
+    project: Project, isolation: str
+) -> None:
     project.write("test_web.py", TESTS)
     assert_passed(project.run(f"--sessionwire-isolation={isolation}", *STRICT), 5)
 
@@ -98,7 +100,7 @@ def test_with_an_async_fixture(container, seeded):
 
 
 @pytest.mark.long
-def test_what_cannot_work_is_told_with_a_remedy(project: Project) -> None:
+def test_unsupported_use_in_a_synchronous_test_is_refused_with_the_remedy(project: Project) -> None:
     project.write("test_web.py", LEAVES)
     output = project.run("-o", "asyncio_mode=auto").stdout
     assert (

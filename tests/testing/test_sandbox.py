@@ -107,7 +107,7 @@ def line(marker: str) -> str:
 # What is committed
 
 
-async def test_what_is_committed_is_seen_inside_not_outside_and_gone_after(
+async def test_commits_in_a_sandbox_are_visible_only_inside_and_gone_afterwards(
     manager: DatabaseSessionManager, outside: DatabaseSessionManager
 ) -> None:
     async with sandbox(manager) as same:
@@ -118,7 +118,7 @@ async def test_what_is_committed_is_seen_inside_not_outside_and_gone_after(
     assert await seen(manager) == ["before"]
 
 
-async def test_on_sqlite_others_read_and_cannot_write_meanwhile(
+async def test_other_connections_can_read_but_not_write_beside_a_sandbox_on_sqlite(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     settings = DatabaseSettings.model_validate(
@@ -138,7 +138,7 @@ async def test_on_sqlite_others_read_and_cannot_write_meanwhile(
         assert await seen(manager) == ["c"]
 
 
-async def test_several_transactions_see_what_those_before_them_have_committed(
+async def test_transactions_in_a_sandbox_see_earlier_commits(
     inside: DatabaseSessionManager,
 ) -> None:
     for number in range(5):
@@ -149,7 +149,7 @@ async def test_several_transactions_see_what_those_before_them_have_committed(
     assert await seen(inside) == ["1", "2", "3", "4", "changed"]
 
 
-async def test_a_service_of_a_container_works_in_it(settings: DatabaseSettings) -> None:
+async def test_a_service_of_a_container_works_in_a_sandbox(settings: DatabaseSettings) -> None:
     async with sample_app.started(sample_app.Container(settings=settings)) as container:
         async with sandbox(container) as same:
             assert same is container
@@ -161,7 +161,7 @@ async def test_a_service_of_a_container_works_in_it(settings: DatabaseSettings) 
 # What is undone
 
 
-async def test_what_is_rolled_back_is_not_seen_and_what_was_committed_before_it_is(
+async def test_a_rollback_in_a_sandbox_keeps_earlier_commits(
     inside: DatabaseSessionManager,
 ) -> None:
     await write(inside, "a")
@@ -176,7 +176,7 @@ async def test_what_is_rolled_back_is_not_seen_and_what_was_committed_before_it_
     assert await seen(inside) == ["a", "before"]
 
 
-async def test_a_statement_that_fails_fails_its_transaction_and_no_other(
+async def test_a_failed_statement_in_a_sandbox_fails_only_its_transaction(
     inside: DatabaseSessionManager,
 ) -> None:
     await write(inside, "a")
@@ -191,7 +191,7 @@ async def test_a_statement_that_fails_fails_its_transaction_and_no_other(
     assert await seen(inside) == ["a", "b", "before"]
 
 
-async def test_one_that_fails_without_a_transaction_stands_alone(
+async def test_a_failed_statement_in_autocommit_in_a_sandbox_undoes_only_itself(
     inside: DatabaseSessionManager,
 ) -> None:
     async with inside.transaction(Propagation.NOT_SUPPORTED) as session:
@@ -205,7 +205,9 @@ async def test_one_that_fails_without_a_transaction_stands_alone(
     assert await seen(inside) == ["a", "b", "before"]
 
 
-async def test_a_savepoint_is_undone_alone(inside: DatabaseSessionManager) -> None:
+async def test_a_savepoint_in_a_sandbox_is_rolled_back_alone(
+    inside: DatabaseSessionManager,
+) -> None:
     async with inside.transaction() as session:
         session.add(Note(text="a"))
         with pytest.raises(IntegrityError):
@@ -217,7 +219,9 @@ async def test_a_savepoint_is_undone_alone(inside: DatabaseSessionManager) -> No
     assert await seen(inside) == ["a", "before", "c"]
 
 
-async def test_a_retry_begins_anew(inside: DatabaseSessionManager) -> None:
+async def test_a_retry_in_a_sandbox_begins_a_new_transaction(
+    inside: DatabaseSessionManager,
+) -> None:
     attempts: list[str] = []
 
     async def attempt() -> None:
@@ -240,7 +244,9 @@ def serialization_failure() -> DBAPIError:
     return DBAPIError("UPDATE", None, cause)
 
 
-async def test_a_deadline_undoes_and_what_follows_works(inside: DatabaseSessionManager) -> None:
+async def test_a_deadline_in_a_sandbox_rolls_back_and_later_work_succeeds(
+    inside: DatabaseSessionManager,
+) -> None:
     for _ in range(2):
         with pytest.raises(TransactionTimeoutError):
             async with inside.transaction(timeout=0.1) as session:
@@ -254,7 +260,7 @@ async def test_a_deadline_undoes_and_what_follows_works(inside: DatabaseSessionM
             await session.commit()
 
 
-async def test_collecting_what_was_interrupted_does_not_hold_up_the_loop_on_sqlite(
+async def test_collecting_an_interrupted_cursor_does_not_block_the_loop_on_sqlite(
     tmp_path: Path,
 ) -> None:
     settings = DatabaseSettings.model_validate({"url": f"sqlite:///{tmp_path / 'test.db'}"})
@@ -282,7 +288,9 @@ async def test_collecting_what_was_interrupted_does_not_hold_up_the_loop_on_sqli
 # Kinds of scopes
 
 
-async def test_session_commits_and_rolls_back_as_it_says(inside: DatabaseSessionManager) -> None:
+async def test_a_session_in_a_sandbox_commits_and_rolls_back(
+    inside: DatabaseSessionManager,
+) -> None:
     async with inside.session() as session:
         session.add(Note(text="a"))
         await session.commit()
@@ -299,7 +307,7 @@ async def test_session_commits_and_rolls_back_as_it_says(inside: DatabaseSession
     assert await seen(inside) == ["a", "b", "before", "c"]
 
 
-async def test_connect_commits_at_its_end_and_rolls_back_after_an_error(
+async def test_connect_in_a_sandbox_commits_at_its_end_and_rolls_back_after_an_error(
     inside: DatabaseSessionManager,
 ) -> None:
     async with inside.connect() as connection:
@@ -311,7 +319,7 @@ async def test_connect_commits_at_its_end_and_rolls_back_after_an_error(
     assert await seen(inside) == ["a", "before"]
 
 
-async def test_sqlalchemys_own_connections_commit_where_they_are_told_to(
+async def test_connections_of_sqlalchemy_in_a_sandbox_commit_when_asked_to(
     inside: DatabaseSessionManager,
 ) -> None:
     async with inside.engine.connect() as connection:
@@ -331,7 +339,7 @@ async def test_sqlalchemys_own_connections_commit_where_they_are_told_to(
     assert await seen(inside) == ["a", "b", "before", "c", "d", "e"]
 
 
-async def test_tables_that_are_created_inside_are_not_there_after(
+async def test_tables_created_in_a_sandbox_are_gone_afterwards(
     manager: DatabaseSessionManager, outside: DatabaseSessionManager
 ) -> None:
     tables = MetaData()
@@ -354,7 +362,7 @@ async def test_tables_that_are_created_inside_are_not_there_after(
     assert await names() == before
 
 
-async def test_a_transaction_of_its_own_sees_what_is_committed_and_commits_for_itself(
+async def test_requires_new_in_a_sandbox_sees_commits_and_commits_separately(
     manager: DatabaseSessionManager, inside: DatabaseSessionManager
 ) -> None:
     if database_of(inside).is_sqlite:
@@ -374,7 +382,7 @@ async def test_a_transaction_of_its_own_sees_what_is_committed_and_commits_for_i
     assert await seen(inside) == ["a", "b", "before", "c"]
 
 
-async def test_one_inside_a_read_only_transaction_may_write_on_sqlite_and_is_refused_clearly_on_postgresql(
+async def test_requires_new_inside_a_read_only_transaction_of_a_sandbox_writes_or_says_why(
     inside: DatabaseSessionManager,
 ) -> None:
     async with inside.transaction(read_only=True) as session:
@@ -393,7 +401,7 @@ async def test_one_inside_a_read_only_transaction_may_write_on_sqlite_and_is_ref
     assert "b" in await seen(inside)
 
 
-async def test_what_a_rollback_takes_with_it_that_would_be_kept_elsewhere_is_told(
+async def test_a_sandbox_reports_a_commit_lost_with_the_enclosing_transaction(
     inside: DatabaseSessionManager, caplog: pytest.LogCaptureFixture
 ) -> None:
     if database_of(inside).is_sqlite:  # where it is refused, as without a sandbox
@@ -422,7 +430,7 @@ async def test_what_a_rollback_takes_with_it_that_would_be_kept_elsewhere_is_tol
 
 
 @pytest.mark.parametrize("propagation", [Propagation.REQUIRED, Propagation.SUPPORTS])
-async def test_the_database_refuses_a_write_in_a_scope_that_reads(
+async def test_the_database_refuses_a_write_in_a_read_only_scope_of_a_sandbox(
     inside: DatabaseSessionManager, propagation: Propagation
 ) -> None:
     with pytest.raises(DBAPIError, match=r"readonly|read-only"):
@@ -438,7 +446,7 @@ async def test_the_database_refuses_a_write_in_a_scope_that_reads(
     assert await seen(inside) == ["a", "b", "before", "c"]
 
 
-async def test_a_reader_that_is_open_when_the_transaction_around_it_fails_leaves_no_trace(
+async def test_a_reader_open_when_its_enclosing_transaction_fails_leaves_no_trace(
     inside: DatabaseSessionManager,
 ) -> None:
     outer, inner = AsyncExitStack(), AsyncExitStack()
@@ -465,7 +473,7 @@ async def test_a_reader_that_is_open_when_the_transaction_around_it_fails_leaves
 # Hooks
 
 
-async def test_hooks_run_when_the_outermost_scope_of_the_application_ends(
+async def test_hooks_in_a_sandbox_run_when_the_outermost_scope_inside_ends(
     inside: DatabaseSessionManager,
 ) -> None:
     called: list[str] = []
@@ -489,7 +497,7 @@ async def test_hooks_run_when_the_outermost_scope_of_the_application_ends(
     assert called[2:] == ["rolled back"]
 
 
-async def test_on_begin_is_called_at_the_begin_of_each_transaction_and_of_nothing_else(
+async def test_on_begin_hooks_in_a_sandbox_run_for_each_transaction_only(
     manager: DatabaseSessionManager, outside: DatabaseSessionManager
 ) -> None:
     begun: list[int] = []
@@ -526,7 +534,7 @@ class TestDeferredConstraints:
             await connection.run_sync(LATER.create_all)
         return manager
 
-    async def test_are_checked_at_the_commit_where_that_is_asked_for(
+    async def test_deferred_constraints_are_checked_at_commits_in_a_sandbox_if_requested(
         self, manager: DatabaseSessionManager, outside: DatabaseSessionManager
     ) -> None:
         async with sandbox(manager, check_deferred=True):
@@ -542,7 +550,7 @@ class TestDeferredConstraints:
                     await session.execute(delete(OWNED))
                     await session.execute(delete(OWNER))
 
-    async def test_are_not_else(
+    async def test_deferred_constraints_are_not_checked_in_a_sandbox_by_default(
         self, manager: DatabaseSessionManager, outside: DatabaseSessionManager
     ) -> None:
         async with sandbox(manager):
@@ -555,7 +563,9 @@ class TestDeferredConstraints:
 # Tasks
 
 
-async def test_concurrent_tasks_take_turns_and_lose_nothing(inside: DatabaseSessionManager) -> None:
+async def test_concurrent_tasks_in_a_sandbox_take_turns_and_lose_nothing(
+    inside: DatabaseSessionManager,
+) -> None:
     at_work = 0
 
     async def work(number: int) -> None:
@@ -583,7 +593,7 @@ async def test_concurrent_tasks_take_turns_and_lose_nothing(inside: DatabaseSess
     assert await seen(inside) == sorted([*kept, "before"])
 
 
-async def test_readers_beside_each_other_take_turns_too(inside: DatabaseSessionManager) -> None:
+async def test_concurrent_readers_in_a_sandbox_take_turns(inside: DatabaseSessionManager) -> None:
     async with inside.transaction(Propagation.SUPPORTS, read_only=True):
         results = await asyncio.gather(
             *(seen(inside) for _ in range(10)), *(notes(inside) for _ in range(10))
@@ -591,7 +601,7 @@ async def test_readers_beside_each_other_take_turns_too(inside: DatabaseSessionM
     assert results == [["before"]] * 20
 
 
-async def test_a_transaction_in_which_something_happens_is_waited_for(
+async def test_a_sandbox_waits_for_a_transaction_that_makes_progress(
     manager: DatabaseSessionManager, outside: DatabaseSessionManager
 ) -> None:
     async def long() -> None:
@@ -605,7 +615,7 @@ async def test_a_transaction_in_which_something_happens_is_waited_for(
 
 
 class TestDeadlock:
-    async def test_of_one_task_with_itself_is_told_at_once(
+    async def test_a_deadlock_of_a_task_with_itself_is_reported_at_once(
         self, inside: DatabaseSessionManager
     ) -> None:
         async with asyncio.timeout(2), inside.engine.connect() as holder:
@@ -619,7 +629,7 @@ class TestDeadlock:
             await write(inside, "b")
         assert await seen(inside) == ["b", "before"]
 
-    async def test_of_two_tasks_is_told_when_nothing_happens_any_more(
+    async def test_a_deadlock_of_two_tasks_is_reported_when_progress_stops(
         self, manager: DatabaseSessionManager, outside: DatabaseSessionManager
     ) -> None:
         begun, failed = asyncio.Event(), asyncio.Event()
@@ -647,7 +657,7 @@ class TestDeadlock:
             await write(manager, "a")
 
     @pytest.mark.parametrize("how", ["awaited", "gathered", "by another"])
-    async def test_of_one_that_awaits_the_other_is_told_soon(
+    async def test_a_deadlock_of_a_task_that_awaits_the_other_is_reported_soon(
         self, inside: DatabaseSessionManager, how: str
     ) -> None:
         async def other() -> None:
@@ -666,7 +676,7 @@ class TestDeadlock:
                     await (asyncio.gather(task, asyncio.sleep(0)) if how == "gathered" else task)
         await write(inside, "b")
 
-    async def test_of_decorated_functions_names_those(
+    async def test_a_deadlock_of_decorated_functions_names_them(
         self, manager: DatabaseSessionManager, outside: DatabaseSessionManager
     ) -> None:
         @transactional  # the holder
@@ -688,7 +698,9 @@ class TestDeadlock:
         for marker in ("the holder", "where it waits", "the waiter"):
             assert line(marker) in str(told.value)
 
-    async def test_one_that_waits_can_be_cancelled(self, inside: DatabaseSessionManager) -> None:
+    async def test_a_task_that_waits_for_its_turn_can_be_cancelled(
+        self, inside: DatabaseSessionManager
+    ) -> None:
         async with inside.transaction() as session:
             await session.execute(insert(Note).values(text="a"))
             waiting = [
@@ -708,7 +720,7 @@ class TestDeadlock:
 
 @pytest.mark.parametrize("again_after", [ONCE, TWICE_LATER])
 @pytest.mark.parametrize("work", UNITS_OF_WORK)
-async def test_a_cancellation_at_any_await_leaves_all_or_nothing_and_the_sandbox_at_work(
+async def test_a_cancellation_at_any_await_leaves_all_or_nothing_in_a_usable_sandbox(
     inside: DatabaseSessionManager, work: Work, again_after: int | None
 ) -> None:
     results = [
@@ -722,7 +734,7 @@ async def test_a_cancellation_at_any_await_leaves_all_or_nothing_and_the_sandbox
 
 @pytest.mark.long
 @pytest.mark.parametrize("again_after", [ONCE, TWICE_LATER])
-async def test_so_does_one_of_a_transaction_inside_another(
+async def test_a_cancellation_around_requires_new_leaves_a_usable_sandbox(
     inside: DatabaseSessionManager, again_after: int | None
 ) -> None:
     async def work() -> None:
@@ -757,7 +769,7 @@ async def cancelled_everywhere(
             return
 
 
-async def test_a_cancellation_in_the_midst_of_many_tasks_undoes_theirs_alone(
+async def test_a_cancellation_among_many_tasks_rolls_back_only_its_own_work(
     inside: DatabaseSessionManager,
 ) -> None:
     tasks = [
@@ -780,7 +792,7 @@ async def test_a_cancellation_in_the_midst_of_many_tasks_undoes_theirs_alone(
 
 @pytest.mark.long
 @pytest.mark.parametrize("is_open", [True, False], ids=["open before", "not open before"])
-async def test_a_cancellation_of_its_own_entry_or_exit_leaves_nothing_behind(
+async def test_a_cancellation_of_a_sandboxs_entry_or_exit_leaves_nothing_behind(
     settings: DatabaseSettings, outside: DatabaseSessionManager, is_open: bool
 ) -> None:
     manager = DatabaseSessionManager(settings)
@@ -834,7 +846,9 @@ async def test_a_cancellation_of_its_own_entry_or_exit_leaves_nothing_behind(
         "PREPARE TRANSACTION 'a'",
     ],
 )
-async def test_sql_that_would_end_it_is_refused(inside: DatabaseSessionManager, sql: str) -> None:
+async def test_sql_that_would_end_the_sandbox_is_refused(
+    inside: DatabaseSessionManager, sql: str
+) -> None:
     async with inside.session() as session:
         await session.execute(insert(Note).values(text="a"))
         with pytest.raises(SandboxError, match="would end the sandbox itself"):
@@ -852,7 +866,7 @@ async def test_sql_that_would_end_it_is_refused(inside: DatabaseSessionManager, 
 
 
 @pytest.mark.parametrize("method", ["commit", "rollback"])
-async def test_so_is_an_end_by_the_drivers_connection(
+async def test_ending_a_sandbox_through_the_drivers_connection_is_refused(
     inside: DatabaseSessionManager, method: str
 ) -> None:
     async with inside.connect() as connection:
@@ -863,7 +877,7 @@ async def test_so_is_an_end_by_the_drivers_connection(
     assert await seen(inside) == ["a", "before"]
 
 
-async def test_what_follows_an_end_behind_its_back_is_refused(
+async def test_work_after_the_sandboxs_transaction_was_ended_is_refused(
     inside: DatabaseSessionManager,
 ) -> None:
     async with inside.engine.connect() as connection:
@@ -880,7 +894,7 @@ async def test_what_follows_an_end_behind_its_back_is_refused(
             await session.execute(insert(Note).values(text="d"))
 
 
-async def test_sqlites_own_rollback_of_all_is_not_followed_by_what_is_kept(
+async def test_a_full_rollback_by_sqlite_ends_the_sandbox(
     tmp_path: Path,
 ) -> None:
     async with DatabaseSessionManager(f"sqlite:///{tmp_path / 'test.db'}") as manager:
@@ -896,7 +910,7 @@ async def test_sqlites_own_rollback_of_all_is_not_followed_by_what_is_kept(
         assert await notes(manager) == ["before"]
 
 
-async def test_an_engine_that_was_taken_before_is_refused_inside(
+async def test_an_engine_obtained_before_the_sandbox_is_refused_inside(
     manager: DatabaseSessionManager, outside: DatabaseSessionManager
 ) -> None:
     engine = manager.engine
@@ -908,7 +922,7 @@ async def test_an_engine_that_was_taken_before_is_refused_inside(
         await connection.execute(select(Note))
 
 
-async def test_many_leave_nothing_on_the_pool_that_would_slow_what_follows(
+async def test_many_sandboxes_leave_no_listeners_on_the_pool(
     manager: DatabaseSessionManager,
 ) -> None:
     listeners = manager.engine.pool.dispatch.checkout
@@ -919,7 +933,7 @@ async def test_many_leave_nothing_on_the_pool_that_would_slow_what_follows(
     assert len(listeners) == before
 
 
-async def test_a_connection_that_was_taken_inside_is_refused_after(
+async def test_a_connection_obtained_in_a_sandbox_is_refused_afterwards(
     manager: DatabaseSessionManager, outside: DatabaseSessionManager
 ) -> None:
     with pytest.raises(SandboxError, match="a connection was left open"):
@@ -935,7 +949,7 @@ async def test_a_connection_that_was_taken_inside_is_refused_after(
     await kept.close()
 
 
-async def test_a_session_around_it_is_refused_since_what_joins_that_would_be_kept(
+async def test_a_sandbox_inside_a_session_is_refused(
     manager: DatabaseSessionManager, outside: DatabaseSessionManager
 ) -> None:
     async with manager.transaction(read_only=True):
@@ -947,7 +961,7 @@ async def test_a_session_around_it_is_refused_since_what_joins_that_would_be_kep
 
 
 class TestKilledServer(OnPostgres):
-    async def test_is_a_clear_error_and_costs_the_sandbox_alone(
+    async def test_a_killed_server_process_is_a_clear_error_and_costs_only_the_sandbox(
         self, manager: DatabaseSessionManager, outside: DatabaseSessionManager, server: Postgres
     ) -> None:
         async with sandbox(manager):
@@ -975,7 +989,7 @@ def assert_one_is_told(told: pytest.ExceptionInfo[SandboxError], place: str) -> 
 
 
 class TestLeft:
-    async def test_a_session_is_told(
+    async def test_a_session_left_open_in_a_sandbox_is_reported(
         self, manager: DatabaseSessionManager, outside: DatabaseSessionManager
     ) -> None:
         stack = AsyncExitStack()
@@ -988,7 +1002,7 @@ class TestLeft:
         with pytest.warns(UncommittedChangesWarning):
             await stack.aclose()
 
-    async def test_a_transaction_is_told(
+    async def test_a_transaction_left_open_in_a_sandbox_is_reported(
         self, manager: DatabaseSessionManager, outside: DatabaseSessionManager
     ) -> None:
         stack = AsyncExitStack()
@@ -1002,7 +1016,7 @@ class TestLeft:
             await stack.aclose()
         assert await seen(manager) == ["before"]
 
-    async def test_a_connection_is_told(
+    async def test_a_connection_left_open_in_a_sandbox_is_reported(
         self, manager: DatabaseSessionManager, outside: DatabaseSessionManager
     ) -> None:
         stack = AsyncExitStack()
@@ -1019,7 +1033,7 @@ class TestLeft:
         assert await seen(manager) == ["before"]
 
     @pytest.mark.parametrize("begins", [True, False], ids=["in a transaction", "idle"])
-    async def test_a_connection_of_sqlalchemys_is_told(
+    async def test_an_sqlalchemy_connection_left_open_in_a_sandbox_is_reported(
         self, manager: DatabaseSessionManager, outside: DatabaseSessionManager, begins: bool
     ) -> None:
         async def leak() -> None:
@@ -1035,7 +1049,7 @@ class TestLeft:
         gc.collect()
         await self.nothing_is_left(manager)
 
-    async def test_a_task_is_told_and_ended(
+    async def test_a_task_left_running_in_a_sandbox_is_reported_and_cancelled(
         self, manager: DatabaseSessionManager, outside: DatabaseSessionManager
     ) -> None:
         async def go_on() -> None:
@@ -1051,13 +1065,13 @@ class TestLeft:
         assert task.done()
         await self.nothing_is_left(manager)
 
-    async def test_a_task_that_ends_soon_is_waited_for(
+    async def test_a_sandbox_waits_for_a_task_that_ends_soon(
         self, inside: DatabaseSessionManager
     ) -> None:
         task = asyncio.create_task(asyncio.sleep(0.05))
         assert not task.done()
 
-    async def test_a_task_that_goes_on_when_cancelled_cannot_write_to_the_database_itself(
+    async def test_a_leftover_task_that_ignores_its_cancellation_cannot_write_to_the_database(
         self, settings: DatabaseSettings, outside: DatabaseSessionManager
     ) -> None:
         stop = asyncio.Event()
@@ -1097,7 +1111,7 @@ class TestLeft:
             assert all(isinstance(each, SandboxError) for each in written[-2:])
             assert await notes(manager) == ["before"]
 
-    async def test_a_task_that_leaves_another_one_when_cancelled_is_ended_with_it(
+    async def test_a_task_started_by_a_cancelled_leftover_task_is_cancelled_too(
         self, manager: DatabaseSessionManager, outside: DatabaseSessionManager
     ) -> None:
         later: list[asyncio.Task[None]] = []
@@ -1119,7 +1133,7 @@ class TestLeft:
         assert going_on.done()
         assert later[0].done()
 
-    async def test_is_a_note_on_the_error_of_the_block(
+    async def test_a_leftover_is_a_note_on_the_error_of_the_sandboxs_block(
         self, manager: DatabaseSessionManager, outside: DatabaseSessionManager
     ) -> None:
         stack = AsyncExitStack()
@@ -1131,7 +1145,7 @@ class TestLeft:
         assert line("noted") in note
         await stack.aclose()
 
-    async def test_does_not_keep_the_manager_from_closing(
+    async def test_a_leftover_does_not_prevent_the_manager_from_closing(
         self, settings: DatabaseSettings, outside: DatabaseSessionManager
     ) -> None:
         stack = AsyncExitStack()
@@ -1156,7 +1170,7 @@ class TestLeft:
 # The manager
 
 
-async def test_a_manager_that_is_not_open_is_opened_and_closed(
+async def test_a_sandbox_opens_and_closes_a_manager_that_is_not_open(
     settings: DatabaseSettings, outside: DatabaseSessionManager
 ) -> None:
     manager = DatabaseSessionManager(settings)
@@ -1168,7 +1182,7 @@ async def test_a_manager_that_is_not_open_is_opened_and_closed(
             await manager.close()
 
 
-async def test_one_that_was_only_initialized_is_so_again(
+async def test_a_sandbox_leaves_an_initialized_manager_initialized(
     database_url: str, outside: DatabaseSessionManager
 ) -> None:
     manager = DatabaseSessionManager()
@@ -1182,7 +1196,7 @@ async def test_one_that_was_only_initialized_is_so_again(
     await manager.close()
 
 
-async def test_closing_and_opening_inside_does_not_reach_the_database(
+async def test_closing_and_opening_the_manager_in_a_sandbox_does_not_reach_the_database(
     manager: DatabaseSessionManager, outside: DatabaseSessionManager, tmp_path: Path
 ) -> None:
     settings = manager.settings
@@ -1204,7 +1218,9 @@ async def test_closing_and_opening_inside_does_not_reach_the_database(
     assert await notes(manager) == ["before"]
 
 
-async def test_what_is_cut_off_by_a_close_inside_is_undone(inside: DatabaseSessionManager) -> None:
+async def test_work_aborted_by_a_close_in_a_sandbox_is_rolled_back(
+    inside: DatabaseSessionManager,
+) -> None:
     with pytest.raises(UnexpectedRollbackError, match="the manager was closed"):
         async with inside.transaction() as session:
             await session.execute(insert(Note).values(text="never"))
@@ -1213,7 +1229,7 @@ async def test_what_is_cut_off_by_a_close_inside_is_undone(inside: DatabaseSessi
     assert await seen(inside) == ["before"]
 
 
-async def test_a_container_can_be_started_and_stopped_in_it(
+async def test_a_container_can_be_started_and_stopped_in_a_sandbox(
     settings: DatabaseSettings, outside: DatabaseSessionManager
 ) -> None:
     container = sample_app.Container(settings=settings)
@@ -1233,7 +1249,7 @@ class Two(containers.DeclarativeContainer):
     second = providers.Container(DatabaseContainer, settings=other_settings)
 
 
-async def test_all_databases_of_a_container_are_in_it(
+async def test_a_sandbox_of_a_container_includes_all_its_databases(
     settings: DatabaseSettings, outside: DatabaseSessionManager, tmp_path: Path
 ) -> None:
     other = DatabaseSettings(url=f"sqlite:///{tmp_path / 'second.db'}")
@@ -1250,7 +1266,7 @@ async def test_all_databases_of_a_container_are_in_it(
         assert (await notes(first), await notes(second)) == (["before"], [])
 
 
-async def test_one_after_the_other_and_one_inside_the_other(
+async def test_sandboxes_can_follow_each_other_and_be_nested(
     manager: DatabaseSessionManager, outside: DatabaseSessionManager
 ) -> None:
     for _ in range(2):
@@ -1267,7 +1283,7 @@ async def test_one_after_the_other_and_one_inside_the_other(
             assert await seen(manager) == ["a", "before", "c"]
 
 
-async def test_the_error_of_the_block_is_raised(manager: DatabaseSessionManager) -> None:
+async def test_a_sandbox_raises_the_error_of_its_block(manager: DatabaseSessionManager) -> None:
     with pytest.raises(ZeroDivisionError):
         async with sandbox(manager):
             await write(manager, "a")

@@ -81,7 +81,7 @@ async def test_each_statement_is_recorded_with_the_line_that_sent_it(
     }
 
 
-async def test_what_a_block_sends_at_its_end_is_of_the_line_that_has_the_block(
+async def test_statements_at_the_end_of_a_block_are_recorded_with_the_line_of_the_block(
     manager: DatabaseSessionManager,
 ) -> None:
     async def write() -> None:
@@ -102,7 +102,7 @@ async def test_what_a_block_sends_at_its_end_is_of_the_line_that_has_the_block(
         ]
 
 
-async def test_a_lazy_load_is_of_the_line_that_awaits_it(
+async def test_a_lazy_load_is_recorded_with_the_line_that_awaits_it(
     notebook: Notebook, manager: DatabaseSessionManager
 ) -> None:
     async with manager.session() as session:
@@ -111,14 +111,14 @@ async def test_a_lazy_load_is_of_the_line_that_awaits_it(
         session.expire(note)
         with count_statements(manager) as sent:
             await note.awaitable_attrs.text
-    here = test_a_lazy_load_is_of_the_line_that_awaits_it
+    here = test_a_lazy_load_is_recorded_with_the_line_that_awaits_it
     line = line_of(here, "await note.awaitable_attrs")
     assert [statement.where for statement in sent] == [
         f"test_statements.py:{line} in {here.__name__}"
     ]
 
 
-async def test_begin_commit_and_savepoints_do_not_count(manager: DatabaseSessionManager) -> None:
+async def test_begin_commit_and_savepoints_are_not_counted(manager: DatabaseSessionManager) -> None:
     with count_statements(manager) as sent:
         async with manager.transaction() as session:
             async with manager.transaction(Propagation.NESTED):
@@ -132,7 +132,7 @@ async def test_begin_commit_and_savepoints_do_not_count(manager: DatabaseSession
     assert [statement.sql[:8] for statement in sent] == ["INSERT I", "SELECT 1", "SELECT 2"]
 
 
-async def test_it_counts_whatever_the_terms_of_the_connection(
+async def test_statements_are_counted_with_all_connection_options(
     manager: DatabaseSessionManager,
 ) -> None:
     with count_statements(manager) as sent:
@@ -152,7 +152,7 @@ async def test_it_counts_whatever_the_terms_of_the_connection(
     assert len(sent) == 6
 
 
-async def test_a_check_of_an_idle_connection_does_not_count(settings: DatabaseSettings) -> None:
+async def test_a_liveness_check_is_not_counted(settings: DatabaseSettings) -> None:
     always = settings.model_copy(update={"pool": PoolSettings(ping_after=0)})
     async with DatabaseSessionManager(always) as manager:
         with count_statements(manager) as sent:
@@ -162,7 +162,7 @@ async def test_a_check_of_an_idle_connection_does_not_count(settings: DatabaseSe
     assert len(sent) == 2
 
 
-async def test_other_managers_do_not_count(
+async def test_statements_of_other_managers_are_not_counted(
     manager: DatabaseSessionManager, settings: DatabaseSettings
 ) -> None:
     async with DatabaseSessionManager(settings) as other:
@@ -175,7 +175,7 @@ async def test_other_managers_do_not_count(
     assert (len(sent), len(sent_by_other)) == (1, 1)
 
 
-async def test_what_other_tasks_send_meanwhile_counts(
+async def test_statements_of_other_tasks_are_counted(
     notebook: Notebook, manager: DatabaseSessionManager
 ) -> None:
     with count_statements(manager) as sent:
@@ -183,7 +183,7 @@ async def test_what_other_tasks_send_meanwhile_counts(
     assert len(sent) == 12
 
 
-async def test_after_the_block_nothing_is_recorded(
+async def test_no_statement_is_recorded_after_the_block(
     notebook: Notebook, manager: DatabaseSessionManager
 ) -> None:
     with count_statements(manager) as sent:
@@ -194,7 +194,9 @@ async def test_after_the_block_nothing_is_recorded(
     assert (len(sent), len(failed)) == (4, 0)
 
 
-async def test_a_manager_may_be_opened_inside(settings: DatabaseSettings) -> None:
+async def test_a_manager_can_be_opened_while_statements_are_counted(
+    settings: DatabaseSettings,
+) -> None:
     manager = DatabaseSessionManager(settings)
     with count_statements(manager) as sent:
         async with manager, manager.session() as session:
@@ -210,7 +212,7 @@ class Two(containers.DeclarativeContainer):
     there = providers.Container(DatabaseContainer)
 
 
-async def test_of_a_container_all_databases_count(
+async def test_statements_of_all_databases_of_a_container_are_counted(
     manager: DatabaseSessionManager, settings: DatabaseSettings
 ) -> None:
     container = Two()
@@ -229,7 +231,7 @@ async def test_of_a_container_all_databases_count(
     assert (len(sent), len(sent_there)) == (2, 1)
 
 
-def test_a_container_without_a_database_is_refused() -> None:
+def test_counting_statements_of_a_container_without_a_database_is_refused() -> None:
     with (
         pytest.raises(ConfigurationError, match="give the manager"),
         count_statements(containers.DynamicContainer()),
@@ -240,7 +242,7 @@ def test_a_container_without_a_database_is_refused() -> None:
 # How many are allowed
 
 
-async def test_too_many_fail_the_test_with_the_repeated_one_first_and_no_parameter(
+async def test_too_many_statements_fail_and_list_the_repeated_one_first(
     notebook: Notebook, manager: DatabaseSessionManager
 ) -> None:
     with pytest.raises(AssertionError) as failed, count_statements(manager, at_most=3):
@@ -257,7 +259,7 @@ async def test_too_many_fail_the_test_with_the_repeated_one_first_and_no_paramet
     ]
 
 
-async def test_neither_parameters_nor_a_long_statement_are_shown(
+async def test_the_error_of_too_many_statements_shows_no_parameters_and_no_long_statement(
     manager: DatabaseSessionManager,
 ) -> None:
     with pytest.raises(AssertionError) as failed, count_statements(manager, at_most=0) as sent:
@@ -270,7 +272,7 @@ async def test_neither_parameters_nor_a_long_statement_are_shown(
     assert len(str(failed.value)) < 400
 
 
-async def test_as_many_as_allowed_are_well(
+async def test_as_many_statements_as_allowed_pass(
     notebook: Notebook, manager: DatabaseSessionManager
 ) -> None:
     with count_statements(manager, at_most=4):
@@ -279,7 +281,7 @@ async def test_as_many_as_allowed_are_well(
         pass
 
 
-async def test_the_error_of_the_block_is_the_one_that_is_raised(
+async def test_the_error_of_the_block_is_raised_instead_of_the_statement_limit(
     notebook: Notebook, manager: DatabaseSessionManager
 ) -> None:
     with pytest.raises(ZeroDivisionError), count_statements(manager, at_most=0):

@@ -74,7 +74,7 @@ async def write(copy: DatabaseCopy, note: str) -> list[str]:
 
 @pytest.mark.usefixtures("databases")
 class TestCopies:
-    async def test_a_copy_has_what_the_seed_wrote_and_nothing_of_another_copy(
+    async def test_a_copy_contains_the_seed_and_nothing_of_another_copy(
         self, database_url: str
     ) -> None:
         async with DatabaseTemplate(database_url, seed) as template:
@@ -84,7 +84,7 @@ class TestCopies:
             async with template.copy() as third:
                 assert await write(third, "third") == ["seeded", "third"]
 
-    async def test_the_database_of_the_url_is_left_alone(
+    async def test_a_template_leaves_the_database_of_its_url_alone(
         self, database_url: str, server: Postgres | None, databases: Look
     ) -> None:
         async with DatabaseTemplate(database_url, seed) as template, template.copy():
@@ -99,7 +99,7 @@ class TestCopies:
         if server is None:
             os.unlink(make_url(database_url).database or "")
 
-    async def test_several_are_made_at_once(self, database_url: str) -> None:
+    async def test_several_copies_can_be_created_concurrently(self, database_url: str) -> None:
         async def use(template: DatabaseTemplate, note: str) -> list[str]:
             async with template.copy() as copy:
                 return await write(copy, note)
@@ -108,7 +108,7 @@ class TestCopies:
             used = await asyncio.gather(*(use(template, f"note {n}") for n in range(5)))
         assert used == [[f"note {n}", "seeded"] for n in range(5)]
 
-    async def test_a_copy_has_the_settings_of_the_template_but_for_its_name(
+    async def test_a_copy_has_the_settings_of_the_template_except_its_name(
         self, database_url: str
     ) -> None:
         settings = DatabaseSettings(
@@ -118,7 +118,9 @@ class TestCopies:
             assert make_url(copy.settings.url).database != make_url(settings.url).database
             assert copy.settings.model_copy(update={"url": settings.url}) == settings
 
-    async def test_a_synchronous_fixture_can_drive_it_step_by_step(self, database_url: str) -> None:
+    async def test_a_synchronous_fixture_can_drive_a_template_step_by_step(
+        self, database_url: str
+    ) -> None:
         def drive() -> list[str]:
             with asyncio.Runner() as runner:
                 template = DatabaseTemplate(database_url, seed)
@@ -133,7 +135,7 @@ class TestCopies:
         assert await asyncio.to_thread(drive) == ["by hand", "seeded"]
 
     @pytest.mark.long
-    async def test_it_tells_how_many_connections_were_left_open(
+    async def test_a_copy_reports_how_many_connections_were_left_open(
         self, database_url: str, backend: str
     ) -> None:
         async with DatabaseTemplate(database_url, seed) as template, AsyncExitStack() as left:
@@ -147,7 +149,7 @@ class TestCopies:
                     await second.execute(text("SELECT 1"))
             assert copy.connections_left == (2 if backend == "postgresql" else 1)
 
-    async def test_it_cannot_be_copied_while_it_is_not_open(self, database_url: str) -> None:
+    async def test_a_template_that_is_not_open_cannot_be_copied(self, database_url: str) -> None:
         template = DatabaseTemplate(database_url, seed)
         for _ in range(2):
             with pytest.raises(SessionwireError, match="inside `async with template:`"):
@@ -159,7 +161,9 @@ class TestCopies:
 
 @pytest.mark.long
 class TestSeeding:
-    async def test_one_that_fails_leaves_nothing(self, database_url: str, databases: Look) -> None:
+    async def test_a_failed_seed_leaves_no_database(
+        self, database_url: str, databases: Look
+    ) -> None:
         async def fail(manager: DatabaseSessionManager) -> None:
             await seed(manager)
             raise ValueError("no such migration")
@@ -170,7 +174,7 @@ class TestSeeding:
         assert await databases() == set()
         assert not hasattr(raised.value, "__notes__")
 
-    async def test_one_that_leaves_a_connection_open_is_told_so(
+    async def test_a_seed_that_leaves_a_connection_open_is_refused(
         self, database_url: str, databases: Look
     ) -> None:
         async def leave_open(manager: DatabaseSessionManager) -> None:
@@ -182,7 +186,7 @@ class TestSeeding:
                     pass
         assert await databases() == set()
 
-    async def test_nothing_is_left_wherever_it_is_cancelled(
+    async def test_a_seed_cancelled_at_any_await_leaves_no_database(
         self, database_url: str, databases: Look
     ) -> None:
         async def use() -> None:
@@ -194,7 +198,7 @@ class TestSeeding:
         ):  # of some sixty, each with a database made and dropped
             assert await databases() == set()
 
-    async def test_a_cancelled_copy_costs_the_template_nothing(
+    async def test_a_cancelled_copy_leaves_the_template_usable(
         self, database_url: str, databases: Look
     ) -> None:
         async def use() -> None:
@@ -227,7 +231,9 @@ class Seeds:
 
 @pytest.mark.usefixtures("databases")
 class TestKeys:
-    async def test_who_comes_second_waits_and_finds_it_ready(self, database_url: str) -> None:
+    async def test_a_second_user_waits_for_the_template_and_finds_it_ready(
+        self, database_url: str
+    ) -> None:
         async def use(note: str) -> list[str]:
             async with (
                 DatabaseTemplate(database_url, seeds, key="run 1") as template,
@@ -245,7 +251,9 @@ class TestKeys:
         assert [task.result() for task in used] == [[f"note {n}", "seeded"] for n in range(3)]
         assert seeds.begun == 1
 
-    async def test_the_last_one_drops_it(self, database_url: str, databases: Look) -> None:
+    async def test_the_last_user_drops_the_template(
+        self, database_url: str, databases: Look
+    ) -> None:
         async with DatabaseTemplate(database_url, seed, key="run 1") as last:
             async with DatabaseTemplate(database_url, seed, key="run 1"):
                 assert len(await databases()) == 1
@@ -253,7 +261,9 @@ class TestKeys:
                 assert await write(copy, "still there") == ["seeded", "still there"]
         assert await databases() == set()
 
-    async def test_where_the_first_fails_the_next_makes_it(self, database_url: str) -> None:
+    async def test_the_next_user_builds_a_template_that_the_first_failed_to_build(
+        self, database_url: str
+    ) -> None:
         async def use() -> list[str]:
             async with (
                 DatabaseTemplate(database_url, seeds, key="run 1") as template,
@@ -270,7 +280,7 @@ class TestKeys:
             await first
         assert await second == ["made", "seeded"]
 
-    async def test_another_key_is_another_template(
+    async def test_templates_with_different_keys_are_separate(
         self, database_url: str, databases: Look
     ) -> None:
         for key in ("run 2", None):
@@ -340,7 +350,7 @@ async def arrival(program: Process, where: str) -> list[str]:
 
 @pytest.mark.long
 class TestProcesses:
-    async def test_those_with_one_key_share_one_template(
+    async def test_processes_with_one_key_share_one_template(
         self, database_url: str, databases: Look
     ) -> None:
         async with AsyncExitStack() as stack:
@@ -359,7 +369,7 @@ class TestProcesses:
         assert await databases() == set()
 
     @pytest.mark.parametrize(("where", "key"), [("in the seed", "run 1"), ("in a copy", "")])
-    async def test_what_a_killed_one_left_is_dropped_by_the_next_and_nothing_of_those_that_live(
+    async def test_databases_of_a_killed_process_are_dropped_and_those_of_living_ones_kept(
         self, database_url: str, databases: Look, where: str, key: str
     ) -> None:
         async def is_dropped() -> bool:
@@ -381,7 +391,7 @@ class TestProcesses:
             await until(is_dropped, 30)
             assert await write(copy, "live") == ["live", "seeded"]
 
-    async def test_one_that_is_being_made_is_not_taken_for_left(
+    async def test_a_template_that_is_being_built_is_not_dropped_as_stale(
         self, database_url: str, databases: Look
     ) -> None:
         async with process(database_url, where="in the seed") as living:
@@ -394,7 +404,7 @@ class TestProcesses:
 
 class TestOnPostgres(OnPostgres):
     @pytest.mark.parametrize("name", ['ein "Überraschungs"-Paket: %s', "ß" * 31])
-    async def test_the_name_of_the_database_may_be_any(
+    async def test_a_template_works_beside_a_database_of_any_name(
         self, postgres: Postgres, databases: Look, name: str
     ) -> None:
         quoted = name.replace('"', '""')
@@ -407,13 +417,13 @@ class TestOnPostgres(OnPostgres):
         finally:
             await postgres.execute(f'DROP DATABASE "{quoted}"')
 
-    async def test_a_database_that_is_not_there_is_told(self, postgres: Postgres) -> None:
+    async def test_a_template_beside_a_missing_database_says_so(self, postgres: Postgres) -> None:
         with pytest.raises(ConnectionFailedError, match="'nowhere'") as raised:
             async with DatabaseTemplate(postgres.url("nowhere"), seed):
                 pass
         assert "name one that exists, such as 'postgres'" in raised.value.__notes__[0]
 
-    async def test_a_user_who_may_not_create_databases_is_told(
+    async def test_a_template_of_a_user_who_cannot_create_databases_says_so(
         self, postgres: Postgres, databases: Look
     ) -> None:
         async with clerk(postgres, "NOCREATEDB") as url:
@@ -423,7 +433,7 @@ class TestOnPostgres(OnPostgres):
                 async with DatabaseTemplate(url, seed):
                     pass
 
-    async def test_a_user_needs_no_other_right_and_the_password_is_kept_and_not_shown(
+    async def test_a_template_needs_only_the_right_to_create_databases_and_shows_no_password(
         self, postgres: Postgres, databases: Look
     ) -> None:
         async with (
@@ -435,7 +445,7 @@ class TestOnPostgres(OnPostgres):
             assert make_url(copy.settings.url).password == "s3cret"
             assert "s3cret" not in f"{copy} {copy.settings.url}"
 
-    async def test_an_embedded_server_serves_as_well(
+    async def test_a_template_works_on_an_embedded_server(
         self, postgres: Postgres, databases: Look
     ) -> None:
         (running,) = await postgres.execute("SHOW data_directory")
@@ -445,7 +455,7 @@ class TestOnPostgres(OnPostgres):
         ):
             assert await write(copy, "embedded") == ["embedded", "seeded"]
 
-    async def test_where_its_connection_was_lost_it_says_so_and_the_next_one_drops_what_is_left(
+    async def test_a_template_that_lost_its_connection_says_so_and_the_next_one_cleans_up(
         self, postgres: Postgres, database_url: str, databases: Look
     ) -> None:
         strike = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = $1"
@@ -474,7 +484,7 @@ async def clerk(postgres: Postgres, right: str) -> AsyncIterator[URL]:
 @pytest.mark.parametrize(
     "url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:a?mode=memory&uri=true"]
 )
-async def test_without_a_file_it_is_made_in_the_directory_for_temporary_files(
+async def test_a_template_of_a_memory_database_is_in_the_temporary_directory(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -486,7 +496,7 @@ async def test_without_a_file_it_is_made_in_the_directory_for_temporary_files(
     assert os.listdir(tmp_path) == []
 
 
-def test_other_databases_are_refused_by_name() -> None:
+def test_a_template_of_an_unsupported_database_is_refused_by_name() -> None:
     settings = DatabaseSettings(url="sqlite://").model_copy(
         update={"url": make_url("oracle+oracledb://shop")}
     )
