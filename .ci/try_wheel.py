@@ -1,4 +1,4 @@
-"""Uses the installed wheel as a newcomer would: it is complete, typed, and holds the library alone."""
+"""Check the installed wheel as a newcomer would: it is complete, typed, and only the library."""
 
 import asyncio
 import importlib.util

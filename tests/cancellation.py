@@ -1,4 +1,4 @@
-"""Cancels a coroutine at its n-th suspension, for each n: there is no await left where a cancellation can't strike."""
+"""Cancel a coroutine at its n-th suspension, for each n, so that no await is left untested."""
 
 from __future__ import annotations
 
@@ -60,9 +60,10 @@ class Steps:
 async def each_cancellation(
     work: Callable[[], Coroutine[Any, Any, Any]], *, again_after: int | None = None, stride: int = 1
 ) -> AsyncIterator[Steps]:
-    """Does the work anew with a cancellation at its 1st, 2nd, … suspension, until it ends uncancelled.
+    """Repeat the work with a cancellation at its 1st, 2nd, … suspension, until it completes.
 
-    `again_after` cancels a second time, that many suspensions later. With a `stride` it is every so many-th.
+    `again_after` cancels a second time, that many suspensions later. A `stride` of n
+    cancels only at every n-th suspension.
     """
     for n in range(1, 500, stride):
         steps = Steps(work(), n, *([n + again_after] if again_after else []))

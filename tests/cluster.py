@@ -1,7 +1,8 @@
-"""PostgreSQL servers of a test's own, to be killed, restarted and promoted: a primary, and a standby that follows it.
+"""PostgreSQL servers that a test can kill, restart and promote: a primary and its standby.
 
-They come from the wheel that `embedded:` uses, but are started here: the wheel knows neither standbys nor ports. They
-don't wait for a disk. What they have acknowledged outlasts a kill all the same, since the machine goes on.
+They come from the wheel that `embedded:` uses, but are started here, because the wheel
+knows neither standbys nor ports. They do not wait for a disk. What they acknowledge
+survives a kill all the same, because the machine goes on.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ autovacuum = off
 class Server(Postgres):
     """One server in a directory of its own. It is made by `create()` or `copy()`, then started.
 
-    `host` is the directory of its Unix socket. Where it has a TCP port, it listens on 127.0.0.1 too.
+    `host` is the directory of its Unix socket. With a TCP port, it also listens on 127.0.0.1.
     """
 
     def __init__(self, directory: Path, *, tcp: bool = False) -> None:
@@ -84,14 +85,14 @@ class Server(Postgres):
             file.write(CONFIGURATION)
 
     async def copy(self, primary: Server) -> None:
-        """Make its directory from a running server, whose standby it is. There it is known by its name."""
+        """Copy a running server, as its standby. That server knows the copy by its name."""
         source = f"host={primary.host} user=postgres application_name={self.name}"
         slot = ("--create-slot", "--slot", self.name)
         options = ("--write-recovery-conf", "--checkpoint=fast", "--no-sync", *slot)
         await self._do("pg_basebackup", "-d", source, "-D", self.data, *options)
 
     async def start(self, *, as_standby: bool = False) -> None:
-        """Start it and wait until it takes connections. `as_standby` makes a standby of a primary."""
+        """Start it and wait until it accepts connections. `as_standby` makes it a standby."""
         if as_standby:
             (self.data / "standby.signal").touch()
         self.begin_to_start()

@@ -1,4 +1,4 @@
-"""Real databases for the tests: SQLite, and PostgreSQL from the embedded wheel, a fresh one each for each test."""
+"""Real databases for the tests, a fresh one for each: SQLite, and an embedded PostgreSQL."""
 
 from __future__ import annotations
 
@@ -80,8 +80,11 @@ async def database_url(server: Postgres | None, tmp_path: Path) -> AsyncIterator
     if server is None:
         yield f"sqlite:///{tmp_path / 'test.db'}"
         return
-    # the grant is what a new database has
-    anew = "DROP SCHEMA IF EXISTS public CASCADE; CREATE SCHEMA public; GRANT USAGE ON SCHEMA public TO PUBLIC"
+    # A new database has this grant.
+    anew = (
+        "DROP SCHEMA IF EXISTS public CASCADE; CREATE SCHEMA public; "
+        "GRANT USAGE ON SCHEMA public TO PUBLIC"
+    )
     await server.run(anew, DATABASE)
     yield server.url(DATABASE)
     administrator = await asyncpg.connect(host=server.host, user="postgres", database="postgres")
@@ -127,7 +130,7 @@ def checked_out(manager: DatabaseSessionManager) -> int:
 
 
 async def assert_all_returned(manager: DatabaseSessionManager) -> None:
-    """A place in the pool is free once its connection is closed, which goes on in the background."""
+    """Assert that all connections return. Aborted ones are closed in the background."""
     with suppress(TimeoutError):
         async with asyncio.timeout(5):
             while checked_out(manager):

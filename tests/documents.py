@@ -1,16 +1,21 @@
-"""The pages that users read: README.md and docs/. What is in them, and how a reader runs it.
+"""The pages that users read, README.md and docs/, and how the tests run them.
 
 The conventions, for each page on its own:
 
-- ```` ```python ```` without a file name is typed in order in one process, as at the prompt of `python -m asyncio`.
-  `print(…)  # this` must print just that. A block that begins with `# PostgreSQL only` is typed in there alone.
-- A block that begins with `# name.py` (or .yaml, .ini, .toml) is saved under this name before all else; blocks of one
-  name are joined. A page that has no shop.py finds the one of docs/tutorial.md beside its files.
-- A block that begins with `# from path/in/repository` is an excerpt: its lines are in that file, in order.
-- ```` ```sh ```` holds commands, which are run in order in the page's directory: see KINDS. What `curl …  # this` says
-  is the answer. ```` ```text ```` is output and the like.
+- ```` ```python ```` without a file name is typed in order in one process, as at the
+  prompt of `python -m asyncio`. `print(…)  # this` must print just that. A block that
+  begins with `# PostgreSQL only` is typed in there alone.
+- A block that begins with `# name.py` (or .yaml, .ini, .toml) is saved under this name
+  before all else; blocks of one name are joined. A page that has no shop.py finds the
+  one of docs/tutorial.md beside its files.
+- A block that begins with `# from path/in/repository` is an excerpt: its lines are in
+  that file, in order.
+- ```` ```sh ```` holds commands, which are run in order in the page's directory: see
+  KINDS. What `curl …  # this` says is the answer. ```` ```text ```` is output and the
+  like.
 
-Databases and directories are redirected (`Reader.redirected`), and so is port 8000. Nothing else is changed.
+Databases and directories are redirected (`Reader.redirected`), and so is port 8000.
+Nothing else is changed.
 """
 
 from __future__ import annotations
@@ -249,7 +254,8 @@ WARNINGS: dict[str, list[str]] = {
     ],  # on SQLAlchemy 2.1
 }
 
-# What is at the prompt, in order, each snippet with what follows it unseen; prints a separator after each.
+# The prompt runs each snippet in order, with its hidden continuation, and prints a
+# separator after each.
 AT_THE_PROMPT = r"""
 import ast, asyncio, inspect, json, sys, types
 
@@ -368,7 +374,10 @@ def free_port() -> int:
 
 
 class Shell:
-    """Runs the commands of a page in order. A server or a worker runs until the next is started or the page ends."""
+    """Run the commands of a page in order.
+
+    A server or a worker runs until the next one is started or the page ends.
+    """
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
@@ -432,8 +441,10 @@ def run_tests(shell: Shell, command: Command) -> None:
         shell.reader.database_url.startswith("sqlite") and "--sessionwire-url" not in command.line
     )
     url = ["--sessionwire-url=sqlite://"] if on_sqlite else []
-    asked = "-oasyncio_default_fixture_loop_scope=function"  # pytest-asyncio warns of a project that does not say it
-    client = "-Wignore:Using `httpx` with `starlette.testclient`"  # httpx2, which it asks for, is no part of this
+    # pytest-asyncio warns of a project that does not set it.
+    asked = "-oasyncio_default_fixture_loop_scope=function"
+    # It asks for httpx2, which is not used here.
+    client = "-Wignore:Using `httpx` with `starlette.testclient`"
     options = *shell.reader.warnings, client, asked, *url
     printed = run(shell.reader.directory, "-m", "pytest", *options, *arguments, **command.variables)
     assert re.search(r"^=+ \d+ passed in .*=$", printed.splitlines()[-1]), printed
@@ -497,7 +508,10 @@ def install(shell: Shell, command: Command) -> None:
 
 
 def check_installed(command: Command) -> None:
-    """The gate installs the wheel for real. Here: the project offers it, or the tests' environment has it."""
+    """Check a `pip install`: the project offers it, or the tests' environment has it.
+
+    The gate installs the wheel for real.
+    """
     groups = PYPROJECT["dependency-groups"].values()
     known = [Requirement(line).name for group in groups for line in group if isinstance(line, str)]
     for wanted in map(Requirement, command.words[2:]):

@@ -1,4 +1,4 @@
-"""Web applications as their clients meet them: a real server on a free port, with real connections."""
+"""Serve web applications to real clients: a real server on a free port."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import uvicorn
 
 @asynccontextmanager
 async def served(app: Any) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the application, which is served in this event loop; at the end all that ran in it has ended.
+    """Serve the application in this event loop, and yield a client of it.
 
-    The parts of `Server.serve()`, without its signal handlers and its pauses of a tenth of a second.
+    At the end everything that ran in the server has ended. This uses the parts of
+    `Server.serve()`, without its signal handlers and its pauses of a tenth of a second.
     """
     listening = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(app, log_config=None, ws="websockets-sansio")

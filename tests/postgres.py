@@ -31,7 +31,7 @@ async def until(condition: Callable[[], Awaitable[object]], seconds: float = 5) 
 
 
 async def running(server: Postgres, manager: DatabaseSessionManager, query: str) -> bool:
-    """Whether a server process of the manager's database is at work on this query (a pattern for LIKE)."""
+    """Return whether a server process runs a query like this in the manager's database."""
     busy = (
         "SELECT 1 FROM pg_stat_activity WHERE datname = $1 AND state = 'active' AND query LIKE $2"
     )
@@ -39,19 +39,25 @@ async def running(server: Postgres, manager: DatabaseSessionManager, query: str)
 
 
 async def kill(server: Postgres, manager: DatabaseSessionManager, query: str = "%") -> None:
-    """End the server processes of the manager's database whose last query is like this one, and wait for that."""
-    strike = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = $1 AND query LIKE $2"
+    """End the server processes of the manager's database whose last query is like this.
+
+    Wait until they have ended.
+    """
+    strike = (
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+        "WHERE datname = $1 AND query LIKE $2"
+    )
     assert await server.execute(strike, manager.engine.url.database, query)
 
 
 async def at_commit(manager: DatabaseSessionManager, statement: str) -> None:
-    """Make the server do this whenever the insert of a note is committed: a deferred constraint trigger."""
+    """Run this in the server at each commit of a new note, in a deferred constraint trigger."""
     async with manager.connect() as connection:
         for sql in (
             "CREATE FUNCTION at_commit() RETURNS trigger LANGUAGE plpgsql AS "
             f"$$ BEGIN {statement}; RETURN NULL; END $$",
-            "CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON note DEFERRABLE INITIALLY DEFERRED "
-            "FOR EACH ROW EXECUTE FUNCTION at_commit()",
+            "CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON note "
+            "DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION at_commit()",
         ):
             await connection.execute(text(sql))
 

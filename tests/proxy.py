@@ -7,8 +7,11 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-ASK = b"QSH\0"  # Query, Sync, Flush (which asks for a preparation), and what opens a connection ("Message Formats")
-STARTUP = 0x30000  # what the first message of protocol 3 says; one without it asks whether TLS is spoken here
+# Query, Sync, Flush (which asks for a preparation), and the messages that open a
+# connection: see "Message Formats" in PostgreSQL's documentation.
+ASK = b"QSH\0"
+# The version in the first message of protocol 3. A first message without it asks for TLS.
+STARTUP = 0x30000
 
 
 @dataclass(eq=False)
@@ -48,7 +51,9 @@ class Proxy:
         async with await asyncio.start_server(connect, "127.0.0.1", 0) as proxy:
             try:
                 yield proxy.sockets[0].getsockname()[1]
-            finally:  # from Python 3.12 on the server waits for its connections, also for one whose client has vanished
+            finally:
+                # From Python 3.12 on the server waits for its connections, even for one
+                # whose client has vanished.
                 for line in self.lines:
                     line.to_client.transport.abort()
                 for carrier in self._carriers:
@@ -87,7 +92,7 @@ class Proxy:
 
 
 class _Kinds:
-    """The first bytes of a client's messages, which come in pieces; 0 for those at the start, which have none."""
+    """Yield the type of each message of a client, which come in pieces; 0 for the first ones."""
 
     def __init__(self) -> None:
         self._rest = b""

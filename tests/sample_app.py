@@ -1,4 +1,4 @@
-"""An application as users build it: a repository and a service in a container, for the tests of containers."""
+"""A small application for the tests of containers: a repository and a service."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The repositories and services of advanced-alchemy, built by a container; and sessions that SQLAlchemy closes."""
+"""advanced-alchemy's repositories and services in a container, and `close_all_sessions()`."""
 
 from __future__ import annotations
 

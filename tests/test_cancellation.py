@@ -37,7 +37,7 @@ async def cancel_everywhere(
     again_after: int | None = None,
     warm: bool = True,
 ) -> AsyncIterator[list[str]]:
-    """What was written, for each suspension of the work that it was cancelled at. Nothing may be left behind."""
+    """Yield the written notes after a cancellation at each suspension. Nothing may be left."""
     tasks = asyncio.all_tasks()
     async for _ in each_cancellation(lambda: work(manager), again_after=again_after):
         assert checked_out(manager) == 0

@@ -1,4 +1,4 @@
-"""Sources of settings: variables in YAML, names that are nearly right, and what is given in place of settings."""
+"""Sources of settings: variables in YAML, misspelt names, and other things than settings."""
 
 from __future__ import annotations
 

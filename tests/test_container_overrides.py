@@ -1,4 +1,4 @@
-"""Overriding providers: at any time, in any nesting, and taken back in each way that dependency-injector has."""
+"""Overrides of providers: at any time, in any nesting, and reset in each possible way."""
 
 from __future__ import annotations
 

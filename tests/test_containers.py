@@ -1,4 +1,4 @@
-"""`DatabaseContainer`: its providers, both ways in, a synchronous graph, and several databases side by side."""
+"""`DatabaseContainer`: its providers and configuration, services, and several databases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A manager is one object, however it comes into a container, which copies the arguments of its providers."""
+"""A manager stays one object in a container, which copies the arguments of its providers."""
 
 from __future__ import annotations
 

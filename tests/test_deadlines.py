@@ -30,14 +30,15 @@ from .postgres import Network, OnPostgres, running, through, until
 
 SOON = 0.1
 LONG = {
-    "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n",
+    "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) "
+    "SELECT count(*) FROM n",
     "postgresql": "SELECT pg_sleep(60)",
 }
 
 
 @pytest.fixture(autouse=True)
 async def nothing_is_left_behind(manager: DatabaseSessionManager) -> AsyncIterator[None]:
-    """After each test the pool is whole, the next transaction works, and no cancellation is pending."""
+    """Check after each test that the pool is whole and no cancellation is pending."""
     yield
     task = asyncio.current_task()
     assert task is not None

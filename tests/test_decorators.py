@@ -1,4 +1,4 @@
-"""`@transactional` and `@read_only`: on which functions, with which options, and what they refuse."""
+"""`@transactional` and `@read_only`: the functions and options that they accept or refuse."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The documentation is true: its code and commands are run, its tables held against the code, its links followed.
+"""The documentation is true: tests run its code and commands, and follow its links.
 
-How a page is read, and the conventions for those who write one: documents.py.
+Its tables are compared with the code. documents.py describes how a page is read, and
+the conventions for its authors.
 """
 
 from __future__ import annotations
@@ -221,7 +222,10 @@ def test_a_configuration_file_on_a_page_loads(
 
 @pytest.fixture
 def clone() -> Iterator[Path]:
-    """The checkout without its data. Not in pytest's directory, which is closed to the user of a PostgreSQL server."""
+    """Copy the checkout without its data.
+
+    pytest's directories are closed to the user of a PostgreSQL server.
+    """
     with TemporaryDirectory(prefix="sessionwire-") as directory:
         for name in ("src", "config"):
             Path(directory, name).symlink_to(CHECKOUT / name)

@@ -1,4 +1,4 @@
-"""`.ci/env` makes an environment anew where it is out of date or has another interpreter, and only there."""
+"""`.ci/env` replaces an environment that is out of date or has another interpreter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A project whose environment is this Python's and up to date. What would make it anew says so, and fails."""
+    """Make a project with an up-to-date environment. Any attempt to replace it fails."""
     scripts = tmp_path / ".ci"
     scripts.mkdir()
     shutil.copy(CHECKOUT / ".ci" / "env", scripts)

@@ -1,4 +1,4 @@
-"""Errors name what happened: a closed manager, a block of another task, the failure that ended a transaction."""
+"""Errors name their cause: a closed manager, a block of another task, an earlier failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks that are open in an async generator, which the code that iterates over it finds between two items."""
+"""Blocks open in an async generator, which the iterating code finds between two items."""
 
 from __future__ import annotations
 

@@ -664,7 +664,8 @@ class TestRowLevelSecurity(OnPostgres):
                 f"GRANT SELECT, INSERT, UPDATE ON note TO {role}",
                 f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {role}",
                 "ALTER TABLE note ENABLE ROW LEVEL SECURITY",
-                "CREATE POLICY tenant ON note USING (text LIKE current_setting('app.tenant') || ':%')",
+                "CREATE POLICY tenant ON note "
+                "USING (text LIKE current_setting('app.tenant') || ':%')",
             ):
                 await connection.execute(text(sql))
         yield role

@@ -457,7 +457,8 @@ async def test_resources_that_fail_to_end_do_not_stop_the_rest(
     (note,) = failed.value.__notes__
     assert "RuntimeError: -second" in note
     layers.log().fails_at.clear()
-    # before 4.49 dependency-injector takes a synchronous resource whose end failed for one that still runs
+    # Before 4.49 dependency-injector takes a synchronous resource whose end failed for
+    # one that still runs.
     ended = not (kind in SYNC_KINDS and version("dependency-injector").startswith("4.48"))
     async with Lifespan(layers):
         assert layers.log().take() == (ALL_UP if ended else ["+first"])

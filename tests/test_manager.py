@@ -48,7 +48,8 @@ async def use_connection(manager: DatabaseSessionManager) -> None:
 USES = [use_session, use_transaction, use_connection]
 every_use = pytest.mark.parametrize("use", USES)
 SLEEP = {
-    "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+    "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) "
+    "SELECT count(*) FROM n"
 }
 
 
@@ -385,7 +386,10 @@ class TestConnect:
         self, manager: DatabaseSessionManager, backend: str, kind: str
     ) -> None:
         if backend == "postgresql":
-            defer = "ALTER TABLE note ALTER CONSTRAINT fk_note_parent_id_note DEFERRABLE INITIALLY DEFERRED"
+            defer = (
+                "ALTER TABLE note ALTER CONSTRAINT fk_note_parent_id_note "
+                "DEFERRABLE INITIALLY DEFERRED"
+            )
         else:
             defer = "PRAGMA defer_foreign_keys = ON"
         with pytest.raises(IntegrityError):

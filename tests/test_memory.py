@@ -1,4 +1,4 @@
-"""After each way out of a block nothing of it is alive: no session, no scope, no connection, no task."""
+"""After each way out of a block none of its objects stays alive: session, scope, task."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ COUNTED = (
 REFUSED_AT_COMMIT = insert(Note).values(text="b", parent_id=-1)
 SLOW = {
     "postgresql": "SELECT pg_sleep(10)",
-    "sqlite": "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT max(x) FROM n",
+    "sqlite": "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) "
+    "SELECT max(x) FROM n",
 }
 
 
@@ -54,7 +55,8 @@ async def manager(settings: DatabaseSettings) -> AsyncIterator[DatabaseSessionMa
             key = "SERIAL" if manager.engine.dialect.name == "postgresql" else "INTEGER"
             await connection.execute(
                 text(
-                    f"CREATE TABLE note (id {key} PRIMARY KEY, text TEXT UNIQUE NOT NULL, parent_id INTEGER {deferred})"
+                    f"CREATE TABLE note (id {key} PRIMARY KEY, text TEXT UNIQUE NOT NULL, "
+                    f"parent_id INTEGER {deferred})"
                 )
             )
         yield manager

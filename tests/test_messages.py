@@ -1,4 +1,4 @@
-"""What a newcomer writes by mistake: each time the error says what happened, and what to write instead."""
+"""Mistakes of newcomers: each error says what happened, and what to write instead."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def test_a_decorator_above_a_wrong_object_is_explained(decorator: Any) -> None:
     for given in (TRANSACTION, Container().db.transaction, 3):
         with pytest.raises(
             TypeError,
-            match="without this argument, above 'async def'; the function's TransactionManager is found when",
+            match="without this argument, above 'async def'; "
+            "the function's TransactionManager is found when",
         ):
             decorator(given)
 

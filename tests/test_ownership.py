@@ -1,6 +1,6 @@
 """Event loops, threads and processes: who may use a manager, and who takes it over.
 
-What a closed event loop leaves is looked at in programs of their own: what they warn of is part of the answer.
+The tests of closed event loops run programs, because their warnings are part of the answer.
 """
 
 from __future__ import annotations
@@ -179,7 +179,9 @@ class TestAfterItsLoop:
         manager.init(sys.argv[1])
 
         async def leave_connected():
-            asyncio.get_running_loop().set_exception_handler(lambda _, context: print(context["exception"]))
+            asyncio.get_running_loop().set_exception_handler(
+                lambda _, context: print(context["exception"])
+            )
             block = manager.connect()
             connection = await block.__aenter__()
             await connection.execute(text("INSERT INTO note (text) VALUES ('lost')"))
@@ -335,7 +337,7 @@ class TestOnPostgres(OnPostgres):
 
 
 class TestInAThread:
-    """A block is inherited by threads that `asyncio.to_thread()` starts; its session is not for their loops."""
+    """Threads of `asyncio.to_thread()` inherit a block, but cannot use its session."""
 
     @pytest.fixture(
         params=[

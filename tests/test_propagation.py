@@ -1,4 +1,4 @@
-"""Every propagation mode in every state around it, with every way out of both blocks: the design's table, in full."""
+"""Every propagation mode in every enclosing state, with every way out of both blocks."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from .models import Note
 
 # What a block is, by its mode and by what is around it.
 MODES = """
-                | nothing  | transaction  | savepoint    | session    | autocommit | read scope   | read-only
-REQUIRED        | begins   | joins        | joins        | takes over | begins     | incompatible | incompatible
-REQUIRES_NEW    | begins   | begins       | begins       | begins     | begins     | begins       | begins
-NESTED          | begins   | savepoint    | savepoint    | takes over | begins     | incompatible | incompatible
-MANDATORY       | required | joins        | joins        | required   | required   | required     | incompatible
-SUPPORTS        | without  | joins        | joins        | shares     | without    | incompatible | incompatible
-NOT_SUPPORTED   | without  | without      | without      | without    | without    | without      | without
-NEVER           | without  | forbidden    | forbidden    | shares     | without    | incompatible | forbidden
+             | nothing | transaction| savepoint| session   | autocommit| read scope  | read-only
+REQUIRED     | begins  | joins      | joins    | takes over| begins    | incompatible| incompatible
+REQUIRES_NEW | begins  | begins     | begins   | begins    | begins    | begins      | begins
+NESTED       | begins  | savepoint  | savepoint| takes over| begins    | incompatible| incompatible
+MANDATORY    | required| joins      | joins    | required  | required  | required    | incompatible
+SUPPORTS     | without | joins      | joins    | shares    | without   | incompatible| incompatible
+NOT_SUPPORTED| without | without    | without  | without   | without   | without     | without
+NEVER        | without | forbidden  | forbidden| shares    | without   | incompatible| forbidden
 """
 
 # What differs on SQLite, where the one around it has written: one writer excludes another.
@@ -50,8 +50,9 @@ REQUIRES_NEW    | incompatible | incompatible | incompatible
 NOT_SUPPORTED   | incompatible | incompatible | incompatible
 """
 
-# What becomes of it, by what happens in it. Its row is kept, is undone, or shares the lot of the rows around it;
-# `unexpected` is undone too, and told by the block itself; what `dooms` is told by the block around it, all undone.
+# The end of the block, by what happens in it. Its row is kept, is rolled back, or shares
+# the fate of the enclosing rows. `unexpected` is rolled back too, and the block itself
+# reports it; `dooms` is reported by the enclosing block, and rolls all of it back.
 ENDS = """
                 | all is well | it fails | a statement fails | a flush fails | set_rollback_only
 begins          | kept        | undone   | unexpected        | unexpected    | undone
@@ -656,7 +657,7 @@ class TestPool:
 
 
 class TestWithoutBlocksOfItsOwn:
-    """A statement that failed and was caught is not lost quietly in `connect()` or a bare `session()` either."""
+    """`connect()` and `session()` also report a failed statement whose error was caught."""
 
     async def test_a_connection_does_not_commit_after_a_failed_statement(
         self, manager: DatabaseSessionManager

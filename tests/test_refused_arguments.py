@@ -1,4 +1,4 @@
-"""What can't be called or counted is refused where it is written, before anything is opened or done."""
+"""Invalid hooks and numbers are refused in the call that passes them, before anything else."""
 
 from __future__ import annotations
 

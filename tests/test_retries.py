@@ -383,7 +383,7 @@ class TestPostgres(OnPostgres):
     async def test_a_serialization_failure_at_the_commit_is_retried(
         self, manager: DatabaseSessionManager
     ) -> None:
-        """Write skew: each reads what the other writes, and the server finds out when the second commits."""
+        """Use write skew: the server finds the conflict when the second one commits."""
         async with manager.transaction() as session:
             session.add_all([Note(text="left"), Note(text="right")])
 

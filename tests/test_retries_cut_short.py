@@ -1,4 +1,4 @@
-"""A further attempt that was decided on and never began: what the failed one gave to on_rollback runs after all."""
+"""If a planned attempt never begins, the on_rollback hooks of the failed one run after all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which errors are retryable: wrapped conflicts, servers that can't be reached, migrations, standbys."""
+"""Retryable errors: wrapped conflicts, unreachable servers, migrations, standbys."""
 
 from __future__ import annotations
 
@@ -264,7 +264,8 @@ class TestMigrations(OnPostgres):
     ) -> None:
         await migration("CREATE TYPE mood AS ENUM ('glad'); CREATE TABLE moods (mood mood)")
         statement = text(
-            "INSERT INTO moods VALUES (CAST(CAST(:mood AS TEXT) AS mood)) RETURNING ARRAY[mood], ROW(mood)"
+            "INSERT INTO moods VALUES (CAST(CAST(:mood AS TEXT) AS mood)) "
+            "RETURNING ARRAY[mood], ROW(mood)"
         )
 
         async def write(session: AsyncSession) -> None:
@@ -272,7 +273,8 @@ class TestMigrations(OnPostgres):
 
         await attempts.run(write)
         await migration(
-            "DROP TABLE moods; DROP TYPE mood; CREATE TYPE mood AS ENUM ('glad'); CREATE TABLE moods (mood mood)"
+            "DROP TABLE moods; DROP TYPE mood; "
+            "CREATE TYPE mood AS ENUM ('glad'); CREATE TABLE moods (mood mood)"
         )
         attempts.count = 0
         await attempts.run(write)

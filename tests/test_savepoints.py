@@ -1,4 +1,4 @@
-"""Statements that are cancelled inside a savepoint: they are stopped, and no more than the savepoint is lost."""
+"""A statement cancelled inside a savepoint is stopped, and only the savepoint is lost."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ MARGIN = 1.0  # for a busy machine: half a second is meant
 LIMIT = savepoints.STOP_TIMEOUT
 NESTED = Propagation.NESTED
 READ = {
-    "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n",
+    "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) "
+    "SELECT count(*) FROM n",
     "postgresql": "SELECT pg_sleep(60)",
 }
 
 
 @pytest.fixture(autouse=True)
 async def nothing_is_left_behind(manager: DatabaseSessionManager) -> AsyncIterator[None]:
-    """After each test the pool is whole, the next transaction works, and no cancellation is pending."""
+    """Check after each test that the pool is whole and no cancellation is pending."""
     yield
     task = asyncio.current_task()
     assert task is not None
@@ -51,7 +52,7 @@ async def nothing_is_left_behind(manager: DatabaseSessionManager) -> AsyncIterat
 
 @pytest.fixture(autouse=True)
 def busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let statements be stopped in more time than they have otherwise; tests of that limit set it back."""
+    """Give statements more time to stop. Tests of that limit set it back."""
     monkeypatch.setattr(savepoints, "STOP_TIMEOUT", 5 * LIMIT)
 
 
@@ -161,7 +162,7 @@ async def test_several_savepoints_of_one_transaction_can_be_stopped(
 async def test_a_cancellation_at_any_await_rolls_the_savepoint_back_or_raises(
     manager: DatabaseSessionManager, again_after: int | None
 ) -> None:
-    """Also where it strikes a statement that writes, and one whose rows have not been fetched yet."""
+    """Cancel statements that write too, and those whose rows have not been fetched yet."""
 
     async def work() -> None:
         try:

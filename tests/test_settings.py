@@ -1,4 +1,4 @@
-"""Settings: where values come from, what is wrong with them, what a URL means, and that no password is shown."""
+"""Settings: sources, errors, the meaning of URLs, and passwords that are never shown."""
 
 from __future__ import annotations
 
@@ -546,7 +546,7 @@ START_UP = b"\x00\x03\x00\x00"  # the protocol's version, after the length of th
 
 
 class FakeServer:
-    """Takes connections and notes what each client says first, in clear; never gets as far as a session."""
+    """Accept connections and record each client's first message, without answering."""
 
     def __init__(self, port: int) -> None:
         self.port = port

@@ -1,4 +1,4 @@
-"""What only SQLite asks for: that its files are closed, that writers take turns, that foreign keys can be off."""
+"""SQLite's files are closed after cancelled work, without the garbage collector."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Foreign keys on SQLite: on, but for a connection on which somebody rebuilds a table; and its autocommit."""
+"""SQLite's foreign keys are on, except while a table is rebuilt; and its autocommit."""
 
 from __future__ import annotations
 

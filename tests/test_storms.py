@@ -1,4 +1,4 @@
-"""Storms of cancelled calls, and peers that fall silent: the pool's bound holds for sockets too, and deadlines hold."""
+"""Storms of cancelled calls, and silent peers: limits of the pool and deadlines hold."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .proxy import Line, Proxy
 
 
 class Slow(Proxy):
-    """Each round trip takes a hundredth of a second, so that a cancellation strikes what ends another one."""
+    """Delay each round trip by 10 ms, so that cancellations meet other calls' clean-up."""
 
     def __init__(self) -> None:
         super().__init__(0.01)
@@ -192,7 +192,7 @@ class TestBlackHole(OnPostgres):
 
 
 class Unplugged(Proxy):
-    """Its machine can vanish from the network: no packet from a client is heard, nor answered by TCP itself."""
+    """A proxy that can vanish: it neither reads nor acknowledges packets, not even by TCP."""
 
     def vanish(self) -> None:
         drop = ctypes.create_string_buffer(

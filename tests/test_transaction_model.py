@@ -1,4 +1,4 @@
-"""Random steps in and out of scopes: the library and a model of the design in plain Python must agree on each."""
+"""Random steps into and out of scopes: the library must agree with a model of the design."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ class Model:
         return error
 
     def end(self, session: Session, *, kept: bool, by_session: bool = False) -> None:
-        """Commit or roll back. A block in which nothing has begun leaves the hooks of its session() waiting."""
+        """Commit or roll back. If nothing has begun, the hooks of a session() keep waiting."""
         if kept:
             self.rows |= session.levels[0].rows
         if by_session or session.used or session.pending or session.written:
@@ -261,7 +261,7 @@ def due(level: Level, end: str) -> list[tuple[int, str]]:
 
 
 class LibraryAndModel(RuleBasedStateMachine):
-    """Each step is done with the library and told to the model, and what comes of it must be the same.
+    """Take each step in the library and in the model, and compare the results.
 
     An error that comes of a step is caught, unless the next step is `let_it_out`.
     """
@@ -290,7 +290,8 @@ class LibraryAndModel(RuleBasedStateMachine):
             self.error = error = caught
         assert kind(error) is expected, f"the model expects {expected}, the library has {error!r}"
 
-    # What is possible: not what only waits for a lock of the very same task, nor what depends on the database
+    # Preconditions exclude steps that wait for a lock of the same task, or that differ
+    # between databases.
 
     def is_inside(self) -> bool:
         return bool(self.blocks)
@@ -318,7 +319,7 @@ class LibraryAndModel(RuleBasedStateMachine):
 
     @initialize(modes=lists(sampled_from(MODES), min_size=1, max_size=DEPTH))
     def open_the_first(self, modes: list[Propagation | None]) -> None:
-        """Deep states are reached at once, and also where Hypothesis leaves the rules that open out of an example."""
+        """Reach deep states at once, even if Hypothesis omits the rules that open blocks."""
         for mode in modes:
             if self.can_nest():
                 self.open(mode)

@@ -1,4 +1,4 @@
-"""URLs: passwords that were not encoded, parameters, files that can't be written, and how errors name a database."""
+"""URLs: unencoded passwords, parameters, read-only files, and the name of a database in errors."""
 
 from __future__ import annotations
 
@@ -289,9 +289,15 @@ async def test_a_file_opened_read_only_is_not_created(tmp_path: Path) -> None:
 UNREACHABLE = {
     "postgresql://shop@127.0.0.1:1/books": "database 'books' on host 127.0.0.1:1 as user shop",
     "postgresql://shop@/books?host=/nowhere": "database 'books' on host /nowhere as user shop",
-    "postgresql://shop@/books?host=127.0.0.1&port=1": "database 'books' on host 127.0.0.1:1 as user shop",
-    "postgresql:///?host=127.0.0.1:1&user=shop&database=books": "database 'books' on host 127.0.0.1:1 as user shop",
-    "postgresql://shop@127.0.0.1:1,127.0.0.1:2/books": "database 'books' on host 127.0.0.1:1, 127.0.0.1:2 as user shop",
+    "postgresql://shop@/books?host=127.0.0.1&port=1": (
+        "database 'books' on host 127.0.0.1:1 as user shop"
+    ),
+    "postgresql:///?host=127.0.0.1:1&user=shop&database=books": (
+        "database 'books' on host 127.0.0.1:1 as user shop"
+    ),
+    "postgresql://shop@127.0.0.1:1,127.0.0.1:2/books": (
+        "database 'books' on host 127.0.0.1:1, 127.0.0.1:2 as user shop"
+    ),
     "postgresql://shop@[::1]:1/books": "database 'books' on host [::1]:1 as user shop",
     "sqlite:////dev/null/shop.db": "database '/dev/null/shop.db'",
 }

@@ -1,4 +1,4 @@
-"""Wiring: `@inject` and `Provide` in functions, methods and modules, together with `@transactional`."""
+"""`@inject` and `Provide` in functions, methods and modules, together with `@transactional`."""
 
 from __future__ import annotations
 

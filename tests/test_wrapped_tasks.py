@@ -1,4 +1,4 @@
-"""Commits, rollbacks and cancellations under tools that wrap each task, under eager tasks, and on uvloop."""
+"""Commits, rollbacks and cancellations in wrapped tasks, in eager tasks, and on uvloop."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_a_cancellation_at_any_await_of_a_wrapped_task_leaves_all_or_nothing(
 def test_cancelling_all_wrapped_tasks_of_the_loop_leaves_all_or_nothing(
     database_url: str, tool: Callable[[], Any]
 ) -> None:
-    """As when the loop is shut down: a task that ends something for another one may be cancelled before it starts."""
+    """A shutdown may cancel a task that ends another one's block before the task starts."""
 
     async def work() -> None:
         async with DatabaseSessionManager(database_url) as manager:

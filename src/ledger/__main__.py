@@ -41,7 +41,8 @@ def parse() -> argparse.Namespace:
     command = commands.add_parser(
         "demo",
         help="send concurrent transfers, and check each answer against the database",
-        description="Send concurrent transfers, some of which must fail, and check each answer against the database.",
+        description="Send concurrent transfers, some of which must fail, and check each answer "
+        "against the database.",
         epilog=environment,
     )
     command.set_defaults(command=demo)
@@ -72,8 +73,8 @@ def parse() -> argparse.Namespace:
     command = commands.add_parser(
         "serve",
         help="serve the ledger's HTTP API",
-        description="Serve the HTTP API, whose documentation is at /docs. On SIGTERM or SIGINT, finish the accepted "
-        "requests and end.",
+        description="Serve the HTTP API, whose documentation is at /docs. On SIGTERM or SIGINT, "
+        "finish the accepted requests and end.",
         epilog=environment,
     )
     command.set_defaults(command=serve)
@@ -90,10 +91,12 @@ def parse() -> argparse.Namespace:
 
     command = commands.add_parser(
         "compare",
-        help="compare three versions of a service: the documented recipe, by hand, with sessionwire",
-        description="Send equal requests to three versions of a service: the documented recipe, one written by hand "
-        "with care, and one with sessionwire. Check each answer against the database, and count the lines of each "
-        "service. This starts a PostgreSQL server of its own in var/compare.",
+        help="compare three versions of a service: the documented recipe, by hand, with "
+        "sessionwire",
+        description="Send equal requests to three versions of a service: the documented recipe, "
+        "one written by hand with care, and one with sessionwire. Check each answer against the "
+        "database, and count the lines of each service. This starts a PostgreSQL server of its "
+        "own in var/compare.",
     )
     command.set_defaults(command=compare)
     option = command.add_argument
@@ -132,9 +135,8 @@ def integer(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:
     def number(text: str) -> int:
         value = int(text)
         if not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(
-                f"{value} is {f'less than {minimum}' if value < minimum else f'more than {maximum}'}"
-            )
+            limit = f"less than {minimum}" if value < minimum else f"more than {maximum}"
+            raise argparse.ArgumentTypeError(f"{value} is {limit}")
         return value
 
     return number

@@ -47,7 +47,8 @@ class Busy(LedgerError):
 
     def __init__(self, source: int, target: int) -> None:
         super().__init__(
-            f"too many transfers at accounts {source} and {target}: nothing was booked, send it again"
+            f"too many transfers at accounts {source} and {target}: "
+            "nothing was booked, send it again"
         )
 
 

@@ -1,7 +1,8 @@
-"""What it costs to give a FastAPI endpoint a graph of five objects: `python -m tests.benchmarks.endpoints`.
+"""Measure what a graph of five objects costs a FastAPI endpoint.
 
-Each form of the same endpoint is called as a server would call it, in turns; the table has the medians of its time
-against that of the endpoint written by hand.
+Run it with `python -m tests.benchmarks.endpoints`. Each form of the same endpoint is
+called as a server would call it, in turns. The table has the median times, relative to
+the endpoint written by hand.
 """
 
 import asyncio

@@ -1,4 +1,7 @@
-"""From one task to two thousand on a pool of ten: throughput, the slowest calls, and what a waiting scope takes."""
+"""Measure a pool of ten under one to two thousand tasks.
+
+The tables show the throughput, the slowest calls, and the memory of a waiting scope.
+"""
 
 from __future__ import annotations
 
@@ -52,13 +55,17 @@ async def run(
         memory = Table(
             "memory of a scope that waits for a connection, in bytes",
             [f"{waiting:,} waiting" for waiting in WAITING],
-            note="With its task, while others hold all connections; tracemalloc does not see the interpreter's stack.",
+            note="With its task, while others hold all connections; "
+            "tracemalloc does not see the interpreter's stack.",
         )
         stack.callback(tracemalloc.stop)
         for name, work in works.items():
             progress(f"memory, {name}")
             memory.rows[name] = await bytes_of_waiting(work, database)
-    note = f"Reads by primary key, a pool of {POOL.size}; medians of {rounds} rounds. The first row is 1."
+    note = (
+        f"Reads by primary key, a pool of {POOL.size}; medians of {rounds} rounds. "
+        "The first row is 1."
+    )
     return [
         ratios("throughput of concurrent tasks", throughput, BARE, note),
         against_best(throughput),

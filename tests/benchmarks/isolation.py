@@ -1,4 +1,4 @@
-"""What it takes to give a test a database as it was before: a sandbox, a copy of a template, or all tables anew."""
+"""Measure the ways to give a test a clean database: sandbox, template copy, new tables."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ async def run(
     table = Table(
         "messages to the server",
         ["read", "read after idling", "write", "first read", "first write"],
-        note="A first one opens a connection and prepares its statement; asyncpg's pool resets a connection each time.",
+        note="A first one opens a connection and prepares its statement; "
+        "asyncpg's pool resets a connection each time.",
     )
     proxy = Proxy()
     async with (

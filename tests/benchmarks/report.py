@@ -17,12 +17,12 @@ from rich.table import Table as Screen
 
 
 class NotInstalledError(FileNotFoundError):
-    """A benchmark is to be left out, since a program that it runs is missing; the message says which."""
+    """A benchmark is skipped because a program is missing; the message says which."""
 
 
 @dataclass
 class Table:
-    """Medians over interleaved rounds. Ratios are against the `base` row; absolute times are never shown."""
+    """Medians over interleaved rounds, relative to the `base` row, never absolute times."""
 
     name: str
     columns: list[str]
@@ -97,8 +97,8 @@ def plot(table: Table) -> str:
     height = top + len(note) * LINE
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" '
-            f'font-size="12" fill="{INK}">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+            f'font-family="sans-serif" font-size="12" fill="{INK}">',
             f"<title>{escape(table.name)}</title>",
             '<rect width="100%" height="100%" fill="white"/>',
             *_bars(table),
@@ -116,18 +116,26 @@ def _bars(table: Table) -> Iterator[str]:
     for number, column in enumerate(table.columns):
         top += GAP
         longest = max(values[number] for values in table.rows.values()) or 1
-        yield f'<text x="8" y="{top - 10}" font-weight="bold">{escape(f"{table.name}: {column}")}</text>'
+        title = escape(f"{table.name}: {column}")
+        yield f'<text x="8" y="{top - 10}" font-weight="bold">{title}</text>'
         started = top
         for row, values in table.rows.items():
             length = BAR * values[number] / longest
             color = OURS if is_ours(row) else OTHERS
             yield f'<text x="{LABELS - 8}" y="{top + 14}" text-anchor="end">{escape(row)}</text>'
-            yield f'<rect x="{LABELS}" y="{top + 2}" width="{length:.1f}" height="{LINE - 4}" fill="{color}"/>'
-            yield f'<text x="{WIDTH - 8}" y="{top + 14}" text-anchor="end">{table.shown(values[number])}</text>'
+            yield (
+                f'<rect x="{LABELS}" y="{top + 2}" width="{length:.1f}" '
+                f'height="{LINE - 4}" fill="{color}"/>'
+            )
+            shown = table.shown(values[number])
+            yield f'<text x="{WIDTH - 8}" y="{top + 14}" text-anchor="end">{shown}</text>'
             top += LINE
         if table.base:
             x = f"{LABELS + BAR * table.rows[table.base][number] / longest:.1f}"
-            yield f'<line x1="{x}" x2="{x}" y1="{started}" y2="{top}" stroke="{INK}" stroke-dasharray="2 3"/>'
+            yield (
+                f'<line x1="{x}" x2="{x}" y1="{started}" y2="{top}" '
+                f'stroke="{INK}" stroke-dasharray="2 3"/>'
+            )
 
 
 def rotated(names: list[str], turn: int) -> list[str]:

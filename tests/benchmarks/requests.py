@@ -1,4 +1,7 @@
-"""Whole requests: one FastAPI application in several ways, each in a process of its own, under 64 clients."""
+"""Measure whole requests to one FastAPI application, built in several ways.
+
+Each variant runs in a separate process, under 64 clients.
+"""
 
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -80,9 +83,10 @@ async def run(
     for name in running:
         table.rows[label(name)] = [median(column) for column in zip(*ratios[name], strict=True)]
     table.note = (
-        f"{CLIENTS} clients, a pool of {POOL['pool_size']}, one worker of uvicorn {version('uvicorn')}, "
-        f"FastAPI {version('fastapi')}, SQLAlchemy {version('sqlalchemy')}; medians of {rounds} rounds, "
-        "all answers right; each has called gc.freeze(); processor time is the server's own, for each request."
+        f"{CLIENTS} clients, a pool of {POOL['pool_size']}, one worker of "
+        f"uvicorn {version('uvicorn')}, FastAPI {version('fastapi')}, "
+        f"SQLAlchemy {version('sqlalchemy')}; medians of {rounds} rounds, all answers right; "
+        "each has called gc.freeze(); processor time is the server's own, for each request."
     )
     for name, reason in missing.items():
         table.note += f" Not measured: {label(name)}: {reason}."
@@ -95,7 +99,10 @@ class Server:
     process: psutil.Process
 
     async def under_load(self, seconds: int) -> list[float]:
-        """As the table's columns have it; the last is the server's own time, which the other processes don't take."""
+        """Return the values of the table's columns.
+
+        The last is the server's own processor time, which the other processes do not use.
+        """
         before = sum(self.process.cpu_times()[:2])
         found = await drive(self.url, seconds)
         taken = sum(self.process.cpu_times()[:2]) - before

@@ -1,4 +1,4 @@
-"""How long a scope takes that reads or writes one row: next to its server, and a millisecond away from it."""
+"""Measure a scope that reads or writes one row, beside its server and a millisecond away."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""TPC-B, on the tables that `pgbench -i` sets up, beside pgbench itself; after each run the books are checked."""
+"""Run TPC-B on the tables of `pgbench -i`, beside pgbench itself.
+
+After each run the balances are checked.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,8 @@ BALANCE = text("SELECT abalance FROM pgbench_accounts WHERE aid = :aid")
 TELLER = text("UPDATE pgbench_tellers SET tbalance = tbalance + :delta WHERE tid = :tid")
 BRANCH = text("UPDATE pgbench_branches SET bbalance = bbalance + :delta WHERE bid = :bid")
 HISTORY = text(
-    "INSERT INTO pgbench_history (tid, bid, aid, delta, mtime) VALUES (:tid, :bid, :aid, :delta, CURRENT_TIMESTAMP)"
+    "INSERT INTO pgbench_history (tid, bid, aid, delta, mtime) "
+    "VALUES (:tid, :bid, :aid, :delta, CURRENT_TIMESTAMP)"
 )
 BOOKS = """
     SELECT
@@ -98,7 +102,8 @@ async def run(
                 if turn:
                     throughput["transactions per second"][name].append(per_second)
     note = (
-        f"{CLIENTS} clients, {BRANCHES} branches; medians of {rounds} rounds, each with the books in balance. "
+        f"{CLIENTS} clients, {BRANCHES} branches; medians of {rounds} rounds, "
+        "each with the books in balance. "
         "The first row is 1; pgbench is a program in C, with a process of its own."
     )
     return [ratios("TPC-B", throughput, BARE, note)]
@@ -228,7 +233,7 @@ async def raw_asyncpg(url: URL) -> AsyncIterator[Book]:
 
 
 def numbered(statement: TextClause) -> Callable[[Entry], tuple[Any, ...]]:
-    """The statement as asyncpg has it written, with its arguments, of which none may occur twice."""
+    """Return the statement in asyncpg's form, and its arguments. Each may occur only once."""
     names, numbers = re.findall(r":(\w+)", statement.text), count(1)
     rewritten = re.sub(r":\w+", lambda _: f"${next(numbers)}", statement.text)
     return lambda entry: (rewritten, *[entry[name] for name in names])

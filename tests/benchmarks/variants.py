@@ -1,4 +1,4 @@
-"""The same two pieces of work, a read by primary key and a write of one row, as each library has them written."""
+"""Two pieces of work, a read by primary key and a write of one row, in each library's way."""
 
 from __future__ import annotations
 
@@ -197,11 +197,13 @@ VARIANTS: dict[str, Callable[..., AbstractAsyncContextManager[Work]]] = {
 
 @asynccontextmanager
 async def items(socket_directory: str) -> AsyncIterator[asyncpg.Connection[Any]]:
-    """The table of the items; and a connection to look in the database by, past all that is measured."""
+    """Create the table `item`, and yield a connection that is not measured."""
     connection = await asyncpg.connect(host=socket_directory, user="postgres", database="postgres")
     await connection.execute(
-        "ALTER DATABASE postgres SET synchronous_commit = off;"  # the disk's time is the same for all, and not ours
-        "CREATE TABLE item (id serial PRIMARY KEY, text text NOT NULL) WITH (autovacuum_enabled = off);"
+        # The disk takes the same time in each variant, and is not what is measured.
+        "ALTER DATABASE postgres SET synchronous_commit = off;"
+        "CREATE TABLE item (id serial PRIMARY KEY, text text NOT NULL) "
+        "WITH (autovacuum_enabled = off);"
     )
     await connection.execute("INSERT INTO item (text) VALUES ($1)", TEXT)
     try:

@@ -27,7 +27,7 @@ def url(host: str, port: int = 5432) -> URL:
 
 @asynccontextmanager
 async def far_away(socket_directory: str, delay: float) -> AsyncIterator[URL]:
-    """The server behind a longer wire, which is a process of its own, so as not to take part in what is measured."""
+    """Put the server behind a longer wire, in a process that takes no part in the measurement."""
     arguments = "-m", __name__, socket_directory, str(delay)
     process = await asyncio.create_subprocess_exec(
         sys.executable, *arguments, stdout=asyncio.subprocess.PIPE

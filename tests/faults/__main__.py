@@ -1,4 +1,4 @@
-"""`python -m tests.faults [scenario …] [--runs N] [--seed N]`, and `python -m tests.faults soak`."""
+"""Command line: `python -m tests.faults [scenario …] [--runs N] [--seed N]`, or `… soak`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=f"python -m {__package__}",
         description=f"Lets things go wrong under load, and counts what comes of it:\n{described}\n"
-        "  soak                              the ledger's server under load: its memory may not grow",
+        "  soak                              the ledger's server under load: "
+        "its memory may not grow",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="scenario", help="without a name, all in turn")

@@ -1,4 +1,4 @@
-"""The load: callers of the ledger who remember what they were told, and a witness of what was committed."""
+"""The load: callers of the ledger that record each answer, and a witness of the commits."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ledger.models import Account
 from ledger.repositories import AccountRepository
 from sessionwire import CommitOutcomeUnknownError, TransactionManager, TransactionTimeoutError
 
-# Each attempt at a transfer writes the number of its call here: what a commit did can be told apart by calls, also
-# where a key was booked before. Nothing prevents a second row.
+# Each attempt at a transfer writes the number of its call here. So the effect of a commit
+# can be assigned to a call, even if its key was booked before. A second row is possible.
 witness = Table("witness", MetaData(), Column("call", Integer, nullable=False))
 calling: ContextVar[Call] = ContextVar("calling")
 
@@ -56,7 +56,8 @@ class Call:
         Answer.CANCELLED
     )  # as it stays where the call was cancelled before its first step
     said: str = ""  # the error in short: the error itself would keep alive what must not be left
-    is_fair: bool = False  # refused by the ledger, for its own deadline or by a conflict: no fault need be behind that
+    # The ledger refused it, because of its own deadline or a conflict: without a fault.
+    is_fair: bool = False
     transfer: int | None = None
     attempts: int = 0  # that had hooks
     commits: int = 0  # that a hook was told of
@@ -75,7 +76,9 @@ class Manner:
 
     callers: int = 12
     accounts: int = 40
-    plain: float = 0.3  # share of the calls that only leave a mark, on default terms: transfers are SERIALIZABLE
+    # The share of calls that only leave a mark, with default options. Transfers are
+    # SERIALIZABLE.
+    plain: float = 0.3
     patience: float = 3.0  # seconds after which a caller gives up
     cancelled: float = (
         0.0  # share of the calls that are cancelled within `cancelled_within` seconds
@@ -91,7 +94,7 @@ class Manner:
 
 
 class WatchedAccounts(AccountRepository):
-    """Is asked first in each attempt at a transfer. It writes down the call, and asks to be told of the end."""
+    """Run first in each attempt at a transfer: write down the call, and register hooks."""
 
     def __init__(self, session: AsyncSession, transaction: TransactionManager) -> None:
         super().__init__(session)

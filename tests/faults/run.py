@@ -44,7 +44,7 @@ class Ground:
     path: str = ""
 
     async def connections(self, server: Server | None) -> int:
-        """How many the callers have, as the server counts them; for a file, by the threads that serve them."""
+        """Count the callers' connections in the server; for a file, the threads that serve them."""
         if server is None:
             return sum(
                 thread.name.endswith("(_connection_worker_thread)")
@@ -54,19 +54,20 @@ class Ground:
         return len(await server.execute(query, APPLICATION))
 
     async def connections_left(self, server: Server | None) -> int:
-        """The same after the end, where nothing may hold the file open either. Before, SQLite itself may do so."""
+        """Count again after the end, when even SQLite itself may not hold the file open."""
         holding = sum(file.path == self.path for file in psutil.Process().open_files())
         return max(await self.connections(server), holding)
 
 
 async def run(scenario: Scenario, seed: int, shared: Server, seconds: float) -> Verdict:
-    """Let things go wrong for this long. `shared` is the server of all runs that make none of their own."""
+    """Let things go wrong for this long. `shared` serves all runs that start no server."""
     loop = asyncio.get_running_loop()
     reports: list[str] = []
     loop.set_exception_handler(
         lambda _, context: reports.append(f"{context.get('exception') or context['message']!r}")
     )
-    logging.disable()  # what pytest keeps of each record would keep alive the session that it tells of
+    # pytest keeps each record, and so the session that it is about.
+    logging.disable()
     try:
         async with asyncio.timeout(LONGEST):
             verdict = await _run(scenario, seed, shared, seconds)

@@ -67,7 +67,7 @@ class World:
         await asyncio.sleep(self.random.uniform(0, 0.3))
 
     async def is_back(self) -> None:
-        """The server takes writes again. Let the callers call until all is well, or too late for that."""
+        """Wait until the callers succeed, or too long, after the server accepts writes again."""
         self.returned = monotonic()
         late = self.returned + RECOVERY + QUIET
         while (
@@ -220,7 +220,7 @@ async def cancelled_calls_on_a_slow_network(world: World) -> None:
     pool=PoolSettings(size=2, max_overflow=2, timeout=2),
 )
 async def cancelled_calls_behind_a_lock(world: World) -> None:
-    """The same where each statement waits for a lock that somebody else has, also long after the last call."""
+    """Like the scenario above, but each statement waits for a lock, even after the last call."""
     await world.is_busy()
     world.network.delays(0.01)
     other = await asyncpg.connect(host=world.server.host, user="postgres", database=DATABASE)
@@ -284,7 +284,7 @@ async def everything(world: World) -> None:
 
 @scenario(Place.CLUSTER, Place.BOTH)
 async def promotion(world: World) -> None:
-    """The primary goes in one way or another, and its standby takes over, at first as what it is."""
+    """Lose the primary in one way or another. Its standby takes over, at first unpromoted."""
     await world.is_busy()
     await world.random.choice([world.server.kill, world.server.crash, world.server.stop])()
     await take_over(world)
@@ -312,7 +312,7 @@ async def demotion(world: World) -> None:
 
 @scenario(Place.CLUSTER)
 async def commits_that_were_not_replicated(world: World) -> None:
-    """Commits that wait for the standby are cancelled by an administrator. Then the standby takes over without them."""
+    """Cancel commits that wait for the standby, which then takes over without them."""
     await world.is_busy()
     await world.cluster.standby.kill()
     async for _ in world.moments(0.1):
@@ -358,7 +358,8 @@ async def at_commit(world: World, statement: str) -> None:
     """Let the server do this when a call is committed."""
     await world.server.run(
         f"""
-        CREATE FUNCTION at_commit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {statement}; RETURN NULL; END $$;
+        CREATE FUNCTION at_commit() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN {statement}; RETURN NULL; END $$;
         CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON witness DEFERRABLE INITIALLY DEFERRED
             FOR EACH ROW EXECUTE FUNCTION at_commit();
         """,

@@ -1,4 +1,7 @@
-"""The ledger's server under load for minutes, with clients among it who hang up: its memory may not grow."""
+"""Run the ledger's server under load for minutes, with clients that hang up.
+
+Its memory may not grow.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ GROWTH = 1.10  # which it may reach by the end
 REFUSED = "0.13"  # an amount that the database refuses when it is committed
 TRIGGER = f"""
 CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
-    $$ BEGIN IF NEW.amount = {int(float(REFUSED) * 100)} THEN RAISE EXCEPTION 'refused'; END IF; RETURN NULL; END $$;
+    $$ BEGIN
+        IF NEW.amount = {int(float(REFUSED) * 100)} THEN RAISE EXCEPTION 'refused'; END IF;
+        RETURN NULL;
+    END $$;
 CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON transfer DEFERRABLE INITIALLY DEFERRED
     FOR EACH ROW EXECUTE FUNCTION refuse();
 """
@@ -50,7 +56,8 @@ async def soak(seconds: float) -> int:
         process.terminate()
         assert await process.wait() == 0, "the server has not ended well"
     print(
-        f"memory: {early:.1f} MB, at the end {late:.1f} MB: {late / early:.3f} of it, {GROWTH:.2f} at most"
+        f"memory: {early:.1f} MB, at the end {late:.1f} MB: "
+        f"{late / early:.3f} of it, {GROWTH:.2f} at most"
     )
     missing = [kind for kind in ("201", "200", "409", "500", "hung up") if not told[kind]]
     assert not missing, f"not among the traffic: {missing}"

@@ -21,7 +21,7 @@ RECOVERY = 2.0  # seconds after the server's return until nobody notices any mor
 
 @dataclass
 class Counts:
-    """Everything that is counted in a run. What stands below `attempts` is to be 0, or within its bound."""
+    """The counts of a run. Those below `attempts` must be 0, or within their limits."""
 
     # calls, by what they were answered
     acknowledged: int = 0
@@ -47,7 +47,9 @@ class Counts:
     reports: int = 0  # to the event loop's exception handler
     # seconds
     longest: float = 0.0  # that a caller was stuck
-    overrun: float = 0.0  # the longest over the limits of its call: patience, deadline, and the commit's or rollback's
+    # The longest time over the limits of a call: patience, deadline, and the timeout of
+    # the commit or rollback.
+    overrun: float = 0.0
     recovery: float | None = (
         None  # from the server's return to the last failure; none: it was not away
     )
@@ -86,7 +88,7 @@ class Verdict:
 def judge_calls(
     verdict: Verdict, calls: Iterable[Call], rows: Mapping[int, int], transfers: set[int]
 ) -> None:
-    """Hold each call against its rows in `witness`, and the transfer that it was given against those in the books."""
+    """Compare each call with its rows in `witness`, and its transfer with the books."""
     counts = verdict.counts
     for call in calls:
         setattr(counts, call.answer, getattr(counts, call.answer) + 1)
@@ -108,7 +110,10 @@ def judge_calls(
             wrong.append(f"on_commit ran {call.commits} times, on_rollback {call.rollbacks}")
         if wrong:
             answer = f"{call.answer} {call.said}".strip()
-            about = f"{call.attempts} attempts in {call.ended - call.began:.2f} s, {committed} of them in the books"
+            about = (
+                f"{call.attempts} attempts in {call.ended - call.began:.2f} s, "
+                f"{committed} of them in the books"
+            )
             verdict.details.append(f"call {call.number}: {', '.join(wrong)}; {answer}; {about}")
 
 
@@ -120,7 +125,7 @@ def _due(call: Call, committed: int) -> tuple[int, int]:
 
 
 def judge_recovery(verdict: Verdict, calls: Iterable[Call], returned: float) -> None:
-    """From the server's return to the last failure, or to the first success where there was no failure."""
+    """Measure from the server's return to the last failure, or else to the first success."""
     after = [call for call in calls if call.ended > returned and not call.is_fair]
     failures = [call for call in after if call.answer in (Answer.REFUSED, Answer.UNKNOWN)]
     successes = [

@@ -364,7 +364,8 @@ async def test_openapi_describes_the_problems_and_no_service(api: httpx.AsyncCli
     }
     assert parameters == {"account", "before", "limit", "idempotency-key"}
     assert description["components"]["schemas"].keys() == {
-        "Balance", "BookedTransfer", "Health", "NewAccount", "NewTransfer", "OpenedAccount", "Statement"
+        "Balance", "BookedTransfer", "Health", "NewAccount", "NewTransfer", "OpenedAccount",
+        "Statement",
     }  # fmt: skip
 
 

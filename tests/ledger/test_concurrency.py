@@ -112,7 +112,8 @@ async def test_a_callers_retry_sees_an_account_that_changed_after_it_was_read(
 TRIGGER = (
     "CREATE FUNCTION raise_conflict() RETURNS trigger LANGUAGE plpgsql AS "
     "$$BEGIN RAISE EXCEPTION 'somebody was faster' USING ERRCODE = 'serialization_failure'; END$$",
-    "CREATE TRIGGER conflict BEFORE UPDATE ON account FOR EACH ROW EXECUTE FUNCTION raise_conflict()",
+    "CREATE TRIGGER conflict BEFORE UPDATE ON account "
+    "FOR EACH ROW EXECUTE FUNCTION raise_conflict()",
 )
 
 

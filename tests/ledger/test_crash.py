@@ -84,7 +84,7 @@ def directory() -> Iterator[Path]:
 
 
 @pytest.mark.long
-async def test_a_demo_after_a_sigkill_finds_the_books_right_on_the_embedded_server_of_the_killed_one(
+async def test_a_demo_on_the_embedded_server_of_a_killed_one_finds_the_books_right(
     ledger: Ledger, directory: Path
 ) -> None:
     settings = LedgerSettings(database=DatabaseSettings(url=f"embedded:{directory}"))

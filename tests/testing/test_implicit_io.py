@@ -1,4 +1,4 @@
-"""What is not loaded and is used without await: an error that names it and what loads it, and does no harm."""
+"""Lazy loads without await: the error names the attribute and the remedy, and does no harm."""
 
 from __future__ import annotations
 
@@ -93,7 +93,8 @@ USES: dict[str, tuple[Find, Callable[..., object], str]] = {
     "a collection": (
         author,
         lambda author: author.books,
-        "Author.books is not loaded, and this would load it without await: use selectinload(Author.books) in the "
+        "Author.books is not loaded, and this would load it without await: "
+        "use selectinload(Author.books) in the "
         'query, or await obj.awaitable_attrs.books, or await session.refresh(obj, ["books"])',
     ),
     "a collection that is replaced": (author, replace_books, "Author.books is not loaded"),
@@ -105,13 +106,15 @@ USES: dict[str, tuple[Find, Callable[..., object], str]] = {
     "a deferred column": (
         author,
         lambda author: author.life,
-        "Author.life is not loaded, and this would load it without await: use undefer(Author.life) in the query, "
+        "Author.life is not loaded, and this would load it without await: "
+        "use undefer(Author.life) in the query, "
         'or await obj.awaitable_attrs.life, or await session.refresh(obj, ["life"])',
     ),
     "an expired column": (
         expired_author,
         lambda author: author.name,
-        "Author.name is not loaded, and this would load it without await: use await obj.awaitable_attrs.name, "
+        "Author.name is not loaded, and this would load it without await: "
+        "use await obj.awaitable_attrs.name, "
         'or await session.refresh(obj, ["name"])',
     ),
 }

@@ -1,4 +1,4 @@
-"""A deadlock in a sandbox that strikes a task which nobody awaits: it ends the test, which would wait for good."""
+"""A deadlock in a task that nobody awaits: it ends the test, which would wait forever."""
 
 from __future__ import annotations
 

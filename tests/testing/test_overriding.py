@@ -1,4 +1,4 @@
-"""`overriding`: what is overridden in a block, what is built from it inside, and that all is as before after it."""
+"""`overriding` replaces providers and what depends on them inside its block only."""
 
 from __future__ import annotations
 
@@ -157,7 +157,8 @@ def test_a_provider_that_cannot_be_overridden_leaves_nothing_overridden(
     [
         (
             "shopp",
-            "Application has no provider 'shopp': did you mean 'shop'? It has office, office__archive, ",
+            "Application has no provider 'shopp': did you mean 'shop'? "
+            "It has office, office__archive, ",
         ),
         (
             "office__clok",
@@ -165,7 +166,8 @@ def test_a_provider_that_cannot_be_overridden_leaves_nothing_overridden(
         ),
         (
             "xyz",
-            "Application has no provider 'xyz'. It has office, office__archive, office__clock, office__config, ",
+            "Application has no provider 'xyz'. "
+            "It has office, office__archive, office__clock, office__config, ",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The pytest plugin as its users have it: in a project of their own, whose tests another pytest runs."""
+"""The pytest plugin in projects of its users, whose tests run in another pytest process."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def pytest_run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[
 
 
 def plugin() -> list[str]:
-    """What makes pytest know the plugin where sessionwire is not installed, but imported from the checkout."""
+    """Register the plugin if sessionwire is imported from the checkout, not installed."""
     from importlib.metadata import entry_points
 
     known = any(
@@ -308,7 +308,10 @@ import asyncio
 import pytest
 from sqlalchemy import text
 
-COUNT = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000000) SELECT count(*) FROM n"
+COUNT = (
+    "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000000) "
+    "SELECT count(*) FROM n"
+)
 
 async def test_a_deadline(container):
     with pytest.raises(TimeoutError):

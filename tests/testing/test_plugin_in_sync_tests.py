@@ -1,4 +1,4 @@
-"""The pytest plugin in tests that are not async, but run an event loop, as that of a web framework's TestClient."""
+"""The pytest plugin in synchronous tests that run an event loop, as with a TestClient."""
 
 from __future__ import annotations
 

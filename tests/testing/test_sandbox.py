@@ -1,4 +1,4 @@
-"""`sandbox`: all that is done to the database inside it is undone at its end, and means the usual until then."""
+"""`sandbox` rolls back all work inside it at its end, and changes no meaning until then."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ from tests.postgres import OnPostgres, kill
 from tests.units_of_work import UNITS_OF_WORK, Work
 
 HERE = Path(__file__).name
-COUNT = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000000) SELECT count(*) FROM n"
+COUNT = (
+    "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000000) "
+    "SELECT count(*) FROM n"
+)
 
 
 @pytest.fixture

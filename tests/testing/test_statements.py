@@ -1,4 +1,4 @@
-"""`count_statements`: what a block sends, the line that sends it, and a test that fails where it is too much."""
+"""`count_statements`: the statements of a block and their lines, and a limit for tests."""
 
 from __future__ import annotations
 

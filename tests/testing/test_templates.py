@@ -313,7 +313,10 @@ async def seed(manager):
 
 async def main():
     async with DatabaseTemplate(url, seed, key=key or None) as template, template.copy() as copy:
-        async with DatabaseSessionManager(copy.settings) as manager, manager.connect() as connection:
+        async with (
+            DatabaseSessionManager(copy.settings) as manager,
+            manager.connect() as connection,
+        ):
             await connection.execute(text("SELECT * FROM note"))
             await hold("in a copy")
 

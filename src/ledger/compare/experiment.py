@@ -116,7 +116,8 @@ async def create_rows(database: AsyncEngine) -> None:
 async def count_leaked_connections(server: DatabaseSessionManager, database: AsyncEngine) -> int:
     """Wait until no statement runs and nothing changes, then count open transactions."""
     query = text(
-        "SELECT state, count(*) FROM pg_stat_activity WHERE datname = :name AND state <> 'idle' GROUP BY 1"
+        "SELECT state, count(*) FROM pg_stat_activity "
+        "WHERE datname = :name AND state <> 'idle' GROUP BY 1"
     )
     states: dict[str, int] | None = None
     async with asyncio.timeout(SERVER_TIMEOUT), server.engine.connect() as connection:

@@ -29,7 +29,8 @@ ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SE
 INSTEAD_OF = {  # what others call an option
     "isolation_level": "write isolation=…",
     "readonly": "write read_only=True",
-    "retries": "only @transactional(retries=…) and run(function, retries=…) can call a function again",
+    "retries": "only @transactional(retries=…) and run(function, retries=…) "
+    "can call a function again",
     "of": "only @transactional and @read_only look for their TransactionManager",
     "nested": "write transaction(Propagation.NESTED)",
 }

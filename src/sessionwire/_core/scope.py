@@ -236,7 +236,8 @@ class Scope:
             raise NoSessionError(
                 "the scope of this session has ended: it was cut off by close()"
                 if self.is_aborted
-                else "the scope of this session has ended: use the session inside its block, or inject a CurrentSession"
+                else "the scope of this session has ended: use the session inside its block, "
+                "or inject a CurrentSession"
             )
         if self._operation is not None:
             raise concurrent_use_error("another operation is running on it")

@@ -325,7 +325,8 @@ class Database:
                 if is_forked
                 else "another event loop, which is still open"
             )
-            + ": its connections cannot be shared. close() it there first, or make a manager for each"
+            + ": its connections cannot be shared. close() it there first, "
+            "or make a manager for each"
         )
         if not is_forked:
             error.add_note(

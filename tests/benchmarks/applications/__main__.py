@@ -7,5 +7,6 @@ from importlib import import_module
 import uvicorn
 
 app = import_module(f".{sys.argv[1]}", __package__).app
-gc.freeze()  # what stays for good need not be looked through again and again, whichever library it is of
+# Objects that stay for good need not be examined at every collection, whichever the library.
+gc.freeze()
 uvicorn.run(app, port=int(sys.argv[2]), log_level="critical", access_log=False)

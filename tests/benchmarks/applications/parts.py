@@ -1,4 +1,4 @@
-"""What all the applications share: the table, the graph of five objects, the answer, and the pool."""
+"""The parts that all applications share: table, graph of five objects, response, pool."""
 
 import os
 

@@ -1,4 +1,7 @@
-"""advanced-alchemy: its service over its repository, given by `provide_service`; the rest is FastAPI's `Depends`."""
+"""advanced-alchemy: its service over its repository, from `provide_service`.
+
+The rest uses FastAPI's `Depends`.
+"""
 
 import os
 from typing import Annotated

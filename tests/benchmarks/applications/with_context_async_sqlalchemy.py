@@ -1,6 +1,7 @@
-"""context-async-sqlalchemy: the session of the request from a context variable, with its middleware for FastAPI.
+"""context-async-sqlalchemy: the request's session, from a context variable.
 
-Its documentation shows an engine with `pool_pre_ping`, which would cost it three messages more; no variant has that.
+Its middleware for FastAPI sets the variable. Its documentation shows an engine with
+`pool_pre_ping`, which would send three more messages; no variant has that.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""As in dependency-injector's example with FastAPI and SQLAlchemy: repositories hold a session factory."""
+"""dependency-injector's FastAPI and SQLAlchemy example: repositories with a session factory."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager

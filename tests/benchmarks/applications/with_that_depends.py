@@ -1,4 +1,7 @@
-"""that-depends: a session as a `ContextResource` of the request, factories over it, and its middleware."""
+"""that-depends: a session as a `ContextResource` of the request, and factories over it.
+
+Its middleware opens the context.
+"""
 
 from collections.abc import AsyncIterator
 from typing import Annotated
