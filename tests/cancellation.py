@@ -1,4 +1,4 @@
-"""Cancel a coroutine at its n-th suspension, for each n, so that no await is left untested."""
+"""Cancel a coroutine at its n-th suspension, for each n, so that no await is missed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TWICE_LATER = pytest.param(2, id="twice, later", marks=pytest.mark.long)
 
 
 class Steps:
-    """Runs a coroutine in a task, which it cancels at the given suspensions (counted from 1)."""
+    """Run a coroutine in a task, and cancel it at these suspensions, counted from 1."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, Any], *cancel_at: int) -> None:
         self.coroutine = coroutine
@@ -60,7 +60,7 @@ class Steps:
 async def each_cancellation(
     work: Callable[[], Coroutine[Any, Any, Any]], *, again_after: int | None = None, stride: int = 1
 ) -> AsyncIterator[Steps]:
-    """Repeat the work with a cancellation at its 1st, 2nd, … suspension, until it completes.
+    """Repeat the work, cancelled at its 1st, 2nd, … suspension, until it completes.
 
     `again_after` cancels a second time, that many suspensions later. A `stride` of n
     cancels only at every n-th suspension.

@@ -1,4 +1,4 @@
-"""PostgreSQL servers that a test can kill, restart and promote: a primary and its standby.
+"""PostgreSQL servers that a test can kill, restart and promote.
 
 They come from the wheel that `embedded:` uses, but are started here, because the wheel
 knows neither standbys nor ports. They do not wait for a disk. What they acknowledge
@@ -57,9 +57,10 @@ autovacuum = off
 
 
 class Server(Postgres):
-    """One server in a directory of its own. It is made by `create()` or `copy()`, then started.
+    """One server in its own directory, made by `create()` or `copy()`, then started.
 
-    `host` is the directory of its Unix socket. With a TCP port, it also listens on 127.0.0.1.
+    `host` is the directory of its Unix socket. With a TCP port, it also listens on
+    127.0.0.1.
     """
 
     def __init__(self, directory: Path, *, tcp: bool = False) -> None:
@@ -85,14 +86,14 @@ class Server(Postgres):
             file.write(CONFIGURATION)
 
     async def copy(self, primary: Server) -> None:
-        """Copy a running server, as its standby. That server knows the copy by its name."""
+        """Copy a running server, as its standby, which that server knows by name."""
         source = f"host={primary.host} user=postgres application_name={self.name}"
         slot = ("--create-slot", "--slot", self.name)
         options = ("--write-recovery-conf", "--checkpoint=fast", "--no-sync", *slot)
         await self._do("pg_basebackup", "-d", source, "-D", self.data, *options)
 
     async def start(self, *, as_standby: bool = False) -> None:
-        """Start it and wait until it accepts connections. `as_standby` makes it a standby."""
+        """Start it, with `as_standby` as a standby, and wait for it to be ready."""
         if as_standby:
             (self.data / "standby.signal").touch()
         self.begin_to_start()
@@ -110,7 +111,7 @@ class Server(Postgres):
         await self._end(signal.SIGINT)
 
     async def crash(self) -> None:
-        """Stop it at once. Its clients are told, but it has to recover at its next start."""
+        """Stop it at once, with notice to its clients. The next start recovers."""
         await self._end(signal.SIGQUIT)
 
     async def kill(self) -> None:
@@ -121,7 +122,7 @@ class Server(Postgres):
             self._remove_shared_memory()
 
     def pause(self) -> None:
-        """Stop its processes where they are: connections stay open, and nothing answers."""
+        """Pause its processes: connections stay open, and nothing answers."""
         self._for_each_process(psutil.Process.suspend)
 
     def resume(self) -> None:
@@ -150,7 +151,7 @@ class Server(Postgres):
         return processes
 
     def _processes(self) -> list[psutil.Process]:
-        """The first process, and its children, which go on for a while where it is killed alone."""
+        """Return the first process and its children, which outlive its kill a while."""
         if self._process is None or not self.is_running:
             return []
         first = psutil.Process(self._process.pid)
@@ -262,7 +263,7 @@ async def server(*, tcp: bool = False) -> AsyncIterator[Server]:
 
 @asynccontextmanager
 async def cluster(*, synchronous: bool = False, tcp: bool = False) -> AsyncIterator[Cluster]:
-    """A running primary with a running standby; at the end both are stopped and removed."""
+    """Run a primary and a standby; at the end stop and remove both."""
     async with server(tcp=tcp) as primary:
         standby = Server(Path(primary.host).with_name("standby"), tcp=tcp)
         try:

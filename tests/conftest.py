@@ -1,4 +1,4 @@
-"""Real databases for the tests, a fresh one for each: SQLite, and an embedded PostgreSQL."""
+"""Real databases, a fresh one for each test: SQLite, and an embedded PostgreSQL."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ async def database_url(server: Postgres | None, tmp_path: Path) -> AsyncIterator
     try:
         async with asyncio.timeout(5):
             while left := await administrator.fetch(CONNECTED, DATABASE):
-                await asyncio.sleep(0.002)  # a server process outlives its client for a moment
+                # A server process outlives its client for a moment.
+                await asyncio.sleep(0.002)
     finally:
         await administrator.execute(
             f"SELECT pg_terminate_backend(pid) {CONNECTED_TO}'{DATABASE}'"
@@ -107,7 +108,7 @@ def settings(database_url: str) -> DatabaseSettings:
 
 @pytest.fixture
 async def manager(settings: DatabaseSettings) -> AsyncIterator[DatabaseSessionManager]:
-    """An open manager with empty tables. At the end no connection may be checked out."""
+    """Yield an open manager with empty tables. At the end all connections are back."""
     async with DatabaseSessionManager(settings) as manager:
         async with manager.connect() as connection:
             await connection.run_sync(manager.metadata.create_all, checkfirst=False)

@@ -279,7 +279,7 @@ asyncio.run(main())
 
 
 class Reader:
-    """Somebody who saved the page's files in a directory, and types in the rest there."""
+    """A reader who saved the page's files in a directory, and types in the rest."""
 
     def __init__(self, document: Document, directory: Path, database_url: str) -> None:
         self.document = document

@@ -31,7 +31,7 @@ async def until(condition: Callable[[], Awaitable[object]], seconds: float = 5) 
 
 
 async def running(server: Postgres, manager: DatabaseSessionManager, query: str) -> bool:
-    """Return whether a server process runs a query like this in the manager's database."""
+    """Return whether a server process of the manager's database runs this query."""
     busy = (
         "SELECT 1 FROM pg_stat_activity WHERE datname = $1 AND state = 'active' AND query LIKE $2"
     )
@@ -51,7 +51,7 @@ async def kill(server: Postgres, manager: DatabaseSessionManager, query: str = "
 
 
 async def at_commit(manager: DatabaseSessionManager, statement: str) -> None:
-    """Run this in the server at each commit of a new note, in a deferred constraint trigger."""
+    """Let the server do this at each commit of a new note, by a deferred trigger."""
     async with manager.connect() as connection:
         for sql in (
             "CREATE FUNCTION at_commit() RETURNS trigger LANGUAGE plpgsql AS "
@@ -68,18 +68,16 @@ class Network(Proxy):
     def __init__(self) -> None:
         super().__init__()
         self.swallows = False
-        self.cuts_at: bytes | None = (
-            None  # closes the connection on which the client sends this, instead of sending it
-        )
-        self.cuts_answer_to: bytes | None = (
-            None  # sends it on, and closes once the server has answered
-        )
+        # Close the connection on which the client sends this, instead of sending it.
+        self.cuts_at: bytes | None = None
+        # Send this on, and close the connection once the server has answered.
+        self.cuts_answer_to: bytes | None = None
         self.asked = b""  # what a client has sent last
         self._cut: set[Line] = set()  # once the server answers
         self._dead: set[Line] = set()
 
     def swallow_what_is_open(self) -> None:
-        """What is sent on the connections that are open now goes nowhere from now on."""
+        """Swallow from now on what is sent on the connections that are open now."""
         self._dead |= self.lines
 
     def ask(self, data: bytes, line: Line) -> None:

@@ -1,4 +1,4 @@
-"""A proxy on the way to a PostgreSQL server, which counts the messages that wait for an answer."""
+"""A proxy before a PostgreSQL server, which counts round trips."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 # Query, Sync, Flush (which asks for a preparation), and the messages that open a
 # connection: see "Message Formats" in PostgreSQL's documentation.
 ASK = b"QSH\0"
-# The version in the first message of protocol 3. A first message without it asks for TLS.
+# The version in the first message of protocol 3. A first message without it asks for
+# TLS.
 STARTUP = 0x30000
 
 
@@ -26,9 +27,8 @@ class Proxy:
     """`delay` seconds are added to each round trip, by holding the question back."""
 
     def __init__(self, delay: float = 0) -> None:
-        self.questions = (
-            0  # that were sent since it was set to 0, each with an answer to wait for: round trips
-        )
+        # The messages, since this was set to 0, that wait for an answer: round trips.
+        self.questions = 0
         self.lines: set[Line] = set()
         self._delay = delay
         self._carriers: set[asyncio.Task[None]] = set()
@@ -92,7 +92,7 @@ class Proxy:
 
 
 class _Kinds:
-    """Yield the type of each message of a client, which come in pieces; 0 for the first ones."""
+    """Yield the types of a client's messages, which come in pieces; 0 at the start."""
 
     def __init__(self) -> None:
         self._rest = b""

@@ -1,4 +1,4 @@
-"""advanced-alchemy's repositories and services in a container, and `close_all_sessions()`."""
+"""advanced-alchemy's repositories and services, and SQLAlchemy's close_all_sessions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`TransactionMiddleware`: a transaction per request, under three frameworks and a real server."""
+"""`TransactionMiddleware`: a transaction per request, under three frameworks."""
 
 from __future__ import annotations
 

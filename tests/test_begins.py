@@ -1,4 +1,4 @@
-"""A BEGIN that fails: the pooled connection that it was sent on is clean afterwards, or gone."""
+"""A BEGIN that fails leaves a pooled connection that is clean, or none."""
 
 from __future__ import annotations
 

@@ -37,13 +37,14 @@ async def cancel_everywhere(
     again_after: int | None = None,
     warm: bool = True,
 ) -> AsyncIterator[list[str]]:
-    """Yield the written notes after a cancellation at each suspension. Nothing may be left."""
+    """Yield the notes after a cancellation at each suspension. Nothing may be left."""
     tasks = asyncio.all_tasks()
     async for _ in each_cancellation(lambda: work(manager), again_after=again_after):
         assert checked_out(manager) == 0
         async with asyncio.timeout(5):
             while asyncio.all_tasks() != tasks:
-                await asyncio.sleep(0)  # a connection that was given up is closed in the background
+                # An aborted connection is closed in the background.
+                await asyncio.sleep(0)
         yield await notes(manager)
         async with manager.transaction() as session:
             await session.execute(delete(Note))
@@ -69,7 +70,7 @@ async def test_a_cancellation_at_any_await_leaves_all_or_nothing_and_no_connecti
 async def test_cancelling_all_tasks_of_the_loop_leaves_all_or_nothing_and_no_connection(
     manager: DatabaseSessionManager,
 ) -> None:
-    """As it does when it is shut down: those too in which the library ends what it has begun."""
+    """Cancel all tasks, as a shutdown does, including those that end a block."""
     await in_a_transaction(manager)  # warm
     for turns in range(0, 60, 2):
         async with manager.connect() as connection:

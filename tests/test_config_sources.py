@@ -1,4 +1,4 @@
-"""Sources of settings: variables in YAML, misspelt names, and other things than settings."""
+"""Sources of settings: variables in YAML, misspelt names, and wrong objects."""
 
 from __future__ import annotations
 

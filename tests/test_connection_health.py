@@ -1,4 +1,4 @@
-"""Messages to the server, and the replacement of connections that idled, died or grew old."""
+"""Messages to the server, and the replacement of idle, dead or old connections."""
 
 from __future__ import annotations
 

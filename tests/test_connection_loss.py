@@ -1,4 +1,4 @@
-"""What a block does when its connection is killed, or when the server no longer answers."""
+"""Blocks whose connection is killed, or whose server no longer answers."""
 
 from __future__ import annotations
 

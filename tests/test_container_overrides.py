@@ -1,4 +1,4 @@
-"""Overrides of providers: at any time, in any nesting, and reset in each possible way."""
+"""Overrides of providers: at any time, in any nesting, and reset in each way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`DatabaseContainer`: its providers and configuration, services, and several databases."""
+"""`DatabaseContainer`: providers, configuration, services, and several databases."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ class Typed(containers.DeclarativeContainer):
 
 
 class WaysIn:
-    """Each gives the container of a database: that URL, two connections, and the name `shop`."""
+    """Ways to configure a container: that URL, two connections, and the name `shop`."""
 
     def __init__(self, url: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._values = {"url": url, "pool": {"size": 2}, "application_name": "shop"}
@@ -285,7 +285,8 @@ class WaysIn:
         container.config.url.from_env("DATABASE__URL", required=True)
         container.config.pool.size.from_env("DATABASE__POOL__SIZE", as_=int)
         container.config.application_name.from_env("DATABASE__APPLICATION_NAME")
-        container.config.drain_timeout.from_env("DATABASE__DRAIN_TIMEOUT")  # there is none
+        # This variable is not set.
+        container.config.drain_timeout.from_env("DATABASE__DRAIN_TIMEOUT")
         return container
 
     def raw_from_pydantic_settings(self) -> Any:

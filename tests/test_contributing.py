@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md and the files for contributors: commands, paths and settings are right."""
+"""CONTRIBUTING.md is right: its commands, its paths, and contributors' settings."""
 
 from __future__ import annotations
 

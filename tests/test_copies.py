@@ -1,4 +1,4 @@
-"""A manager stays one object in a container, which copies the arguments of its providers."""
+"""A manager stays one object in a container, which copies its providers' arguments."""
 
 from __future__ import annotations
 

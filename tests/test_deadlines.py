@@ -1,4 +1,4 @@
-"""Deadlines: what `timeout` ends, what it leaves alone, and how it goes with cancellation."""
+"""Deadlines: what `timeout` ends, what it leaves alone, and cancellation beside it."""
 
 from __future__ import annotations
 
@@ -437,7 +437,8 @@ class TestWithCancellation:
                 try:
                     await asyncio.sleep(60)
                 finally:
-                    await asyncio.sleep(60)  # cleans up, and is interrupted by the deadline
+                    # The deadline interrupts this clean-up.
+                    await asyncio.sleep(60)
 
         started = asyncio.Event()
         task = asyncio.create_task(work())

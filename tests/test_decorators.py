@@ -1,4 +1,4 @@
-"""`@transactional` and `@read_only`: the functions and options that they accept or refuse."""
+"""`@transactional` and `@read_only`: the functions and options that they accept."""
 
 from __future__ import annotations
 

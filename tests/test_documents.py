@@ -131,7 +131,7 @@ def test_each_file_on_a_page_is_used_by_a_command_or_by_other_code(document: Doc
 async def reader(
     document: Document, tmp_path: Path, database_url: str, server: Postgres | None
 ) -> AsyncIterator[Reader]:
-    """On PostgreSQL a user who may make schemas, but is no superuser: row-level security holds."""
+    """Run as a PostgreSQL user without superuser rights: row-level security holds."""
     if server is None:
         yield Reader(document, tmp_path, database_url)
         return
@@ -372,7 +372,7 @@ def test_each_command_of_the_documentation_is_tested(command: Command) -> None:
     "command", [c for c in COMMANDS if c.line.startswith("pip install ")], ids=lambda c: c.line
 )
 def test_each_documented_pip_install_names_an_extra_of_the_project(command: Command) -> None:
-    """The gate installs the wheel for real; this is not on any index before its release."""
+    """The gate installs the wheel for real; no index has it before its release."""
     check_installed(command)
 
 

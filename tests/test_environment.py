@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """Make a project with an up-to-date environment. Any attempt to replace it fails."""
+    """Make a project with an up-to-date environment. Replacing it fails."""
     scripts = tmp_path / ".ci"
     scripts.mkdir()
     shutil.copy(CHECKOUT / ".ci" / "env", scripts)
@@ -32,7 +32,7 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def other_python(tmp_path: Path) -> str:
-    """An interpreter that is not the one of the environment: it says so where it is asked."""
+    """Make an interpreter that differs from the environment's, and says so if asked."""
     path = tmp_path / "python3.99"
     path.write_text("#!/bin/sh\necho /elsewhere 3.99\n")
     path.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Errors name their cause: a closed manager, a block of another task, an earlier failure."""
+"""Errors name their cause: a closed manager, another task, an earlier failure."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class TestTablesOfManyProcesses(OnPostgres):
     async def test_create_all_in_many_processes_creates_each_table_once(
         self, database_url: str
     ) -> None:
-        """Without turns, all but one of them would meet tables that the first is making."""
+        """Without turns, all but one would meet tables that the first is creating."""
 
         async def start() -> None:
             async with (

@@ -1,4 +1,4 @@
-"""`sessionwire.fastapi`: endpoints that are given what the container provides, in both forms."""
+"""`sessionwire.fastapi`: endpoints injected by the container, in both forms."""
 
 # ruff: noqa: B008  # `= Depends(…)` is one of them
 

@@ -1,4 +1,4 @@
-"""Blocks open in an async generator, which the iterating code finds between two items."""
+"""Blocks open in an async generator, which the code finds that iterates over it."""
 
 from __future__ import annotations
 
@@ -336,7 +336,7 @@ class TestLeftEarlyWithNothingLost:
 
 
 class TestLeftByAnError:
-    """An error or a cancellation is not replaced: it tells that the work was not done."""
+    """An error or a cancellation is not replaced: it reports that work is lost."""
 
     async def test_a_generator_exit_raised_by_hand_is_an_ordinary_error(
         self, manager: DatabaseSessionManager, service: Notes
@@ -455,7 +455,8 @@ class TestWritesInsideATransaction:
                     IncompatibleTransactionError, match="not to the transaction around the loop"
                 ):
                     await write(service)
-            session.add(Note(text="kept"))  # what was refused has done nothing to the transaction
+            # The refused write did nothing to the transaction.
+            session.add(Note(text="kept"))
         assert await notes(manager) == ["kept"]
 
     async def test_a_write_is_refused_in_a_comprehension_and_through_other_generators(

@@ -1,4 +1,4 @@
-"""Hooks: what is called after a commit, after a rollback, and at the begin of every transaction."""
+"""Hooks: called after a commit, after a rollback, and when a transaction begins."""
 
 from __future__ import annotations
 
@@ -653,7 +653,7 @@ class TestOnBegin:
 
 
 class TestRowLevelSecurity(OnPostgres):
-    """`SET LOCAL` in on_begin, a policy in the database, and a role that the policy holds for."""
+    """`SET LOCAL` in on_begin, a policy in the database, and a role subject to it."""
 
     @pytest.fixture
     async def role(self, manager: DatabaseSessionManager, postgres: Postgres) -> AsyncIterator[str]:

@@ -1,4 +1,4 @@
-"""While an on_begin hook is set, no statement reaches the database without it, on whatever way."""
+"""With an on_begin hook, every statement reaches the database after the hook."""
 
 from __future__ import annotations
 

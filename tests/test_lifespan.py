@@ -1,4 +1,4 @@
-"""`Lifespan`: what starts and ends in which order, whatever fails, and in web applications."""
+"""`Lifespan`: the order of starts and ends, failures in them, and web applications."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ class Thing:
 
 
 class Layers(containers.DeclarativeContainer):
-    """Each resource needs another through other providers, and is declared before it."""
+    """Resources that need others through providers, and are declared before them."""
 
     log = providers.Singleton(Log)
     third = providers.Resource(async_generator, log, "third")
@@ -270,7 +270,7 @@ async def diary(notebook: Notebook, name: str) -> AsyncIterator[str]:
 
 
 class Application(containers.DeclarativeContainer):
-    """The user's resources work with the database while they start and while they end."""
+    """The user's resources use the database while they start and while they end."""
 
     settings = providers.Dependency(instance_of=DatabaseSettings)
     diary = providers.Resource(diary)
@@ -643,7 +643,7 @@ class ShutdownFailed(Exception):
 
 @asynccontextmanager
 async def served(app: Any) -> AsyncIterator[Callable[[str], Any]]:
-    """The application, started and stopped by the ASGI protocol; yields what sends it a GET."""
+    """Start and stop the application by the ASGI protocol; yield a function to GET."""
     to_app: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     from_app: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 

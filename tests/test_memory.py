@@ -1,4 +1,4 @@
-"""After each way out of a block none of its objects stays alive: session, scope, task."""
+"""After each way out of a block none of its objects stays alive."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ async def leave(way: Way, manager: DatabaseSessionManager, times: int) -> None:
 
 
 async def settled(before: Counter[str]) -> Counter[str]:
-    """What is alive more than before, once what is aborted in the background has ended."""
+    """Return what is alive beyond `before`, once background aborts have ended."""
     with suppress(TimeoutError):
         async with asyncio.timeout(5):
             while alive() - before:

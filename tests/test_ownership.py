@@ -1,6 +1,7 @@
 """Event loops, threads and processes: who may use a manager, and who takes it over.
 
-The tests of closed event loops run programs, because their warnings are part of the answer.
+The tests of closed event loops run programs, because their warnings belong to the
+answer.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def in_child(function):
 
 
 def run(program: str, database_url: str) -> list[str]:
-    """The lines that it prints. It may not warn of anything, but of its fork() with threads."""
+    """Return the printed lines. The only warning may be that of fork() with threads."""
     code = BEGIN + dedent(program)
     warnings = ["-W", "always", "-W", "ignore:This process:DeprecationWarning"]
     command = [sys.executable, *warnings, "-c", code, database_url]
@@ -317,7 +318,8 @@ class TestOnPostgres(OnPostgres):
 
         def job(manager: DatabaseSessionManager) -> None:
             async def leave() -> None:
-                nonlocal session, connected  # a block that nothing refers to ends at once
+                # A block that nothing refers to would end at once.
+                nonlocal session, connected
                 session, connected = manager.session(), manager.connect()
                 await (await session.__aenter__()).execute(select(1))
                 await (await connected.__aenter__()).execute(select(1))
@@ -450,7 +452,7 @@ class TestInAThread:
 
 @pytest.mark.long
 class TestInAForkedProcess:
-    """What the parent has open is the parent's: the child begins anew, and sends nothing on it."""
+    """The parent keeps what it has open: the child begins anew, and sends nothing."""
 
     def test_a_manager_works_in_a_forked_child_and_in_its_parent(self, database_url: str) -> None:
         program = """

@@ -1,4 +1,4 @@
-"""Every propagation mode in every enclosing state, with every way out of both blocks."""
+"""Every propagation mode in every enclosing state, with every way out of both."""
 
 from __future__ import annotations
 
@@ -43,16 +43,17 @@ NOT_SUPPORTED| without | without    | without  | without   | without   | without
 NEVER        | without | forbidden  | forbidden| shares    | without   | incompatible| forbidden
 """
 
-# What differs on SQLite, where the one around it has written: one writer excludes another.
+# The differences on SQLite, if the enclosing block has written: it allows one writer.
 ON_SQLITE = """
                 | transaction  | savepoint    | session
 REQUIRES_NEW    | incompatible | incompatible | incompatible
 NOT_SUPPORTED   | incompatible | incompatible | incompatible
 """
 
-# The end of the block, by what happens in it. Its row is kept, is rolled back, or shares
-# the fate of the enclosing rows. `unexpected` is rolled back too, and the block itself
-# reports it; `dooms` is reported by the enclosing block, and rolls all of it back.
+# The end of the block, by what happens in it. Its row is kept, is rolled back, or
+# shares the fate of the enclosing rows. `unexpected` is rolled back too, and the block
+# itself reports it; `dooms` is reported by the enclosing block, and rolls all of it
+# back.
 ENDS = """
                 | all is well | it fails | a statement fails | a flush fails | set_rollback_only
 begins          | kept        | undone   | unexpected        | unexpected    | undone
@@ -530,7 +531,8 @@ class TestReading:
         with pytest.raises(DBAPIError, match=r"read-?only"):
             async with manager.transaction(mode, read_only=True) as session:
                 await session.execute(text(sql))
-        async with manager.transaction() as session:  # which may get the same connection
+        # This may get the same connection.
+        async with manager.transaction() as session:
             await write(session, "kept")
         assert await notes(manager) == ["kept"]
 
@@ -657,7 +659,7 @@ class TestPool:
 
 
 class TestWithoutBlocksOfItsOwn:
-    """`connect()` and `session()` also report a failed statement whose error was caught."""
+    """`connect()` and `session()` also report a failed statement that was caught."""
 
     async def test_a_connection_does_not_commit_after_a_failed_statement(
         self, manager: DatabaseSessionManager

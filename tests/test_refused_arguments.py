@@ -1,4 +1,4 @@
-"""Invalid hooks and numbers are refused in the call that passes them, before anything else."""
+"""Invalid hooks and numbers are refused in the call that passes them."""
 
 from __future__ import annotations
 

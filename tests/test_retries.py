@@ -1,4 +1,4 @@
-"""Retries: what is tried again because it is certain that nothing was done, and what never is."""
+"""Retries: only if it is certain that nothing was committed."""
 
 from __future__ import annotations
 

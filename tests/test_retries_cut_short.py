@@ -1,4 +1,4 @@
-"""If a planned attempt never begins, the on_rollback hooks of the failed one run after all."""
+"""If a planned attempt never begins, the failed one's on_rollback hooks still run."""
 
 from __future__ import annotations
 

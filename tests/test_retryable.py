@@ -301,7 +301,7 @@ class TestMigrations(OnPostgres):
 
 
 class TestAStandby(OnPostgres):
-    """A connection that was made to a primary leads to a server that refuses to write."""
+    """A connection made to a primary leads to a server that refuses to write."""
 
     async def test_a_writing_transaction_on_a_standby_drops_the_connection_and_is_retried(
         self, manager: DatabaseSessionManager, postgres: Postgres, database_url: str

@@ -1,4 +1,4 @@
-"""A statement cancelled inside a savepoint is stopped, and only the savepoint is lost."""
+"""A statement cancelled in a savepoint is stopped, and only the savepoint is lost."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ async def test_several_savepoints_of_one_transaction_can_be_stopped(
 async def test_a_cancellation_at_any_await_rolls_the_savepoint_back_or_raises(
     manager: DatabaseSessionManager, again_after: int | None
 ) -> None:
-    """Cancel statements that write too, and those whose rows have not been fetched yet."""
+    """Cancel statements that write too, and those whose rows are not fetched yet."""
 
     async def work() -> None:
         try:

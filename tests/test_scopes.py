@@ -306,7 +306,8 @@ class TestConcurrency:
         async def join() -> None:
             async with manager.transaction() as session:
                 session.add(Note(text="joined"))
-                await asyncio.create_task(session.flush())  # a child of that code counts in
+                # A task started inside the block belongs to it.
+                await asyncio.create_task(session.flush())
                 joined.set()
                 await leave.wait()
 
@@ -482,7 +483,8 @@ class TestUncommittedChanges:
     async def test_a_warning_of_uncommitted_changes_raised_as_an_error_leaks_nothing(
         self, manager: DatabaseSessionManager
     ) -> None:
-        with pytest.raises(UncommittedChangesWarning):  # as this suite runs: warnings are errors
+        # This test run turns warnings into errors.
+        with pytest.raises(UncommittedChangesWarning):
             async with manager.session() as session:
                 await session.execute(insert(Note).values(text="lost"))
         assert checked_out(manager) == 0

@@ -1,4 +1,4 @@
-"""Settings: sources, errors, the meaning of URLs, and passwords that are never shown."""
+"""Settings: sources, errors, the meaning of URLs, and passwords kept secret."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Cache(BaseModel):
 
 
 class ShopSettings(Settings):
-    """As a user extends `Settings`: a prefix, further sections of all shapes, keys of its own."""
+    """A user's `Settings`: a prefix, sections of all shapes, and additional keys."""
 
     model_config = SettingsConfigDict(env_prefix="SHOP_")
 
@@ -56,7 +56,7 @@ def empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Sources:
-    """A YAML file, a secrets directory and the environment, as a deployment has them."""
+    """A YAML file, a secrets directory and the environment, as in a deployment."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.path = directory / "shop.yaml"
@@ -542,7 +542,8 @@ async def test_other_async_dialects_of_sqlalchemy_are_accepted(
 
 
 SSL_REQUEST = b"\x00\x00\x00\x08\x04\xd2\x16\x2f"
-START_UP = b"\x00\x03\x00\x00"  # the protocol's version, after the length of the message
+# The protocol's version, which follows the length of the message.
+START_UP = b"\x00\x03\x00\x00"
 
 
 class FakeServer:

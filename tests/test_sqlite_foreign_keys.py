@@ -51,7 +51,7 @@ def settings(database_url: str) -> DatabaseSettings:
 
 @pytest.fixture
 async def family(manager: DatabaseSessionManager) -> AsyncIterator[DatabaseSessionManager]:
-    """A parent with its child. At the end foreign keys hold on the connection of the pool."""
+    """Make a parent with its child. Finally, check that foreign keys are on again."""
     async with manager.connect() as connection:
         await run(connection, *FAMILY)
     yield manager

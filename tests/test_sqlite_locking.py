@@ -1,4 +1,4 @@
-"""SQLite's write lock: each writer waits for its turn, or learns at once how to avoid it."""
+"""SQLite's write lock: a writer waits for its turn, or learns how to avoid the wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Storms of cancelled calls, and silent peers: limits of the pool and deadlines hold."""
+"""Storms of cancelled calls, and silent peers: the pool and deadlines keep limits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .proxy import Line, Proxy
 
 
 class Slow(Proxy):
-    """Delay each round trip by 10 ms, so that cancellations meet other calls' clean-up."""
+    """Delay each round trip by 10 ms: cancellations then meet another's clean-up."""
 
     def __init__(self) -> None:
         super().__init__(0.01)
@@ -192,7 +192,7 @@ class TestBlackHole(OnPostgres):
 
 
 class Unplugged(Proxy):
-    """A proxy that can vanish: it neither reads nor acknowledges packets, not even by TCP."""
+    """A proxy that can vanish: it no longer reads, and even TCP does not answer."""
 
     def vanish(self) -> None:
         drop = ctypes.create_string_buffer(

@@ -1,4 +1,4 @@
-"""Random steps into and out of scopes: the library must agree with a model of the design."""
+"""Random steps into and out of scopes: library and model of the design must agree."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ class Level:
     """A transaction, or a savepoint in one: what is kept or undone as one."""
 
     rows: set[str] = field(default_factory=set)
-    hooks: list[tuple[int, str, str]] = field(default_factory=list)  # number, when it is due, name
+    # Each hook has a number, the time at which it is due, and a name.
+    hooks: list[tuple[int, str, str]] = field(default_factory=list)
     doomed: bool = False  # something failed in it and was caught
     broken: bool = False  # it was a statement: PostgreSQL takes no other
     asked: bool = False  # its own block called set_rollback_only()
@@ -85,7 +86,8 @@ class Session:
     pending: bool = False  # added and not yet flushed
     written: bool = False
     used: bool = False  # since its transaction began: on SQLite it has the lock
-    waiting: list[str] = field(default_factory=list)  # for the next commit of a session()
+    # Hooks that wait for the next commit of a session().
+    waiting: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -186,7 +188,7 @@ class Model:
         return error
 
     def end(self, session: Session, *, kept: bool, by_session: bool = False) -> None:
-        """Commit or roll back. If nothing has begun, the hooks of a session() keep waiting."""
+        """Commit or roll back. If nothing began, the hooks of a session() wait on."""
         if kept:
             self.rows |= session.levels[0].rows
         if by_session or session.used or session.pending or session.written:
@@ -319,7 +321,7 @@ class LibraryAndModel(RuleBasedStateMachine):
 
     @initialize(modes=lists(sampled_from(MODES), min_size=1, max_size=DEPTH))
     def open_the_first(self, modes: list[Propagation | None]) -> None:
-        """Reach deep states at once, even if Hypothesis omits the rules that open blocks."""
+        """Reach deep states at once, even if Hypothesis omits rules opening blocks."""
         for mode in modes:
             if self.can_nest():
                 self.open(mode)

@@ -1,4 +1,4 @@
-"""URLs: unencoded passwords, parameters, read-only files, and the name of a database in errors."""
+"""URLs: unencoded passwords, parameters, read-only files, and names in errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`@inject` and `Provide` in functions, methods and modules, together with `@transactional`."""
+"""Wiring: `@inject` and `Provide`, together with `@transactional`."""
 
 from __future__ import annotations
 

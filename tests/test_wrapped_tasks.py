@@ -1,4 +1,4 @@
-"""Commits, rollbacks and cancellations in wrapped tasks, in eager tasks, and on uvloop."""
+"""Commits, rollbacks and cancellations in wrapped and eager tasks, and on uvloop."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ ENVIRONMENTS = [("asyncio", tool) for tool in TOOLS.values()] + [
     ("uvloop", plain),
     ("uvloop", sentry),
 ]
-# A wrapper that is cancelled before its first step awaits nothing of the driver's own tasks.
+# A wrapper cancelled before its first step awaits nothing of the driver's own tasks.
 UNAWAITED = pytest.mark.filterwarnings(
     "ignore:coroutine 'Connection._cancel' was never awaited:RuntimeWarning"
 )
@@ -162,7 +162,7 @@ def test_a_cancellation_at_any_await_of_a_wrapped_task_leaves_all_or_nothing(
 def test_cancelling_all_wrapped_tasks_of_the_loop_leaves_all_or_nothing(
     database_url: str, tool: Callable[[], Any]
 ) -> None:
-    """A shutdown may cancel a task that ends another one's block before the task starts."""
+    """A shutdown may cancel a task, which ends another's block, before it starts."""
 
     async def work() -> None:
         async with DatabaseSessionManager(database_url) as manager:

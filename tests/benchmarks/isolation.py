@@ -1,4 +1,4 @@
-"""Measure the ways to give a test a clean database: sandbox, template copy, new tables."""
+"""Measure how long a clean database takes: sandbox, template copy, or new tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drive a server with the load generator `wrk`, a separate process, and check each answer."""
+"""Drive a server with `wrk`, a load generator, and check each answer."""
 
 import shutil
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ def check_installed() -> None:
 
 
 async def drive(url: str, seconds: int) -> Found:
-    """Raise `WrongAnswersError` for a wrong answer, `ChildProcessError` if there is none."""
+    """Raise `WrongAnswersError` for a wrong answer, `ChildProcessError` for none."""
     options = (
         "--threads=1",
         f"--connections={CLIENTS}",

@@ -1,4 +1,4 @@
-"""How many messages to the server, each with an answer to wait for, a unit of work takes."""
+"""Count the messages of a unit of work that wait for an answer of the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a benchmark found, and how it is shown: as a table, as JSON, and as plots in SVG."""
+"""The results of a benchmark, shown as a table, as JSON, and as plots in SVG."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class NotInstalledError(FileNotFoundError):
 
 @dataclass
 class Table:
-    """Medians over interleaved rounds, relative to the `base` row, never absolute times."""
+    """Medians over interleaved rounds, relative to the `base` row."""
 
     name: str
     columns: list[str]

@@ -39,7 +39,7 @@ SECONDS, WARM_UP = 3, 2  # of load, for each measurement, and before the first
 async def run(
     server_socket_directory: str, rounds: int, progress: Callable[[str], None]
 ) -> list[Table]:
-    """A peer that isn't installed, doesn't start or answers wrongly is named in the table's note.
+    """Measure each variant. The table's note names peers that are missing or fail.
 
     Raises `NotInstalledError` where wrk is not installed.
     """
@@ -101,7 +101,7 @@ class Server:
     async def under_load(self, seconds: int) -> list[float]:
         """Return the values of the table's columns.
 
-        The last is the server's own processor time, which the other processes do not use.
+        The last is the server's processor time, without that of the other processes.
         """
         before = sum(self.process.cpu_times()[:2])
         found = await drive(self.url, seconds)

@@ -1,4 +1,4 @@
-"""Measure a scope that reads or writes one row, beside its server and a millisecond away."""
+"""Measure a scope that reads or writes one row, near its server and farther away."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from .report import Table, Times, ratios, rotated
 from .variants import BARE, EXPERT, KEY, TEXT, VARIANTS, Work, items
 from .wire import far_away, url
 
-CALLS, TURNS = (
-    20,
-    5,
-)  # of each variant in each turn, and turns in a round: what disturbs one, disturbs all alike
+# Calls of each variant in each turn, and turns in a round. Disturbances of one variant
+# then affect all alike.
+CALLS, TURNS = 20, 5
 DELAY = 0.001  # seconds
 
 

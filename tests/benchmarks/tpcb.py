@@ -233,7 +233,7 @@ async def raw_asyncpg(url: URL) -> AsyncIterator[Book]:
 
 
 def numbered(statement: TextClause) -> Callable[[Entry], tuple[Any, ...]]:
-    """Return the statement in asyncpg's form, and its arguments. Each may occur only once."""
+    """Return the statement and its arguments in asyncpg's form; each occurs once."""
     names, numbers = re.findall(r":(\w+)", statement.text), count(1)
     rewritten = re.sub(r":\w+", lambda _: f"${next(numbers)}", statement.text)
     return lambda entry: (rewritten, *[entry[name] for name in names])

@@ -1,4 +1,4 @@
-"""Two pieces of work, a read by primary key and a write of one row, in each library's way."""
+"""Two pieces of work, a read by primary key and a write of one row, in each library."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def with_ping(url: URL, pool: PoolSettings = POOL) -> AbstractAsyncContextManage
 
 
 def by_an_expert(url: URL, pool: PoolSettings = POOL) -> AbstractAsyncContextManager[Work]:
-    """Reads need no transaction, and thus no reset; and nobody asks whether a connection lives."""
+    """Read without a transaction, without a reset, and without a liveness check."""
     return _sqlalchemy(
         url, pool, for_reading={"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
     )

@@ -27,7 +27,7 @@ def url(host: str, port: int = 5432) -> URL:
 
 @asynccontextmanager
 async def far_away(socket_directory: str, delay: float) -> AsyncIterator[URL]:
-    """Put the server behind a longer wire, in a process that takes no part in the measurement."""
+    """Put the server behind a longer wire, in a process that is not measured."""
     arguments = "-m", __name__, socket_directory, str(delay)
     process = await asyncio.create_subprocess_exec(
         sys.executable, *arguments, stdout=asyncio.subprocess.PIPE

@@ -1,4 +1,4 @@
-"""Command line: `python -m tests.faults [scenario …] [--runs N] [--seed N]`, or `… soak`."""
+"""Command line: `python -m tests.faults [scenario …] [--runs N] [--seed N]`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """Run it as `asyncio.run()` does, which a caller's current event loop does not outlive."""
+    """Run the coroutine in a new event loop beside the current one."""
     with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
         return runner.run(work)
 
@@ -84,7 +84,7 @@ async def run_all(names: list[str], runs: int, seed: int, seconds: float) -> lis
 
 
 def show(verdicts: list[Verdict]) -> None:
-    """A line for each scenario: its runs' counts summed up, and the longest of their times."""
+    """Return a line for each scenario: its summed counts, and its longest times."""
     table = Table("scenario", box=None)
     for name in ("runs", *(count.name for count in fields(Counts))):
         table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)

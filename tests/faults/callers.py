@@ -1,4 +1,4 @@
-"""The load: callers of the ledger that record each answer, and a witness of the commits."""
+"""The load: callers of the ledger that record each answer, and a witness of commits."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from ledger.models import Account
 from ledger.repositories import AccountRepository
 from sessionwire import CommitOutcomeUnknownError, TransactionManager, TransactionTimeoutError
 
-# Each attempt at a transfer writes the number of its call here. So the effect of a commit
-# can be assigned to a call, even if its key was booked before. A second row is possible.
+# Each attempt at a transfer writes the number of its call here. So the effect of a
+# commit can be assigned to a call, even if its key was booked before. A second row is
+# possible.
 witness = Table("witness", MetaData(), Column("call", Integer, nullable=False))
 calling: ContextVar[Call] = ContextVar("calling")
 
@@ -43,19 +44,20 @@ class Answer(StrEnum):
 
 @dataclass(eq=False)
 class Call:
-    """One call of the ledger: what was asked, what was answered, and what its hooks were told."""
+    """One call of the ledger: the request, the answer, and the reports of its hooks."""
 
     number: int
     key: str
     limit: float  # seconds after which it is told to end, one way or another
-    deadline: float | None  # of its transaction; none: it has no block of the caller's around it
+    # The deadline of its transaction. None: no block of the caller encloses it.
+    deadline: float | None
     is_plain: bool = False  # no transfer, but a mark on default terms
     began: float = 0.0
     ended: float = 0.0
-    answer: Answer = (
-        Answer.CANCELLED
-    )  # as it stays where the call was cancelled before its first step
-    said: str = ""  # the error in short: the error itself would keep alive what must not be left
+    # It stays so if the call was cancelled before its first step.
+    answer: Answer = Answer.CANCELLED
+    # The error as text: the error itself would keep objects alive.
+    said: str = ""
     # The ledger refused it, because of its own deadline or a conflict: without a fault.
     is_fair: bool = False
     transfer: int | None = None
@@ -83,18 +85,16 @@ class Manner:
     cancelled: float = (
         0.0  # share of the calls that are cancelled within `cancelled_within` seconds
     )
-    times: int = (
-        2  # at most: a second cancellation may strike what ends the call after the first one
-    )
+    # At most: a second cancellation may strike the clean-up after the first one.
+    times: int = 2
     cancelled_within: float = 0.05
-    deadlines: float = (
-        0.0  # share of the calls within a transaction that has a deadline, up to `deadline` seconds
-    )
+    # The share of calls in a transaction with a deadline of up to `deadline` seconds.
+    deadlines: float = 0.0
     deadline: float = 0.05
 
 
 class WatchedAccounts(AccountRepository):
-    """Run first in each attempt at a transfer: write down the call, and register hooks."""
+    """Begin each attempt at a transfer: write down the call, and register hooks."""
 
     def __init__(self, session: AsyncSession, transaction: TransactionManager) -> None:
         super().__init__(session)
@@ -139,7 +139,7 @@ class Callers:
                     self._stopped = True
 
     def seconds_without_failure(self, since: float) -> float:
-        """How long every call that has ended was answered well; 0 before the first that was."""
+        """Return for how long each ended call has succeeded; 0 before the first one."""
         recent = [call for call in self.calls if call.ended > since and not call.is_fair]
         if not any(call.answer is Answer.ACKNOWLEDGED and call.began > since for call in recent):
             return 0.0

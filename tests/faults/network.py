@@ -19,9 +19,8 @@ class FaultyNetwork(Proxy):
         self.is_black_hole = False  # nothing comes through, and nobody is told
         self.loses = 0.0  # share of the questions whose answers are lost
         self.loses_only = b""  # questions that contain this
-        self.loses_silently = (
-            0.5  # share of those on whose connections nothing comes any more; the others are cut
-        )
+        # The share of those connections that fall silent; the others are cut.
+        self.loses_silently = 0.5
         self._random = random
         self._losing: set[Line] = set()
 

@@ -44,7 +44,7 @@ class Ground:
     path: str = ""
 
     async def connections(self, server: Server | None) -> int:
-        """Count the callers' connections in the server; for a file, the threads that serve them."""
+        """Count the callers' connections in the server; for a file, their threads."""
         if server is None:
             return sum(
                 thread.name.endswith("(_connection_worker_thread)")
@@ -54,13 +54,13 @@ class Ground:
         return len(await server.execute(query, APPLICATION))
 
     async def connections_left(self, server: Server | None) -> int:
-        """Count again after the end, when even SQLite itself may not hold the file open."""
+        """Count again after the end, when SQLite itself has closed the file too."""
         holding = sum(file.path == self.path for file in psutil.Process().open_files())
         return max(await self.connections(server), holding)
 
 
 async def run(scenario: Scenario, seed: int, shared: Server, seconds: float) -> Verdict:
-    """Let things go wrong for this long. `shared` serves all runs that start no server."""
+    """Run a scenario for this long. Runs without their own server use `shared`."""
     loop = asyncio.get_running_loop()
     reports: list[str] = []
     loop.set_exception_handler(

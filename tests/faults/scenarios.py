@@ -1,4 +1,4 @@
-"""What goes wrong. Each scenario is a function that lets it go wrong while the callers call."""
+"""The scenarios, each a function that lets something go wrong while callers call."""
 
 from __future__ import annotations
 
@@ -39,11 +39,12 @@ class Place(StrEnum):
 
 @dataclass
 class World:
-    """What a scenario may lay hands on. Whether all of it is there depends on the place."""
+    """The things that a scenario can break. Some exist only in some places."""
 
     random: Random
     seconds: float  # for which things go wrong
-    until_counted: AsyncExitStack  # what stays as it is until the connections were counted
+    # It ends what must stay until the connections are counted.
+    until_counted: AsyncExitStack
     callers: Callers
     manager: DatabaseSessionManager  # of the callers
     path: str  # of the file
@@ -53,7 +54,7 @@ class World:
     returned: float | None = None  # when the server was back
 
     async def moments(self, pause: float) -> AsyncIterator[None]:
-        """Random moments, about `pause` seconds apart, for as long as things go wrong."""
+        """Yield at random moments, about `pause` seconds apart, during the faults."""
         await self.is_busy()
         until = monotonic() + self.seconds
         while monotonic() < until:
@@ -67,7 +68,7 @@ class World:
         await asyncio.sleep(self.random.uniform(0, 0.3))
 
     async def is_back(self) -> None:
-        """Wait until the callers succeed, or too long, after the server accepts writes again."""
+        """Wait after the server's return until the callers succeed, or for too long."""
         self.returned = monotonic()
         late = self.returned + RECOVERY + QUIET
         while (
@@ -111,21 +112,21 @@ def scenario(
 
 @scenario(Place.SERVER, Place.FILE)
 async def nothing(world: World) -> None:
-    """Nothing goes wrong: the callers only get in each other's way."""
+    """Nothing goes wrong: the callers only compete with each other."""
     async for _ in world.moments(0.1):
         pass
 
 
 @scenario(Place.SERVER)
 async def killed_backends(world: World) -> None:
-    """Server processes are ended, whatever they do."""
+    """Server processes are ended at any moment."""
     async for _ in world.moments(0.04):
         await end_one(world, "true")
 
 
 @scenario(Place.SERVER)
 async def killed_in_commit(world: World) -> None:
-    """Server processes are ended in the middle of a COMMIT, which takes a while here."""
+    """Server processes are ended during a COMMIT, which takes a while here."""
     await at_commit(world, "PERFORM pg_sleep(random() * 0.05)")
     async for _ in world.moments(0.03):
         await end_one(world, "state = 'active' AND query LIKE 'COMMIT%'")
@@ -133,7 +134,7 @@ async def killed_in_commit(world: World) -> None:
 
 @scenario(Place.SERVER)
 async def refused_commits(world: World) -> None:
-    """The server refuses a share of the COMMITs, some of them for good, some as a conflict."""
+    """The server refuses some COMMITs, some for good and some as a conflict."""
     await at_commit(
         world,
         "IF random() < 0.3 THEN RAISE EXCEPTION 'refused' USING ERRCODE = "
@@ -158,7 +159,7 @@ async def killed_server(world: World) -> None:
 
 @scenario(Place.SERVER, manner=Manner(patience=1))
 async def lost_commit_answers(world: World) -> None:
-    """The answer to a COMMIT is lost, and its connection is cut or silent from then on."""
+    """The answer to a COMMIT is lost; its connection is then cut or silent."""
     world.network.loses, world.network.loses_only = 0.15, b"COMMIT"
     async for _ in world.moments(0.1):
         pass
@@ -167,7 +168,7 @@ async def lost_commit_answers(world: World) -> None:
 
 @scenario(Place.SERVER, manner=Manner(patience=1))
 async def lost_answers(world: World) -> None:
-    """The answer to any message is lost, and its connection is cut or silent from then on."""
+    """The answer to any message is lost; its connection is then cut or silent."""
     world.network.loses = 0.03
     async for _ in world.moments(0.1):
         pass
@@ -183,7 +184,7 @@ async def cut_connections(world: World) -> None:
 
 @scenario(Place.SERVER, manner=Manner(patience=1, deadlines=0.5, deadline=1))
 async def black_hole(world: World) -> None:
-    """Nothing comes through any more, and nobody is told."""
+    """The network swallows everything, and nobody is told."""
     await world.is_busy()
     world.network.is_black_hole = True
     await asyncio.sleep(3.5)  # longer than a caller may be stuck
@@ -208,7 +209,7 @@ async def cancelled_calls(world: World) -> None:
     pool=PoolSettings(size=2, max_overflow=2, timeout=2),
 )
 async def cancelled_calls_on_a_slow_network(world: World) -> None:
-    """The same where connections take longer to be made and to be closed."""
+    """Calls are cancelled while connections take longer to open and to close."""
     world.network.delays(0.005)
     async for _ in world.moments(0.1):
         pass
@@ -220,7 +221,7 @@ async def cancelled_calls_on_a_slow_network(world: World) -> None:
     pool=PoolSettings(size=2, max_overflow=2, timeout=2),
 )
 async def cancelled_calls_behind_a_lock(world: World) -> None:
-    """Like the scenario above, but each statement waits for a lock, even after the last call."""
+    """Calls are cancelled while statements wait for a lock that stays held."""
     await world.is_busy()
     world.network.delays(0.01)
     other = await asyncpg.connect(host=world.server.host, user="postgres", database=DATABASE)
@@ -256,7 +257,7 @@ async def exhausted_pool(world: World) -> None:
     pool=PoolSettings(size=3, max_overflow=2, timeout=0.1),
 )
 async def busy_file(world: World) -> None:
-    """Another program holds the file's write lock, at times for longer than a call waits."""
+    """Another program holds the file's write lock, at times longer than calls wait."""
     other = await asyncio.create_subprocess_exec(
         sys.executable, "-c", HOLD_LOCK, world.path, stdin=PIPE
     )
@@ -269,7 +270,7 @@ async def busy_file(world: World) -> None:
 
 @scenario(Place.SERVER, manner=Manner(patience=1, cancelled=0.2, deadlines=0.2, deadline=0.3))
 async def everything(world: World) -> None:
-    """All of this side by side."""
+    """All of these faults happen side by side."""
     world.network.loses = 0.005
     async for _ in world.moments(0.05):
         if world.random.random() < 0.5:
@@ -284,7 +285,7 @@ async def everything(world: World) -> None:
 
 @scenario(Place.CLUSTER, Place.BOTH)
 async def promotion(world: World) -> None:
-    """Lose the primary in one way or another. Its standby takes over, at first unpromoted."""
+    """The primary is lost in one way or another, and its standby takes over."""
     await world.is_busy()
     await world.random.choice([world.server.kill, world.server.crash, world.server.stop])()
     await take_over(world)
@@ -292,7 +293,7 @@ async def promotion(world: World) -> None:
 
 @scenario(Place.CLUSTER)
 async def promotion_after_silence(world: World) -> None:
-    """The primary falls silent, with all connections open, and its standby takes over."""
+    """The primary falls silent with open connections, and its standby takes over."""
     await world.is_busy()
     world.server.pause()
     await asyncio.sleep(world.random.uniform(0, 0.3))
@@ -302,7 +303,7 @@ async def promotion_after_silence(world: World) -> None:
 
 @scenario(Place.CLUSTER)
 async def demotion(world: World) -> None:
-    """The primary comes back as a standby, and callers get to it, until another takes over."""
+    """The primary returns as a standby that callers reach until one takes over."""
     await world.is_busy()
     await world.server.stop()
     await world.server.start(as_standby=True)
@@ -312,7 +313,7 @@ async def demotion(world: World) -> None:
 
 @scenario(Place.CLUSTER)
 async def commits_that_were_not_replicated(world: World) -> None:
-    """Cancel commits that wait for the standby, which then takes over without them."""
+    """Commits that wait for the standby are cancelled; it takes over without them."""
     await world.is_busy()
     await world.cluster.standby.kill()
     async for _ in world.moments(0.1):

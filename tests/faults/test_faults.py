@@ -1,4 +1,4 @@
-"""A bounded share of the faults: `-m long` runs each scenario once, `-m slow` with more seeds."""
+"""A share of the faults: `-m long` runs each scenario once, `-m slow` more seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run has come to: the counts, and which of them break a promise of the library."""
+"""The result of a run: its counts, and the promises of the library that they break."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from sessionwire._core.scope import Scope
 from .callers import Answer, Call
 
 GRACE = 0.5  # seconds by which a limit may be exceeded
-RECOVERY = 2.0  # seconds after the server's return until nobody notices any more that it was away
+# Seconds after the server's return until nobody notices its absence any more.
+RECOVERY = 2.0
 
 
 @dataclass
@@ -36,10 +37,10 @@ class Counts:
     wrong_hooks: int = 0  # whose hooks ran otherwise than they ended
     wrong_accounts: int = 0  # whose balance is not what its transfers make
     # what is left
-    connections_over: int = (
-        0  # as the server counts them, beyond the pool's bound: a second after the last call
-    )
-    connections_left: int = 0  # as the server counts them: a second after the manager was closed
+    # Connections in the server beyond the pool's limit, a second after the last call.
+    connections_over: int = 0
+    # Connections in the server a second after the manager was closed.
+    connections_left: int = 0
     tasks_left: int = 0
     sessions_left: int = 0  # objects, and the next two: alive though nobody uses them
     scopes_left: int = 0
@@ -125,7 +126,7 @@ def _due(call: Call, committed: int) -> tuple[int, int]:
 
 
 def judge_recovery(verdict: Verdict, calls: Iterable[Call], returned: float) -> None:
-    """Measure from the server's return to the last failure, or else to the first success."""
+    """Measure from the server's return to the last failure, or the first success."""
     after = [call for call in calls if call.ended > returned and not call.is_fair]
     failures = [call for call in after if call.answer in (Answer.REFUSED, Answer.UNKNOWN)]
     successes = [

@@ -94,7 +94,8 @@ async def test_the_audit_finds_money_that_no_transfer_accounts_for(
     await container.transfers().transfer(alice.id, bob.id, Decimal("30.00"), "rent")
     assert (await container.accounts().audit()).is_balanced
 
-    async with container.db.sessionmanager().connect() as connection:  # the sum stays the same
+    # The sum of all balances stays the same.
+    async with container.db.sessionmanager().connect() as connection:
         await connection.execute(
             text("UPDATE account SET balance = balance + 500 WHERE owner = 'Alice'")
         )

@@ -20,7 +20,8 @@ from sessionwire import DatabaseSessionManager
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    directory = tempfile.mkdtemp(prefix="sessionwire-")  # the server's user may not enter pytest's
+    # The server's user may not enter pytest's directories.
+    directory = tempfile.mkdtemp(prefix="sessionwire-")
     yield Path(directory, "postgres")
     shutil.rmtree(directory)
 

@@ -119,7 +119,7 @@ TRIGGER = (
 
 @asynccontextmanager
 async def conflicting_writer(manager: DatabaseSessionManager) -> AsyncIterator[None]:
-    """Make each transfer conflict: by a write lock on SQLite, by a trigger on PostgreSQL."""
+    """Make each transfer conflict: a write lock on SQLite, a trigger on PostgreSQL."""
     if manager.engine.dialect.name == "sqlite":
         async with manager.connect():
             yield

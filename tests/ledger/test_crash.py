@@ -98,7 +98,8 @@ async def test_a_demo_on_the_embedded_server_of_a_killed_one_finds_the_books_rig
     again = await asyncio.to_thread(ledger.run, "demo", "--transfers", "20")
 
     assert_right_again(again)
-    assert not (directory / "postmaster.pid").exists()  # the server ended with its last user
+    # The server ended with its last user.
+    assert not (directory / "postmaster.pid").exists()
 
 
 async def kill_in_the_middle(demo: subprocess.Popen[str], container: Container) -> None:

@@ -220,7 +220,8 @@ async def test_a_request_longer_than_the_drain_timeout_is_cancelled_and_answered
 
 @pytest.fixture
 def own_server() -> Iterator[EmbeddedServer]:
-    directory = tempfile.mkdtemp(prefix="ledger-")  # the server's user may not enter pytest's
+    # The server's user may not enter pytest's directories.
+    directory = tempfile.mkdtemp(prefix="ledger-")
     with EmbeddedServer(Path(directory) / "data") as server:
         yield server
     shutil.rmtree(directory)

@@ -1,4 +1,4 @@
-"""Lazy loads without await: the error names the attribute and the remedy, and does no harm."""
+"""Lazy loads without await: the error names the remedy, and does no harm."""
 
 from __future__ import annotations
 
@@ -246,7 +246,8 @@ async def test_the_error_of_a_lazy_load_offers_no_useless_remedy(
             ImplicitIOError, match=r"selectinload\(Note\.parent\).*awaitable_attrs"
         ) as refused:
             _ = child.parent
-    assert "refresh" not in str(refused.value)  # SQLAlchemy's loads no row of the same table
+    # SQLAlchemy's refresh() loads no row of the same table.
+    assert "refresh" not in str(refused.value)
 
 
 async def test_a_statement_without_await_is_refused_with_the_remedy(

@@ -1,4 +1,4 @@
-"""A deadlock in a task that nobody awaits: it ends the test, which would wait forever."""
+"""A deadlock in a task that nobody awaits ends the test, which would wait forever."""
 
 from __future__ import annotations
 
@@ -93,7 +93,8 @@ async def test_a_test_that_awaits_the_task_or_handles_the_error_is_not_interrupt
         with pytest.raises(SandboxError):
             await write(manager)
 
-    with pytest.raises(SandboxError, match="a task was left running"):  # the one that holds
+    # The task that holds the connection is the one left running.
+    with pytest.raises(SandboxError, match="a task was left running"):
         async with asyncio.timeout(10), sandbox(manager, patience=PATIENCE):
             await holding()
             handling = asyncio.create_task(handle())
@@ -106,7 +107,8 @@ async def test_a_test_that_awaits_the_task_or_handles_the_error_is_not_interrupt
             (done,), _ = await asyncio.wait((asyncio.create_task(write(manager)),))
             assert isinstance(done.exception(), SandboxError)
             await handling
-            await asyncio.sleep(0.7)  # longer than somebody is given to ask for an error
+            # The sandbox waits less for somebody to retrieve an error.
+            await asyncio.sleep(0.7)
 
 
 async def test_an_interruption_is_a_note_on_another_error_of_the_sandbox(

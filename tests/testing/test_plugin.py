@@ -1,4 +1,4 @@
-"""The pytest plugin in projects of its users, whose tests run in another pytest process."""
+"""The pytest plugin in projects of its users, tested by another pytest process."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def pytest_run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[
 
 
 def plugin() -> list[str]:
-    """Register the plugin if sessionwire is imported from the checkout, not installed."""
+    """Register the plugin if sessionwire is imported without being installed."""
     from importlib.metadata import entry_points
 
     known = any(

@@ -1,4 +1,4 @@
-"""The pytest plugin in synchronous tests that run an event loop, as with a TestClient."""
+"""The pytest plugin in synchronous tests that run an event loop, as TestClient does."""
 
 from __future__ import annotations
 

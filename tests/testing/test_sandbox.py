@@ -1,4 +1,4 @@
-"""`sandbox` rolls back all work inside it at its end, and changes no meaning until then."""
+"""`sandbox` rolls back all work inside it at its end, and changes nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`count_statements`: the statements of a block and their lines, and a limit for tests."""
+"""`count_statements`: the statements of a block, their lines, and a limit for them."""
 
 from __future__ import annotations
 
@@ -63,9 +63,8 @@ async def test_each_statement_is_recorded_with_the_line_that_sent_it(
 ) -> None:
     with count_statements(manager) as sent:
         await notebook.read()
-    assert (
-        len(sent) == 4
-    )  # the first of connections that only read too, with nothing that SQLAlchemy asks them
+    # Even the first statement of a read-only connection comes without others.
+    assert len(sent) == 4
     assert sent[0].sql.startswith("SELECT note.id")
     assert [statement.sql.startswith("SELECT note.text") for statement in sent] == [
         False,

@@ -1,4 +1,4 @@
-"""Databases from a template: copied, shared between processes, and dropped whatever happens."""
+"""Databases from a template: copied, shared by processes, and dropped in the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Users' code as type checkers see it: mypy and pyright check it strictly; it never runs."""
+"""Users' code, which mypy and pyright check in strict mode; it never runs."""
 
 # pyright: reportUnnecessaryTypeIgnoreComment=true
 
@@ -116,7 +116,7 @@ async def use_decorated(service: Service, transaction: TransactionManager) -> No
 
 
 async def use_wrongly(service: Service) -> None:
-    """Each line is an error to both type checkers; an unneeded ignore would be one too."""
+    """Each line is an error to both type checkers; so is an unneeded ignore."""
     await service.price("1")  # type: ignore[arg-type]
     await service.with_parentheses(1, "CHF")  # type: ignore[call-arg]
     await service.with_options(1, price=1)  # type: ignore[call-arg]

@@ -1,4 +1,4 @@
-"""Serves one of the applications: `python -m tests.benchmarks.applications MODULE PORT`."""
+"""Serve an application: `python -m tests.benchmarks.applications MODULE PORT`."""
 
 import gc
 import sys
@@ -7,6 +7,6 @@ from importlib import import_module
 import uvicorn
 
 app = import_module(f".{sys.argv[1]}", __package__).app
-# Objects that stay for good need not be examined at every collection, whichever the library.
+# Objects that stay for good need not be examined at every collection.
 gc.freeze()
 uvicorn.run(app, port=int(sys.argv[2]), log_level="critical", access_log=False)

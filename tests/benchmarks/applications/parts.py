@@ -1,4 +1,4 @@
-"""The parts that all applications share: table, graph of five objects, response, pool."""
+"""The parts that all applications share: table, five objects, response and pool."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""dependency-injector's FastAPI and SQLAlchemy example: repositories with a session factory."""
+"""dependency-injector's example with FastAPI: repositories hold a session factory."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
