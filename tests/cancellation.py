@@ -24,7 +24,7 @@ class Steps:
         self.count = 0
 
     async def run(self) -> bool:
-        """Whether it ended uncancelled."""
+        """Return whether it ended without a cancellation."""
 
         async def drive() -> None:
             await self._drive()

@@ -143,7 +143,7 @@ class Server(Postgres):
             await self._until(lambda: not self.is_running, "end")
 
     def _for_each_process(self, act: Callable[[psutil.Process], None]) -> list[psutil.Process]:
-        """Act on all that still live: a worker of the server may end at any moment."""
+        """Act on all living processes: a worker of the server may end at any moment."""
         processes = self._processes()
         for process in processes:
             with suppress(psutil.NoSuchProcess):
@@ -250,7 +250,7 @@ def _directory() -> Iterator[Path]:
 
 @asynccontextmanager
 async def server(*, tcp: bool = False) -> AsyncIterator[Server]:
-    """A running server of its own; at the end it is stopped and removed."""
+    """Run a separate server; at the end stop and remove it."""
     with _directory() as directory:
         primary = Server(directory / "primary", tcp=tcp)
         try:

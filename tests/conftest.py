@@ -70,13 +70,13 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def server(backend: str, request: pytest.FixtureRequest) -> Postgres | None:
-    """The server of this test's database, where it has one."""
+    """Return the server of this test's database, or None for SQLite."""
     return request.getfixturevalue("postgres") if backend == "postgresql" else None
 
 
 @pytest.fixture
 async def database_url(server: Postgres | None, tmp_path: Path) -> AsyncIterator[str]:
-    """An empty database. At the end nobody may be connected to it."""
+    """Yield the URL of an empty database. At the end nobody may be connected to it."""
     if server is None:
         yield f"sqlite:///{tmp_path / 'test.db'}"
         return
@@ -140,6 +140,6 @@ async def assert_all_returned(manager: DatabaseSessionManager) -> None:
 
 
 async def notes(manager: DatabaseSessionManager) -> list[str]:
-    """What is in the database, as a connection of its own sees it."""
+    """Return the notes in the database, read on a separate connection."""
     async with manager.connect() as connection:
         return list(await connection.scalars(select(Note.text).order_by(Note.text)))

@@ -69,7 +69,7 @@ class Block:
 
     @property
     def file(self) -> str:
-        """The name to save it under, or nothing."""
+        """Return the name of the file to save it in, or an empty string."""
         first = FILE_NAME.match(self.text)
         return first[1] if first else ""
 
@@ -84,12 +84,12 @@ class Block:
 
     @property
     def is_markup(self) -> bool:
-        """A directive of the site's generator, such as a table of contents."""
+        """Return whether it is a directive of the site's generator."""
         return self.language.startswith("{")
 
     @property
     def prints(self) -> list[str]:
-        """What it says that it prints: `print(…)  # this`."""
+        """Return the promised output: `print(…)  # this`."""
         return re.findall(r"^ *print\(.*\)  # (.+)$", self.text, re.MULTILINE)
 
 
@@ -100,7 +100,7 @@ class Command:
 
     @property
     def says(self) -> str:
-        """The answer that the page promises: `curl …  # this`."""
+        """Return the promised answer: `curl …  # this`."""
         return self.line.partition("  # ")[2]
 
     @property
@@ -109,7 +109,7 @@ class Command:
 
     @property
     def variables(self) -> dict[str, str]:
-        """Those in front of it: `NAME=value python shop.py`."""
+        """Return the variables in front of the command: `NAME=value python shop.py`."""
         found = (
             word.partition("=")
             for word in shlex.split(self.line, comments=True)
@@ -160,7 +160,7 @@ class Document:
 
     @cached_property
     def files(self) -> dict[str, Block]:
-        """The blocks of one name, one after the other."""
+        """Return the files of the page, each joined from the blocks of its name."""
         return {
             block.file: replace(
                 block,
@@ -185,7 +185,7 @@ class Document:
         return code_in(self.prose)
 
     def rows(self, heading: str) -> list[list[str]]:
-        """The cells of the first table below a heading."""
+        """Return the cells of the first table below a heading."""
         _, _, below = self.prose.partition(f" {heading}\n")
         table = re.search(r"^\|.*\n\|[-:| ]+\|\n((?:\|.*\n)+)", below, re.MULTILINE)
         assert table is not None, f"{self.name} has no table below {heading!r}"
@@ -210,7 +210,7 @@ COMMANDS = [command for document in DOCUMENTS for command in document.commands]
 
 
 def each_document(having: Callable[[Document], object]) -> pytest.MarkDecorator:
-    """README.md in the quick run, the pages of docs/ in the long one."""
+    """Parametrize by README.md in the quick run, by docs/ in the long one."""
     return pytest.mark.parametrize(
         "document",
         [
@@ -224,14 +224,14 @@ def each_document(having: Callable[[Document], object]) -> pytest.MarkDecorator:
 
 
 def commands_like(pattern: str) -> list[str]:
-    """The different ones, on any page."""
+    """Return the distinct commands on all pages that match."""
     return list(
         dict.fromkeys(command.line for command in COMMANDS if re.search(pattern, command.line))
     )
 
 
 def page_with(command: str) -> Document:
-    """The first page that has this command."""
+    """Return the first page that has this command."""
     return next(
         document
         for document in DOCUMENTS
@@ -313,7 +313,7 @@ class Reader:
         return run(self.directory, *self.warnings, *arguments, given=given, **variables)
 
     def type_in(self, blocks: list[Block]) -> list[str]:
-        """What each of them prints."""
+        """Type in the blocks, and return the output of each."""
         after = AFTER.get(self.document.name, {})
         typed = [
             (
@@ -331,7 +331,7 @@ class Reader:
 
 
 def shared_files() -> dict[str, Block]:
-    """The shop, which any page may use."""
+    """Return the files of the shop, which any page may use."""
     tutorial = next((document for document in PAGES if document.name == "docs/tutorial.md"), README)
     return {"shop.py": tutorial.files["shop.py"]} if "shop.py" in tutorial.files else {}
 
@@ -349,7 +349,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def run(directory: Path, *arguments: str, given: str = "", **variables: str) -> str:
-    """What this Python prints."""
+    """Return the output of this Python."""
     finished = subprocess.run(
         [sys.executable, *arguments],
         cwd=directory,
@@ -411,7 +411,7 @@ class Shell:
             )
 
     def stop(self) -> None:
-        """As Kubernetes does, or a terminal: with SIGTERM."""
+        """Stop it with SIGTERM, as Kubernetes does."""
         if self.running is None:
             return
         running, self.running = self.running, None
@@ -435,7 +435,7 @@ def run_program(shell: Shell, command: Command) -> None:
 
 
 def run_tests(shell: Shell, command: Command) -> None:
-    """On PostgreSQL as it is written; otherwise in the plugin's databases on SQLite."""
+    """Run tests on PostgreSQL as written, or in the plugin's SQLite databases."""
     _, *arguments = shell.arguments(command)
     on_sqlite = (
         shell.reader.database_url.startswith("sqlite") and "--sessionwire-url" not in command.line
@@ -483,7 +483,7 @@ CURL.add_argument("address")
 
 
 def ask(shell: Shell, command: Command) -> None:
-    """Without curl, which not every machine has."""
+    """Send the request without curl, which not every machine has."""
     asked = CURL.parse_args(shell.arguments(command)[1:])
     address = asked.address if "://" in asked.address else f"http://{asked.address}"
     headers = dict(header.split(": ", 1) for header in asked.header)
@@ -524,7 +524,7 @@ def check_installed(command: Command) -> None:
 
 
 def elsewhere(shell: Shell, command: Command) -> None:
-    """A test of its own runs it, in a clone: see test_documents.py."""
+    """Skip it: a separate test runs it in a clone, see test_documents.py."""
 
 
 # How each kind of command is run. One that fits none fails.

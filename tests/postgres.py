@@ -98,7 +98,7 @@ class Network(Proxy):
 
 
 def at_port(port: int, database_url: str) -> str:
-    """The same database by way of a network."""
+    """Return the URL of the same database through a network."""
     return (
         f"postgresql://postgres@127.0.0.1:{port}/{make_url(database_url).database}?sslmode=disable"
     )
@@ -108,7 +108,7 @@ def at_port(port: int, database_url: str) -> str:
 async def through(
     network: Network, server: Postgres, database_url: str, **settings: float | PoolSettings
 ) -> AsyncIterator[DatabaseSessionManager]:
-    """A manager that reaches its database through this network."""
+    """Open a manager that reaches its database through this network."""
     async with network.open(server.host) as port, asyncio.timeout(30):
         url = at_port(port, database_url)
         async with DatabaseSessionManager(
@@ -132,7 +132,7 @@ class OnFaultyNetwork(OnPostgres):
         postgres: Postgres,
         manager: DatabaseSessionManager,
     ) -> AsyncIterator[DatabaseSessionManager]:
-        """An open manager that reaches the database through `network`."""
+        """Open a manager that reaches the database through `network`."""
         async with through(
             network, postgres, database_url, commit_timeout=0.2, rollback_timeout=0.2
         ) as remote:

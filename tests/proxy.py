@@ -35,7 +35,7 @@ class Proxy:
 
     @asynccontextmanager
     async def open(self, socket_directory: str) -> AsyncIterator[int]:
-        """The port of 127.0.0.1 to reach this server by."""
+        """Yield the port of 127.0.0.1 that leads to this server."""
 
         async def connect(
             from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter

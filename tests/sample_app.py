@@ -69,7 +69,7 @@ async def create_tables(manager: DatabaseSessionManager) -> None:
 
 @asynccontextmanager
 async def started(container: C) -> AsyncIterator[C]:
-    """The container, started, with its tables."""
+    """Start the container, and create its tables."""
     async with Lifespan(container):
         await create_tables(container.db.sessionmanager())
         yield container

@@ -247,7 +247,7 @@ def desk(manager: DatabaseSessionManager) -> Desk:
 
 @pytest.fixture(params=STACKS)
 async def client(desk: Desk, request: pytest.FixtureRequest) -> AsyncIterator[httpx.AsyncClient]:
-    """Of the application on each stack; where a test names some, on those."""
+    """Yield a client of the application on each stack, or on the named ones."""
     async with served(request.param(desk)) as client:
         yield client
 
@@ -465,7 +465,7 @@ async def never() -> Message:
 async def call(
     app: Any, path: str = "/", *, receive: Receive = never, sent: list[Message] | None = None
 ) -> list[int]:
-    """The statuses that were sent."""
+    """Call the application, and return the statuses that it sent."""
     sent = [] if sent is None else sent
 
     async def send(message: Message) -> None:
@@ -490,7 +490,7 @@ def statuses(sent: list[Message]) -> list[int]:
 
 @pytest.fixture
 def wrap(desk: Desk) -> Callable[[Callable[[Send], Awaitable[None]]], TransactionMiddleware]:
-    """The application that answers so, with a transaction for each request."""
+    """Return a function that wraps an application in a transaction for each request."""
 
     def wrap(answer: Callable[[Send], Awaitable[None]]) -> TransactionMiddleware:
         async def app(scope: ASGIScope, receive: Receive, send: Send) -> None:

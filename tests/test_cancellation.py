@@ -136,7 +136,7 @@ class TestCancelledEverywhere:
     async def test_a_cancellation_around_requires_new_leaves_each_transaction_whole(
         self, manager: DatabaseSessionManager, again_after: int | None
     ) -> None:
-        """The inner one stands for itself; the outer one commits after it."""
+        """The inner transaction is separate, and the outer one commits after it."""
 
         async def work(manager: DatabaseSessionManager) -> None:
             async with manager.transaction(read_only=database_of(manager).is_sqlite) as outer:
@@ -174,7 +174,7 @@ class TestCancelledEverywhere:
     async def test_a_cancellation_runs_the_hooks_that_match_the_outcome(
         self, manager: DatabaseSessionManager, again_after: int | None
     ) -> None:
-        """They tell the truth: those of a commit run exactly where there was one."""
+        """The hooks of a commit run exactly if there was one."""
 
         async def work(manager: DatabaseSessionManager) -> None:
             ran.clear()
@@ -219,7 +219,7 @@ class TestCancelledCommit:
 
     @pytest.fixture
     def answer(self) -> asyncio.Event:
-        """What the commit waits for."""
+        """Return the event that the commit waits for."""
         return asyncio.Event()
 
     @pytest.fixture

@@ -202,7 +202,7 @@ class TestLostAnswers(OnPostgres):
         postgres: Postgres,
         manager: DatabaseSessionManager,
     ) -> AsyncIterator[DatabaseSessionManager]:
-        """A manager that reaches the database through it."""
+        """Open a manager that reaches the database through the network."""
         async with through(
             network, postgres, database_url, commit_timeout=0.3, rollback_timeout=0.3
         ) as remote:
@@ -246,7 +246,7 @@ class TestLostAnswers(OnPostgres):
     async def test_a_writing_transaction_that_only_read_has_an_unknown_outcome_without_an_answer(
         self, remote: DatabaseSessionManager, network: Holding
     ) -> None:
-        """A function that it called may have written."""
+        """A function that the query called may have written."""
         with pytest.raises(CommitOutcomeUnknownError):
             async with remote.transaction() as session:
                 await session.execute(select(func.count(Note.id)))
@@ -255,7 +255,7 @@ class TestLostAnswers(OnPostgres):
     async def test_a_transaction_that_the_server_ended_for_idling_is_not_committed(
         self, remote: DatabaseSessionManager, network: Holding, manager: DatabaseSessionManager
     ) -> None:
-        """Also where that is learnt as the answer to the COMMIT."""
+        """The client may learn that only from the answer to the COMMIT."""
 
         async def ended() -> bool:
             return any(b"25P03" in data for data, _ in network.held)

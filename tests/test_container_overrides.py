@@ -54,13 +54,13 @@ class FakeNotes(Notes):
 
 @pytest.fixture
 def settings(tmp_path: Path) -> DatabaseSettings:
-    """The database plays no role here."""
+    """Use SQLite: the database plays no role here."""
     return DatabaseSettings(url=f"sqlite:///{tmp_path / 'test.db'}")
 
 
 @pytest.fixture
 async def container(settings: DatabaseSettings) -> AsyncIterator[Container]:
-    """Not started yet, over a database in which 'own' is noted."""
+    """Yield a container, not yet started, whose database has the note 'own'."""
     async with started(Container(settings=settings)) as other:
         await other.notebook().write("own")
     container = Container(settings=settings)
@@ -70,7 +70,7 @@ async def container(settings: DatabaseSettings) -> AsyncIterator[Container]:
 
 @pytest.fixture
 async def other(tmp_path: Path) -> AsyncIterator[DatabaseSessionManager]:
-    """The open manager of another database, in which 'other' is noted."""
+    """Yield the open manager of another database, which has the note 'other'."""
     async with started(
         Container(settings=DatabaseSettings(url=f"sqlite:///{tmp_path / 'other.db'}"))
     ) as container:

@@ -302,7 +302,7 @@ def test_the_message_counts_of_the_page_are_those_on_the_wire(tmp_path: Path) ->
 
 
 def shape(output: str) -> set[str]:
-    """The lines, whatever the figures."""
+    """Return the distinct lines, with their figures replaced."""
     return {re.sub(r"[\d.,]*\d", "0", " ".join(line.split())) for line in output.splitlines()}
 
 
@@ -518,7 +518,7 @@ def test_the_table_of_parts_names_each_provider_and_only_existing_names() -> Non
 
 
 def slug(heading: str) -> str:
-    """As GitHub makes an anchor of a heading."""
+    """Make an anchor of a heading, as GitHub does."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 

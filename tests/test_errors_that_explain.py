@@ -37,7 +37,7 @@ async def test_a_session_that_close_aborted_says_so(database_url: str) -> None:
 
 
 async def test_a_block_that_another_task_entered_says_so(manager: DatabaseSessionManager) -> None:
-    """As `wait_for(block.__aenter__(), …)` does before Python 3.12."""
+    """Before Python 3.12 `wait_for(block.__aenter__(), …)` does this."""
     block = manager.transaction()
     await asyncio.create_task(block.__aenter__())
     with pytest.raises(NoSessionError, match=r"entered in another task.*asyncio\.timeout"):
@@ -89,7 +89,7 @@ class TestTablesOfManyProcesses(OnPostgres):
     async def test_create_all_in_many_processes_creates_each_table_once(
         self, database_url: str
     ) -> None:
-        """Without turns, all but one would meet tables that the first is creating."""
+        """Without turns, all processes but one would meet half-created tables."""
 
         async def start() -> None:
             async with (

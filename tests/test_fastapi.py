@@ -79,7 +79,7 @@ class Container(containers.DeclarativeContainer):
 
 @pytest.fixture
 def container() -> Iterator[Container]:
-    """Wired to nothing yet."""
+    """Yield a container that is not wired yet."""
     container = Container()
     container.config.from_dict(
         {"limit": "7", "price": "1.50", "greetings": {"fr": "salut", "de": "hallo"}}
@@ -95,7 +95,7 @@ def wired(container: Container) -> Container:
 
 
 def app_with(*endpoints: Callable[..., Any]) -> FastAPI:
-    """Each under its own name."""
+    """Make an application of endpoints, each under its name."""
     app = FastAPI()
     for endpoint in endpoints:
         app.get(f"/{endpoint.__name__}")(endpoint)
@@ -103,7 +103,7 @@ def app_with(*endpoints: Callable[..., Any]) -> FastAPI:
 
 
 async def get(app: FastAPI, path: str) -> Any:
-    """What it answers."""
+    """Return the answer."""
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         response = await client.get(path)
@@ -309,7 +309,7 @@ class TestMarkers:
 
 
 def workers() -> set[threading.Thread]:
-    """The threads that FastAPI has sent something to."""
+    """Return the threads that FastAPI has used."""
     return {thread for thread in threading.enumerate() if thread.name.startswith("AnyIO")}
 
 
@@ -524,7 +524,7 @@ async def bare(greeter: Annotated[Greeter, Depends(Provide[Container.greeter])])
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Endpoints as users write them, in a module that nobody has imported."""
+    """Write endpoints, as users do, in a module that nobody has imported."""
     name = f"endpoints_of_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)

@@ -46,7 +46,7 @@ class Diary:
         self.entries.append(entry)
 
     def register(self, transaction: TransactionManager, name: str) -> None:
-        """Hooks of both kinds, sync and async."""
+        """Register hooks of both kinds, sync and async."""
         transaction.on_commit(partial(self.note, f"{name} committed"))
         transaction.on_rollback(partial(self.note_later, f"{name} rolled back"))
 

@@ -54,7 +54,7 @@ SLEEP = {
 
 
 def long_statement(backend: str) -> str:
-    """One that runs for a minute or more, where it isn't stopped."""
+    """Return a statement that runs for a minute or more, unless it is stopped."""
     return SLEEP.get(backend, "SELECT pg_sleep(60)")
 
 

@@ -48,7 +48,7 @@ SLOW = {
 
 @pytest.fixture
 async def manager(settings: DatabaseSettings) -> AsyncIterator[DatabaseSessionManager]:
-    """With a constraint that is checked at the COMMIT."""
+    """Yield a manager whose table has a constraint that is checked at the COMMIT."""
     deferred = "REFERENCES note DEFERRABLE INITIALLY DEFERRED"
     async with DatabaseSessionManager(settings) as manager:
         async with manager.connect() as connection:
@@ -64,7 +64,7 @@ async def manager(settings: DatabaseSettings) -> AsyncIterator[DatabaseSessionMa
 
 @pytest.fixture(autouse=True)
 def nothing_of_other_tests_is_counted() -> Iterator[None]:
-    """It would also make each collection slower."""
+    """Exclude objects of other tests, which would also slow each collection down."""
     gc.collect()
     gc.freeze()
     yield

@@ -109,7 +109,7 @@ class Seen(NamedTuple):
 
 
 def table(drawn: str) -> dict[tuple[str, str], str]:
-    """The cells, by the names of row and column."""
+    """Return the cells, by the names of row and column."""
     head, *rows = (
         [cell.strip() for cell in line.split("|")] for line in drawn.strip("\n").splitlines()
     )
@@ -131,7 +131,7 @@ CASES = [
 
 
 def expected(mode: Propagation, case: Case, backend: str) -> Seen:
-    """What the tables say."""
+    """Return the result according to the tables."""
     cells = table(MODES) | (table(ON_SQLITE) if backend == "sqlite" else {})
     kind = cells[mode.name, case.around]
     fate = table(ENDS)[kind, case.happens]
@@ -167,7 +167,7 @@ def expected(mode: Propagation, case: Case, backend: str) -> Seen:
 
 
 async def seen(manager: DatabaseSessionManager, mode: Propagation, case: Case) -> Seen:
-    """What the library does."""
+    """Return the result in the library."""
     if case.around == "savepoint":
         async with manager.transaction() as session:
             await write(session, "root")
@@ -184,7 +184,7 @@ async def seen(manager: DatabaseSessionManager, mode: Propagation, case: Case) -
 async def outer_block(
     manager: DatabaseSessionManager, mode: Propagation, case: Case
 ) -> tuple[Exception | None, Exception | None]:
-    """Run the two blocks; what came out of each."""
+    """Run the two blocks, and return the outcome of each."""
     inner: Exception | None = None
     try:
         async with AROUND[case.around](manager) as session:

@@ -117,7 +117,7 @@ OPTIONAL = (
 
 
 def run(code: str) -> set[str]:
-    """The words that a fresh interpreter prints."""
+    """Return the words that a fresh interpreter prints."""
     source = Path(sessionwire.__file__).parents[1]
     command = [sys.executable, "-W", "error", "-c", f"import sys\n{code}"]
     return set(

@@ -297,7 +297,7 @@ class TestAnyDatabase:
 class TestPostgres(OnPostgres):
     @pytest.fixture
     async def clash(self, manager: DatabaseSessionManager) -> Work:
-        """Work that another transaction gets in the way of, the first time."""
+        """Return work that conflicts with another transaction the first time."""
         async with manager.transaction() as session:
             session.add(Note(text="start"))
         interferences = iter([True])

@@ -340,7 +340,7 @@ class TestAStandby(OnPostgres):
 async def test_a_schema_translate_map_is_compared_as_it_was_given(
     manager: DatabaseSessionManager,
 ) -> None:
-    """SQLAlchemy adds to the map that a connection has."""
+    """SQLAlchemy adds to the map of a connection."""
 
     def schemas() -> dict[str, dict[str | None, str | None]]:
         return {

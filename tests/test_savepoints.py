@@ -208,7 +208,7 @@ class TestOnSQLite:
     async def test_a_savepoint_waits_for_a_write_that_ends_soon_on_sqlite(
         self, manager: DatabaseSessionManager
     ) -> None:
-        """SQLite undoes the whole transaction where a write is interrupted."""
+        """SQLite rolls the whole transaction back if a write is interrupted."""
 
         def wait(seconds: float) -> str:
             time.sleep(seconds)

@@ -160,7 +160,7 @@ class TestFiles:
 
 
 def open_files(database: str) -> list[str]:
-    """The descriptors of this process that lead to the database."""
+    """Return the descriptors of this process that lead to the database."""
     found: list[str] = []
     for descriptor in Path("/proc/self/fd").iterdir():
         with suppress(FileNotFoundError):  # that by which the directory is read
@@ -169,7 +169,7 @@ def open_files(database: str) -> list[str]:
 
 
 def drivers() -> list[threading.Thread]:
-    """The threads of connections."""
+    """Return the threads of connections."""
     return [
         thread for thread in threading.enumerate() if "_connection_worker_thread" in thread.name
     ]

@@ -97,7 +97,7 @@ class Frame:
 
     @property
     def owns(self) -> bool:
-        """Whether it began the innermost level of its session."""
+        """Return whether it began the innermost level of its session."""
         return self.act in ("begin", "take over", "savepoint")
 
 
@@ -161,7 +161,7 @@ class Model:
         return None
 
     def leave(self, error: Error) -> Error:
-        """End the innermost block with this error; which one comes out of it."""
+        """End the innermost block with this error; return the error that comes out."""
         frame = self.frames[-1]
         session, level = frame.session, self.level
         if frame.owns and error is None and not level.asked and level.doomed:
@@ -209,7 +209,7 @@ class Model:
             self._sent()
 
     def _sent(self) -> None:
-        """Something was sent, and before it what was pending."""
+        """Record that a statement was sent, after a flush."""
         session = self.session
         session.written |= session.pending
         session.pending = False

@@ -59,7 +59,7 @@ class Service:
 async def manager(
     manager: DatabaseSessionManager, request: pytest.FixtureRequest
 ) -> AsyncIterator[DatabaseSessionManager]:
-    """All of this holds in a sandbox, too."""
+    """Run these tests in a sandbox, too."""
     async with request.param(manager):
         yield manager
 

@@ -40,13 +40,13 @@ Write = Callable[..., Coroutine[Any, Any, None]]
 
 @pytest.fixture(scope="session")
 def sessionwire_settings() -> DatabaseSettings:
-    """The database plays no role here."""
+    """Use SQLite: the database plays no role here."""
     return DatabaseSettings(url="sqlite://")
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> DatabaseSettings:
-    """Of a database for a container that is started here."""
+    """Return settings of a database for containers that a test starts itself."""
     return DatabaseSettings(url=f"sqlite:///{tmp_path / 'test.db'}")
 
 
@@ -57,7 +57,7 @@ def sessionwire_container(sessionwire_settings: DatabaseSettings) -> Callable[[]
 
 @pytest.fixture
 def container(container: Container) -> Iterator[Container]:
-    """With its tables, in a sandbox; nothing is wired to it yet."""
+    """Yield a container in a sandbox, with its tables, not yet wired."""
     yield container
     container.unwire()
 

@@ -71,7 +71,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(names: list[str], rounds: int, socket_directory: str) -> tuple[list[Table], list[str]]:
-    """What was found, and the names of the benchmarks that failed."""
+    """Run these benchmarks. Return the tables, and the names of those that failed."""
     screen = Console(stderr=True, highlight=False)
     tables: list[Table] = []
     failed: list[str] = []
@@ -96,7 +96,7 @@ def measure(names: list[str], rounds: int, socket_directory: str) -> tuple[list[
 
 
 def about(rounds: int) -> dict[str, object]:
-    """On what the results were got."""
+    """Describe the machine and the versions of the measurement."""
     return {
         "command": f"python -m {__package__} {' '.join(sys.argv[1:])}",
         "rounds": rounds,

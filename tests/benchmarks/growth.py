@@ -34,7 +34,7 @@ LOCKED_OUT = "SELECT count(*) FROM pg_locks WHERE relation = 'item'::regclass AN
 async def run(
     server_socket_directory: str, rounds: int, progress: Callable[[str], None]
 ) -> list[Table]:
-    """In a quarter of the rounds, which are long here."""
+    """Use a quarter of the rounds, which are long here."""
     rounds = ceil(rounds / 4)
     throughput: Times = defaultdict(lambda: defaultdict(list))
     slowest: Times = defaultdict(lambda: defaultdict(list))
@@ -87,7 +87,7 @@ def against_best(throughput: Times) -> Table:
 
 
 async def under_load(work: Work, tasks: int) -> tuple[float, float]:
-    """Calls per second, and the seconds in which 99 of 100 were done."""
+    """Return the calls per second, and the longest time of 99 calls out of 100."""
     taken: list[float] = []
 
     async def call() -> None:
@@ -104,7 +104,7 @@ async def under_load(work: Work, tasks: int) -> tuple[float, float]:
 
 
 async def bytes_of_waiting(work: Work, database: asyncpg.Connection[Any]) -> list[float]:
-    """Of each scope, where as many wait as `WAITING` says."""
+    """Return the bytes of a scope while `WAITING` of them wait."""
     found: list[float] = []
     async with asyncio.TaskGroup() as group, database.transaction():
         await database.execute(
@@ -127,7 +127,7 @@ async def bytes_of_waiting(work: Work, database: asyncpg.Connection[Any]) -> lis
 
 
 async def traced() -> int:
-    """Bytes, once all tasks have come to where they wait."""
+    """Return the traced bytes once all tasks wait."""
     await asyncio.sleep(0.2)
     gc.collect()
     return tracemalloc.get_traced_memory()[0]

@@ -37,7 +37,7 @@ Ready = Callable[[], AbstractAsyncContextManager[DatabaseSessionManager]]
 async def run(
     server_socket_directory: str, rounds: int, progress: Callable[[str], None]
 ) -> list[Table]:
-    """On a server for tests, as the pytest plugin has it."""
+    """Measure on a server for tests, as the pytest plugin uses it."""
     times: Times = defaultdict(lambda: defaultdict(list))
     with (
         tempfile.TemporaryDirectory(dir=temporary_directory()) as directory,
@@ -96,7 +96,7 @@ async def copied(template: DatabaseTemplate) -> AsyncIterator[DatabaseSessionMan
 
 
 async def seconds_around_a_test(ready: Ready) -> float:
-    """Before and after one that finds the tables empty, and writes."""
+    """Measure before and after a test that finds the tables empty, and writes."""
     started = perf_counter()
     async with ready() as manager:
         began = perf_counter()

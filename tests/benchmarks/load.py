@@ -24,7 +24,7 @@ class WrongAnswersError(Exception):
 
 
 def check_installed() -> None:
-    """Raises `NotInstalledError`."""
+    """Raise `NotInstalledError` if `wrk` is missing."""
     if shutil.which("wrk") is None:
         raise NotInstalledError(
             "the load generator wrk is not installed: apt-get install wrk, or brew install wrk"
@@ -32,7 +32,7 @@ def check_installed() -> None:
 
 
 async def drive(url: str, seconds: int) -> Found:
-    """Raise `WrongAnswersError` for a wrong answer, `ChildProcessError` for none."""
+    """Load the URL. Raise `WrongAnswersError`, or `ChildProcessError` for no answer."""
     options = (
         "--threads=1",
         f"--connections={CLIENTS}",

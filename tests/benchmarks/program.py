@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 async def output_of(program: str, *arguments: str) -> str:
-    """Raises `ChildProcessError` where it fails."""
+    """Return the output of a program. Raise `ChildProcessError` if it fails."""
     environment = os.environ | {"LC_ALL": "C"}
     process = await asyncio.create_subprocess_exec(
         program, *arguments, stdout=PIPE, stderr=STDOUT, env=environment

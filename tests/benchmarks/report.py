@@ -39,7 +39,7 @@ Times = dict[str, dict[str, list[float]]]
 
 
 def ratios(name: str, times: Times, base: str, note: str = "") -> Table:
-    """The medians of each round's time against that of the base."""
+    """Make a table of the medians of each round's time, relative to the base."""
     rows = dict.fromkeys([base, *next(iter(times.values()))])
     return Table(
         name,
@@ -66,7 +66,7 @@ def show(tables: list[Table], console: Console) -> None:
 
 
 def write(tables: list[Table], about: dict[str, object], directory: Path) -> None:
-    """`results.json`, and a plot for each table."""
+    """Write `results.json`, and a plot for each table."""
     directory.mkdir(parents=True, exist_ok=True)
     results = {**about, "tables": [asdict(table) for table in tables]}
     (directory / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -91,7 +91,7 @@ OURS, OTHERS, INK = "#2563eb", "#b6bcc6", "#1f2328"
 
 
 def plot(table: Table) -> str:
-    """A block of bars for each column; in those with a base, a line where it is."""
+    """Draw a block of bars for each column, with a line at the base if there is one."""
     top = len(table.columns) * (len(table.rows) * LINE + GAP) + GAP - 12
     note = textwrap.wrap(table.note, NOTE)
     height = top + len(note) * LINE
@@ -139,6 +139,6 @@ def _bars(table: Table) -> Iterator[str]:
 
 
 def rotated(names: list[str], turn: int) -> list[str]:
-    """In another order in each round, since one variant may slow the next."""
+    """Rotate the order in each round, because one variant may slow the next."""
     start = turn % len(names)
     return names[start:] + names[:start]

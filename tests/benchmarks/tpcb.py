@@ -69,7 +69,7 @@ Run = Callable[
 async def run(
     server_socket_directory: str, rounds: int, progress: Callable[[str], None]
 ) -> list[Table]:
-    """Raises `NotInstalledError` where pgbench is missing."""
+    """Measure the throughput. Raise `NotInstalledError` if pgbench is missing."""
     throughput: Times = defaultdict(lambda: defaultdict(list))
     settings = DatabaseSettings(url=url(server_socket_directory))
     async with (
@@ -132,7 +132,7 @@ async def connected(url: URL) -> AsyncIterator[asyncpg.Connection[Any]]:
 
 
 async def path_of_pgbench(database: asyncpg.Connection[Any]) -> str:
-    """Beside the programs of the server."""
+    """Find pgbench beside the programs of the server."""
     directory = await database.fetchval("SELECT setting FROM pg_config WHERE name = 'BINDIR'")
     if path := shutil.which(PGBENCH, path=directory):
         return path

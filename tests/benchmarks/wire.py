@@ -13,7 +13,7 @@ from tests.proxy import Proxy
 
 
 def url(host: str, port: int = 5432) -> URL:
-    """Of the server, for SQLAlchemy; `host` may be the directory of its socket."""
+    """Return the server's URL for SQLAlchemy; `host` may be its socket's directory."""
     query = {"host": host} if host.startswith("/") else {}
     return URL.create(
         "postgresql+asyncpg",

@@ -123,7 +123,7 @@ class Callers:
 
     @asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:
-        """They call inside the block, and at its end finish what they have begun."""
+        """Let them call inside the block, and finish their calls at its end."""
         watched = providers.Factory(
             WatchedAccounts,
             session=self.container.db.session,

@@ -26,7 +26,7 @@ class FaultyNetwork(Proxy):
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[int]:
-        """The port of 127.0.0.1 to reach the server by."""
+        """Yield the port of 127.0.0.1 that leads to the server."""
 
         async def connect(
             from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter
@@ -53,7 +53,7 @@ class FaultyNetwork(Proxy):
         self._delay = seconds
 
     def cut_one(self) -> None:
-        """Cut one of the connections, wherever it is."""
+        """Cut one of the connections at any point."""
         if self.lines:
             self._cut(self._random.choice(sorted(self.lines, key=lambda line: id(line.to_client))))
 

@@ -175,7 +175,7 @@ async def _network(random: Random, server: Server) -> AsyncIterator[tuple[Faulty
 
 @asynccontextmanager
 async def _books(server: Server | None, ground: Ground) -> AsyncIterator[Container]:
-    """The ledger as an auditor sees it, past all faults."""
+    """Yield the ledger as an auditor sees it, past all faults."""
     url = ground.url if server is None else server.url(DATABASE)
     async with Lifespan(
         Container(settings=LedgerSettings(database=DatabaseSettings(url=url)))
@@ -221,7 +221,7 @@ async def _tasks_besides(those: set[asyncio.Task[Any]]) -> int:
 
 
 async def _within_a_second(count: Callable[[], Awaitable[int]]) -> int:
-    """The count as soon as it is 0, or else after a second."""
+    """Return the count as soon as it is 0, or otherwise after a second."""
     until = monotonic() + 1
     while (found := await count()) and monotonic() < until:
         await asyncio.sleep(0.02)

@@ -41,7 +41,7 @@ CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON transfer DEFERRABLE INITIALLY D
 
 
 async def soak(seconds: float) -> int:
-    """0: the memory has kept its size, or so; 1: it has grown."""
+    """Return 0 if the memory has kept about its size, and 1 if it has grown."""
     async with server() as postgres, _ledger(postgres.url("postgres")) as (process, port):
         told: Counter[str] = Counter()
         clients = [Client(port, number, told) for number in range(CLIENTS)]
@@ -137,7 +137,7 @@ class Client:
 
 @asynccontextmanager
 async def _ledger(database_url: str) -> AsyncIterator[tuple[Process, int]]:
-    """The running process, and its port."""
+    """Yield the running process, and its port."""
     with (
         tempfile.TemporaryDirectory(prefix="ledger-") as directory,
         (Path(directory) / "log").open("w+") as log,
@@ -167,7 +167,7 @@ async def _ledger(database_url: str) -> AsyncIterator[tuple[Process, int]]:
 
 
 async def _memory(process: Process, after: float, told: Counter[str]) -> float:
-    """Megabytes, the median over a second after so many seconds."""
+    """Return megabytes: the median over a second, after so many seconds."""
     await asyncio.sleep(after)
     measured: list[int] = []
     for _ in range(10):

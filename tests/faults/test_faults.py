@@ -42,7 +42,7 @@ async def test_each_scenario_keeps_every_promise_with_other_seeds(
 
 
 async def forget(world: World) -> None:
-    """What was committed is gone: no library could prevent that."""
+    """Delete what was committed, which no library can prevent."""
     await world.is_busy()
     async with world.manager.connect() as connection:
         await connection.execute(delete(witness))

@@ -119,7 +119,7 @@ def judge_calls(
 
 
 def _due(call: Call, committed: int) -> tuple[int, int]:
-    """How often its hooks are to run, after a commit and after a rollback."""
+    """Return how often its hooks must run, after a commit and after a rollback."""
     if call.answer is Answer.UNKNOWN or not call.attempts:
         return 0, 0
     return (1, 0) if committed else (0, 1)

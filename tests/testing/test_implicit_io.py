@@ -56,7 +56,7 @@ class Writer(Other):
 
 @pytest.fixture
 async def manager(settings: DatabaseSettings) -> AsyncIterator[DatabaseSessionManager]:
-    """An author and a book."""
+    """Yield a manager of a database with an author and a book."""
     async with DatabaseSessionManager(settings, metadata=Library.metadata) as manager:
         async with manager.connect() as connection:
             await manager.create_all(connection)

@@ -22,7 +22,7 @@ PATIENCE = 0.05
 
 @pytest.fixture
 async def holding(manager: DatabaseSessionManager) -> AsyncIterator[Callable[[], Awaitable[None]]]:
-    """Opens a transaction in a task of its own, which keeps it for good."""
+    """Yield a function whose task opens a transaction and never ends it."""
     tasks: list[asyncio.Task[None]] = []
 
     async def hold() -> None:

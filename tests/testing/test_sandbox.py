@@ -68,7 +68,7 @@ COUNT = (
 async def outside(
     settings: DatabaseSettings, manager: DatabaseSessionManager
 ) -> AsyncIterator[DatabaseSessionManager]:
-    """Another manager of the same database, which holds one row before the sandbox."""
+    """Yield another manager of the same database, which has one row already."""
     async with DatabaseSessionManager(settings) as other:
         await write(other, "before")
         yield other
@@ -79,7 +79,7 @@ async def outside(
 async def inside(
     manager: DatabaseSessionManager, outside: DatabaseSessionManager
 ) -> AsyncIterator[DatabaseSessionManager]:
-    """A manager in a sandbox, beside one row."""
+    """Yield a manager in a sandbox, beside one row."""
     async with sandbox(manager):
         yield manager
     assert await notes(manager) == ["before"]
@@ -95,13 +95,13 @@ async def write(
 
 
 async def seen(manager: DatabaseSessionManager) -> list[str]:
-    """What is there, read in a scope that only reads."""
+    """Return the notes, read in a read-only scope."""
     async with manager.transaction(Propagation.SUPPORTS, read_only=True) as session:
         return list(await session.scalars(select(Note.text).order_by(Note.text)))
 
 
 def line(marker: str) -> str:
-    """Where in this file that line is, as messages name it."""
+    """Return the position of that line in this file, as messages name it."""
     lines = Path(__file__).read_text().splitlines()
     (number,) = (number for number, each in enumerate(lines, 1) if each.endswith(f"# {marker}"))
     return f"{HERE}:{number} in "
@@ -758,7 +758,7 @@ async def cancelled_everywhere(
     work: Callable[[], Coroutine[Any, Any, None]],
     again_after: int | None,
 ) -> AsyncIterator[list[str]]:
-    """What was written, for each suspension of the work that it was cancelled at."""
+    """Yield the notes after a cancellation at each suspension of the work."""
     for number in range(1, 500):
         steps = Steps(work(), number, *([number + again_after] if again_after else []))
         done = await steps.run()

@@ -43,14 +43,14 @@ class Notebook:
 
 @pytest.fixture
 async def notebook(manager: DatabaseSessionManager) -> Notebook:
-    """With three notes."""
+    """Return a notebook with three notes."""
     async with manager.transaction() as session:
         session.add_all([Note(text=text) for text in ("secret 1", "secret 2", "secret 3")])
     return Notebook(CurrentSession(manager), manager.transaction)
 
 
 def line_of(function: Callable[..., object], part: str) -> int:
-    """The first line of a function that has this part."""
+    """Return the first line of a function that contains this part."""
     lines, first = inspect.getsourcelines(inspect.unwrap(function))
     return next(number for number, line in enumerate(lines, first) if part in line)
 

@@ -37,7 +37,7 @@ Look = Callable[[], Awaitable[set[str]]]
 async def databases(
     server: Postgres | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Look]:
-    """What there is more than before the test; at its end, nothing."""
+    """Yield a function that lists new databases. At the end there may be none."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     async def look() -> set[str]:
@@ -65,7 +65,7 @@ async def seed(manager: DatabaseSessionManager) -> None:
 
 
 async def write(copy: DatabaseCopy, note: str) -> list[str]:
-    """The notes in a copy, after one more was committed."""
+    """Commit one more note to a copy, and return its notes."""
     async with DatabaseSessionManager(copy.settings) as manager:
         async with manager.transaction() as session:
             session.add(Note(text=note))
@@ -326,7 +326,7 @@ asyncio.run(main())
 
 @asynccontextmanager
 async def process(url: str, *, where: str, key: str = "") -> AsyncIterator[Process]:
-    """Another process with a template, which stays there until it is given a line."""
+    """Run another process with a template, which stays until it gets a line."""
     source = Path(sessionwire.__file__).parents[1]
     program = await asyncio.create_subprocess_exec(
         sys.executable, "-c", PROGRAM, url, key, where, cwd=source, stdin=PIPE, stdout=PIPE
@@ -340,7 +340,7 @@ async def process(url: str, *, where: str, key: str = "") -> AsyncIterator[Proce
 
 
 async def arrival(program: Process, where: str) -> list[str]:
-    """What it says until it is there."""
+    """Return its output until it has arrived there."""
     assert program.stdout is not None
     said: list[str] = []
     async with asyncio.timeout(30):
@@ -476,7 +476,7 @@ class TestOnPostgres(OnPostgres):
 
 @asynccontextmanager
 async def clerk(postgres: Postgres, right: str) -> AsyncIterator[URL]:
-    """The URL of a user with this right alone."""
+    """Yield the URL of a user that has only this right."""
     await postgres.execute(f"CREATE ROLE clerk LOGIN {right}")
     try:
         yield make_url(postgres.url(DATABASE)).set(username="clerk", password="s3cret")
