@@ -71,7 +71,7 @@ class Server(Postgres):
         self.port = wheel.find_suitable_port() if tcp else None
         self._process: subprocess.Popen[bytes] | None = None
         directory.mkdir()
-        if self.port is not None:  # of which the socket takes its name
+        if self.port is not None:  # The socket is named by it.
             (directory / ".s.PGSQL.5432").symlink_to(f".s.PGSQL.{self.port}")
         if SERVER_USER is not None:
             shutil.chown(directory, SERVER_USER, SERVER_USER)
@@ -167,7 +167,7 @@ class Server(Postgres):
     def _remove_shared_memory(self) -> None:
         number = (
             (self.data / "postmaster.pid").read_text().split()[-2]
-        )  # of the segment, which a kill leaves behind
+        )  # the segment that a kill leaves behind
         subprocess.run(["ipcrm", "-m", number], check=False, capture_output=True)
 
     def _run(self, program: str, *arguments: str | Path) -> subprocess.Popen[bytes]:

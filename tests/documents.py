@@ -259,7 +259,7 @@ WARNINGS: dict[str, list[str]] = {
 AT_THE_PROMPT = r"""
 import ast, asyncio, inspect, json, sys, types
 
-prompt = sys.modules["prompt"] = types.ModuleType("prompt")  # where wire(modules=[__name__]) looks
+prompt = sys.modules["prompt"] = types.ModuleType("prompt")  # for wire(modules=[__name__])
 
 async def main():
     page, snippets = json.load(sys.stdin)

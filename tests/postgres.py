@@ -12,7 +12,7 @@ from sqlalchemy import make_url, text
 from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
 
 from .conftest import Postgres, checked_out
-from .proxy import Line, Proxy
+from .proxy import ClientConnection, Proxy
 
 
 class OnPostgres:
@@ -43,14 +43,14 @@ async def kill(server: Postgres, manager: DatabaseSessionManager, query: str = "
 
     Wait until they have ended.
     """
-    strike = (
+    terminate = (
         "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
         "WHERE datname = $1 AND query LIKE $2"
     )
-    assert await server.execute(strike, manager.engine.url.database, query)
+    assert await server.execute(terminate, manager.engine.url.database, query)
 
 
-async def at_commit(manager: DatabaseSessionManager, statement: str) -> None:
+async def run_at_commit(manager: DatabaseSessionManager, statement: str) -> None:
     """Let the server do this at each commit of a new note, by a deferred trigger."""
     async with manager.connect() as connection:
         for sql in (
@@ -62,7 +62,7 @@ async def at_commit(manager: DatabaseSessionManager, statement: str) -> None:
             await connection.execute(text(sql))
 
 
-class Network(Proxy):
+class FaultyNetwork(Proxy):
     """The way to the server: it carries, swallows or cuts."""
 
     def __init__(self) -> None:
@@ -72,29 +72,29 @@ class Network(Proxy):
         self.cuts_at: bytes | None = None
         # Send this on, and close the connection once the server has answered.
         self.cuts_answer_to: bytes | None = None
-        self.asked = b""  # what a client has sent last
-        self._cut: set[Line] = set()  # once the server answers
-        self._dead: set[Line] = set()
+        self.asked = b""  # the last message of a client
+        self._cut: set[ClientConnection] = set()  # once the server answers
+        self._dead: set[ClientConnection] = set()
 
     def swallow_what_is_open(self) -> None:
         """Swallow from now on what is sent on the connections that are open now."""
-        self._dead |= self.lines
+        self._dead |= self.clients
 
-    def ask(self, data: bytes, line: Line) -> None:
+    def ask(self, data: bytes, client: ClientConnection) -> None:
         self.asked = data
         if self.cuts_at is not None and self.cuts_at in data:
-            line.to_client.close()
+            client.to_client.close()
             return
         if self.cuts_answer_to is not None and self.cuts_answer_to in data:
-            self._cut.add(line)
-        if not self.swallows and line not in self._dead:
-            super().ask(data, line)
+            self._cut.add(client)
+        if not self.swallows and client not in self._dead:
+            super().ask(data, client)
 
-    def answer(self, data: bytes, line: Line) -> None:
-        if line in self._cut:
-            line.to_client.close()
+    def answer(self, data: bytes, client: ClientConnection) -> None:
+        if client in self._cut:
+            client.to_client.close()
         elif not self.swallows:
-            super().answer(data, line)
+            super().answer(data, client)
 
 
 def at_port(port: int, database_url: str) -> str:
@@ -106,7 +106,7 @@ def at_port(port: int, database_url: str) -> str:
 
 @asynccontextmanager
 async def through(
-    network: Network, server: Postgres, database_url: str, **settings: float | PoolSettings
+    network: FaultyNetwork, server: Postgres, database_url: str, **settings: float | PoolSettings
 ) -> AsyncIterator[DatabaseSessionManager]:
     """Open a manager that reaches its database through this network."""
     async with network.open(server.host) as port, asyncio.timeout(30):
@@ -121,13 +121,13 @@ class OnFaultyNetwork(OnPostgres):
     """A class of tests whose manager reaches PostgreSQL through a faulty network."""
 
     @pytest.fixture
-    def network(self) -> Network:
-        return Network()
+    def network(self) -> FaultyNetwork:
+        return FaultyNetwork()
 
     @pytest.fixture
     async def remote(
         self,
-        network: Network,
+        network: FaultyNetwork,
         database_url: str,
         postgres: Postgres,
         manager: DatabaseSessionManager,

@@ -16,7 +16,7 @@ STARTUP = 0x30000
 
 
 @dataclass(eq=False)
-class Line:
+class ClientConnection:
     """One client's way to the server."""
 
     to_server: asyncio.StreamWriter
@@ -24,12 +24,12 @@ class Line:
 
 
 class Proxy:
-    """`delay` seconds are added to each round trip, by holding the question back."""
+    """A proxy that delays each request by `delay` seconds, and counts round trips."""
 
     def __init__(self, delay: float = 0) -> None:
         # The messages, since this was set to 0, that wait for an answer: round trips.
-        self.questions = 0
-        self.lines: set[Line] = set()
+        self.round_trips = 0
+        self.clients: set[ClientConnection] = set()
         self._delay = delay
         self._carriers: set[asyncio.Task[None]] = set()
 
@@ -43,10 +43,10 @@ class Proxy:
             from_server, to_server = await asyncio.open_unix_connection(
                 f"{socket_directory}/.s.PGSQL.5432"
             )
-            line = Line(to_server, to_client)
-            self.lines.add(line)
-            self._start(self._carry_questions(from_client, line))
-            self._start(self._carry_answers(from_server, line))
+            client = ClientConnection(to_server, to_client)
+            self.clients.add(client)
+            self._start(self._carry_requests(from_client, client))
+            self._start(self._carry_answers(from_server, client))
 
         async with await asyncio.start_server(connect, "127.0.0.1", 0) as proxy:
             try:
@@ -54,41 +54,41 @@ class Proxy:
             finally:
                 # From Python 3.12 on the server waits for its connections, even for one
                 # whose client has vanished.
-                for line in self.lines:
-                    line.to_client.transport.abort()
+                for client in self.clients:
+                    client.to_client.transport.abort()
                 for carrier in self._carriers:
                     carrier.cancel()
                 await asyncio.gather(*self._carriers, return_exceptions=True)
 
-    def ask(self, data: bytes, line: Line) -> None:
-        line.to_server.write(data)
+    def ask(self, data: bytes, client: ClientConnection) -> None:
+        client.to_server.write(data)
 
-    def answer(self, data: bytes, line: Line) -> None:
-        line.to_client.write(data)
+    def answer(self, data: bytes, client: ClientConnection) -> None:
+        client.to_client.write(data)
 
     def _start(self, carry: Coroutine[None, None, None]) -> None:
         self._carriers.add(task := asyncio.create_task(carry))
         task.add_done_callback(self._carriers.discard)
 
-    async def _carry_questions(self, reader: asyncio.StreamReader, line: Line) -> None:
+    async def _carry_requests(self, reader: asyncio.StreamReader, client: ClientConnection) -> None:
         kinds, loop = _Kinds(), asyncio.get_running_loop()
         try:
             while data := await reader.read(65536):
-                self.questions += sum(kind in ASK for kind in kinds.of(data))
+                self.round_trips += sum(kind in ASK for kind in kinds.of(data))
                 if self._delay:
-                    loop.call_later(self._delay, self.ask, data, line)
+                    loop.call_later(self._delay, self.ask, data, client)
                 else:
-                    self.ask(data, line)
+                    self.ask(data, client)
         finally:
-            loop.call_later(self._delay, line.to_server.close)
+            loop.call_later(self._delay, client.to_server.close)
 
-    async def _carry_answers(self, reader: asyncio.StreamReader, line: Line) -> None:
+    async def _carry_answers(self, reader: asyncio.StreamReader, client: ClientConnection) -> None:
         try:
             while data := await reader.read(65536):
-                self.answer(data, line)
+                self.answer(data, client)
         finally:
-            self.lines.discard(line)
-            line.to_client.close()
+            self.clients.discard(client)
+            client.to_client.close()
 
 
 class _Kinds:

@@ -14,8 +14,8 @@ from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings, 
 from .cluster import cluster
 from .conftest import Postgres, checked_out, notes
 from .models import Note
-from .postgres import Network, OnPostgres, at_port
-from .proxy import Line
+from .postgres import FaultyNetwork, OnPostgres, at_port
+from .proxy import ClientConnection
 
 ONE = PoolSettings(
     size=1, max_overflow=0
@@ -35,26 +35,26 @@ async def write_past_sqlalchemy(manager: DatabaseSessionManager, note: str) -> N
             await driver.execute("INSERT INTO note (text) VALUES ($1)", note)
 
 
-class SlowBegin(Network):
+class SlowBegin(FaultyNetwork):
     """The answer to the next BEGIN takes `delay` seconds."""
 
     def __init__(self) -> None:
         super().__init__()
         self.delay = 0.0
-        self._late: set[Line] = set()
+        self._late: set[ClientConnection] = set()
 
-    def ask(self, data: bytes, line: Line) -> None:
+    def ask(self, data: bytes, client: ClientConnection) -> None:
         if self.delay and b"BEGIN" in data:
-            self._late.add(line)
-        super().ask(data, line)
+            self._late.add(client)
+        super().ask(data, client)
 
-    def answer(self, data: bytes, line: Line) -> None:
-        if line in self._late:
-            self._late.discard(line)
-            asyncio.get_running_loop().call_later(self.delay, super().answer, data, line)
+    def answer(self, data: bytes, client: ClientConnection) -> None:
+        if client in self._late:
+            self._late.discard(client)
+            asyncio.get_running_loop().call_later(self.delay, super().answer, data, client)
             self.delay = 0
         else:
-            super().answer(data, line)
+            super().answer(data, client)
 
 
 @pytest.mark.parametrize("write_first", [write, write_past_sqlalchemy])

@@ -26,7 +26,7 @@ from sessionwire._database.runtime import database_of
 from .cancellation import ONCE, TWICE, TWICE_LATER, each_cancellation
 from .conftest import Postgres, checked_out, notes
 from .models import Note
-from .postgres import Network, OnFaultyNetwork, OnPostgres, at_commit, running, until
+from .postgres import FaultyNetwork, OnFaultyNetwork, OnPostgres, run_at_commit, running, until
 from .units_of_work import UNITS_OF_WORK, Work, in_a_transaction
 
 
@@ -285,7 +285,7 @@ class TestPostgres(OnPostgres):
     async def test_a_cancellation_waits_for_the_servers_answer_to_a_commit(
         self, manager: DatabaseSessionManager, server: Postgres
     ) -> None:
-        await at_commit(manager, "PERFORM pg_sleep(0.3)")
+        await run_at_commit(manager, "PERFORM pg_sleep(0.3)")
         task = asyncio.create_task(in_a_transaction(manager))
         await until(lambda: running(server, manager, "COMMIT%"))
         task.cancel()
@@ -297,7 +297,7 @@ class TestPostgres(OnPostgres):
     async def test_a_cancellation_during_a_refused_commit_has_the_refusal_as_its_cause(
         self, manager: DatabaseSessionManager, server: Postgres
     ) -> None:
-        await at_commit(manager, "PERFORM pg_sleep(0.3); RAISE integrity_constraint_violation")
+        await run_at_commit(manager, "PERFORM pg_sleep(0.3); RAISE integrity_constraint_violation")
         task = asyncio.create_task(in_a_transaction(manager))
         await until(lambda: running(server, manager, "COMMIT%"))
         task.cancel()
@@ -335,7 +335,7 @@ class TestPostgres(OnPostgres):
 
 class TestNetwork(OnFaultyNetwork):
     async def test_a_cancellation_during_an_unanswered_commit_is_caused_by_the_unknown_outcome(
-        self, remote: DatabaseSessionManager, network: Network
+        self, remote: DatabaseSessionManager, network: FaultyNetwork
     ) -> None:
         async def work() -> None:
             async with remote.transaction() as opened:
@@ -353,7 +353,7 @@ class TestNetwork(OnFaultyNetwork):
         assert isinstance(raised.value.__cause__, CommitOutcomeUnknownError)
 
     async def test_a_timeout_ends_a_statement_that_gets_no_answer(
-        self, remote: DatabaseSessionManager, network: Network
+        self, remote: DatabaseSessionManager, network: FaultyNetwork
     ) -> None:
         async with asyncio.timeout(5):
             with pytest.raises(TimeoutError):

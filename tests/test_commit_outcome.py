@@ -23,8 +23,17 @@ from sessionwire import (
 from .cluster import cluster
 from .conftest import Postgres, assert_all_returned, checked_out, notes
 from .models import Note
-from .postgres import Network, OnFaultyNetwork, OnPostgres, at_commit, kill, running, through, until
-from .proxy import Line
+from .postgres import (
+    FaultyNetwork,
+    OnFaultyNetwork,
+    OnPostgres,
+    kill,
+    run_at_commit,
+    running,
+    through,
+    until,
+)
+from .proxy import ClientConnection
 
 
 class TestRefusedCommit:
@@ -115,7 +124,7 @@ class TestErrors(OnPostgres):
     async def test_an_error_that_leaves_the_commit_open_is_an_unknown_outcome(
         self, manager: DatabaseSessionManager, sqlstate: str, kind: str
     ) -> None:
-        await at_commit(manager, f"RAISE EXCEPTION 'no idea' USING ERRCODE = '{sqlstate}'")
+        await run_at_commit(manager, f"RAISE EXCEPTION 'no idea' USING ERRCODE = '{sqlstate}'")
         with pytest.raises(CommitOutcomeUnknownError, match="the server doesn't know") as raised:
             async with getattr(manager, kind)() as opened:
                 await opened.execute(insert(Note).values(text="who knows"))
@@ -124,7 +133,7 @@ class TestErrors(OnPostgres):
     async def test_a_commit_with_an_unknown_outcome_is_not_retried_and_runs_no_hook(
         self, manager: DatabaseSessionManager
     ) -> None:
-        await at_commit(manager, "RAISE EXCEPTION 'no idea' USING ERRCODE = '40003'")
+        await run_at_commit(manager, "RAISE EXCEPTION 'no idea' USING ERRCODE = '40003'")
         ran: list[str] = []
 
         async def work() -> None:
@@ -140,7 +149,7 @@ class TestErrors(OnPostgres):
     async def test_any_other_error_of_a_commit_is_a_refusal(
         self, manager: DatabaseSessionManager
     ) -> None:
-        await at_commit(manager, "RAISE EXCEPTION 'no' USING ERRCODE = '08006'")
+        await run_at_commit(manager, "RAISE EXCEPTION 'no' USING ERRCODE = '08006'")
         with pytest.raises(DBAPIError, match="no"):
             async with manager.transaction() as session:
                 await session.execute(insert(Note).values(text="lost"))
@@ -149,7 +158,7 @@ class TestErrors(OnPostgres):
     async def test_a_warning_during_a_commit_is_no_error(
         self, manager: DatabaseSessionManager
     ) -> None:
-        await at_commit(
+        await run_at_commit(
             manager,
             "RAISE WARNING 'canceling wait for synchronous replication due to user request'",
         )
@@ -158,35 +167,35 @@ class TestErrors(OnPostgres):
         assert await notes(manager) == ["kept"]
 
 
-class Holding(Network):
+class Holding(FaultyNetwork):
     """It can hold answers back."""
 
     def __init__(self) -> None:
         super().__init__()
         self.holds = False
-        self.held: list[tuple[bytes, Line]] = []
+        self.held: list[tuple[bytes, ClientConnection]] = []
 
-    def answer(self, data: bytes, line: Line) -> None:
+    def answer(self, data: bytes, client: ClientConnection) -> None:
         if self.holds:
-            self.held.append((data, line))
+            self.held.append((data, client))
         else:
-            super().answer(data, line)
+            super().answer(data, client)
 
     def release(self) -> None:
         self.holds = False
-        for data, line in self.held:
-            super().answer(data, line)
+        for data, client in self.held:
+            super().answer(data, client)
 
-    async def _carry_answers(self, reader: asyncio.StreamReader, line: Line) -> None:
+    async def _carry_answers(self, reader: asyncio.StreamReader, client: ClientConnection) -> None:
         try:
             with suppress(ConnectionError):
                 while data := await reader.read(65536):
-                    self.answer(data, line)
+                    self.answer(data, client)
             while self.holds:
                 await asyncio.sleep(0.01)
         finally:
-            self.lines.discard(line)
-            line.to_client.close()
+            self.clients.discard(client)
+            client.to_client.close()
 
 
 class TestLostAnswers(OnPostgres):
@@ -308,7 +317,7 @@ class TestPostgres(OnPostgres):
             async with getattr(manager, kind)() as opened:
                 await opened.execute(insert(Note).values(text="lost"))
 
-        await at_commit(manager, "PERFORM pg_sleep(60)")
+        await run_at_commit(manager, "PERFORM pg_sleep(60)")
         task = asyncio.create_task(work())
         await until(lambda: running(server, manager, "COMMIT%"))
         await kill(server, manager, "COMMIT%")
@@ -349,7 +358,7 @@ class TestPostgres(OnPostgres):
 class TestNetwork(OnFaultyNetwork):
     @pytest.mark.parametrize("kind", ["transaction", "connect"])
     async def test_a_commit_without_an_answer_has_an_unknown_outcome(
-        self, remote: DatabaseSessionManager, network: Network, kind: str
+        self, remote: DatabaseSessionManager, network: FaultyNetwork, kind: str
     ) -> None:
         with pytest.raises(CommitOutcomeUnknownError, match="look in the database"):
             async with getattr(remote, kind)() as opened:
@@ -361,7 +370,7 @@ class TestNetwork(OnFaultyNetwork):
         self,
         manager: DatabaseSessionManager,
         remote: DatabaseSessionManager,
-        network: Network,
+        network: FaultyNetwork,
         kind: str,
     ) -> None:
         network.cuts_answer_to = b"COMMIT"
@@ -375,7 +384,7 @@ class TestNetwork(OnFaultyNetwork):
         self,
         manager: DatabaseSessionManager,
         remote: DatabaseSessionManager,
-        network: Network,
+        network: FaultyNetwork,
         kind: str,
     ) -> None:
         network.cuts_at = b"COMMIT"
@@ -385,7 +394,10 @@ class TestNetwork(OnFaultyNetwork):
         assert await notes(manager) == []
 
     async def test_a_statement_that_never_reaches_the_server_has_a_known_outcome(
-        self, manager: DatabaseSessionManager, remote: DatabaseSessionManager, network: Network
+        self,
+        manager: DatabaseSessionManager,
+        remote: DatabaseSessionManager,
+        network: FaultyNetwork,
     ) -> None:
         network.cuts_at = b"INSERT"
         with pytest.raises(DBAPIError):
@@ -394,7 +406,10 @@ class TestNetwork(OnFaultyNetwork):
         assert await notes(manager) == []
 
     async def test_a_final_flush_that_never_reaches_the_server_has_a_known_outcome(
-        self, manager: DatabaseSessionManager, remote: DatabaseSessionManager, network: Network
+        self,
+        manager: DatabaseSessionManager,
+        remote: DatabaseSessionManager,
+        network: FaultyNetwork,
     ) -> None:
         network.cuts_at = b"INSERT"
         with pytest.raises(DBAPIError):

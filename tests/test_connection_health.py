@@ -16,7 +16,7 @@ from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings, 
 from .cancellation import each_cancellation
 from .conftest import Postgres, checked_out, notes
 from .models import Note
-from .postgres import Network, OnPostgres, kill, through, until
+from .postgres import FaultyNetwork, OnPostgres, kill, through, until
 
 PID = text("SELECT pg_backend_pid()")
 
@@ -39,13 +39,13 @@ class TestMessages(OnPostgres):
     """Each question is a round trip."""
 
     @pytest.fixture
-    def network(self) -> Network:
-        return Network()
+    def network(self) -> FaultyNetwork:
+        return FaultyNetwork()
 
     @pytest.fixture
     async def counted(
         self,
-        network: Network,
+        network: FaultyNetwork,
         postgres: Postgres,
         manager: DatabaseSessionManager,
         database_url: str,
@@ -59,40 +59,40 @@ class TestMessages(OnPostgres):
             yield counted
 
     @pytest.mark.parametrize(
-        ("work", "questions"), [(read, 1), (write, 3)], ids=["a read", "a write of one row"]
+        ("work", "round_trips"), [(read, 1), (write, 3)], ids=["a read", "a write of one row"]
     )
     async def test_a_block_sends_no_more_messages_than_needed_and_one_more_after_idling(
         self,
-        network: Network,
+        network: FaultyNetwork,
         counted: DatabaseSessionManager,
         work: Callable[[DatabaseSessionManager], Awaitable[object]],
-        questions: int,
+        round_trips: int,
     ) -> None:
         await work(counted)
-        network.questions = 0
+        network.round_trips = 0
         await work(counted)
-        assert network.questions == questions
+        assert network.round_trips == round_trips
         await idle()
         await work(counted)
-        assert network.questions == 2 * questions + 1
+        assert network.round_trips == 2 * round_trips + 1
 
     async def test_a_scope_without_a_statement_sends_nothing(
-        self, network: Network, counted: DatabaseSessionManager
+        self, network: FaultyNetwork, counted: DatabaseSessionManager
     ) -> None:
         await idle()
-        network.questions = 0
+        network.round_trips = 0
         async with (
             counted.transaction(),
             counted.session(),
             counted.transaction(Propagation.REQUIRES_NEW),
         ):
             pass
-        assert network.questions == 0
+        assert network.round_trips == 0
 
     async def test_a_connection_that_died_while_idle_is_replaced_silently(
         self, postgres: Postgres, manager: DatabaseSessionManager, database_url: str
     ) -> None:
-        network = Network()
+        network = FaultyNetwork()
         pool = PoolSettings(ping_after=0.05)
         async with through(
             network, postgres, database_url, pool=pool, connect_timeout=0.3, rollback_timeout=0.3

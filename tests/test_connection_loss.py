@@ -18,7 +18,7 @@ from sessionwire import (
 
 from .conftest import Postgres, checked_out, notes
 from .models import Note
-from .postgres import Network, OnFaultyNetwork, OnPostgres, kill
+from .postgres import FaultyNetwork, OnFaultyNetwork, OnPostgres, kill
 
 
 class TestPostgres(OnPostgres):
@@ -77,7 +77,7 @@ class TestPostgres(OnPostgres):
 class TestNetwork(OnFaultyNetwork):
     @pytest.mark.parametrize("kind", ["transaction", "connect", "session"])
     async def test_a_rollback_without_an_answer_ends_in_time_and_costs_the_connection(
-        self, remote: DatabaseSessionManager, network: Network, kind: str
+        self, remote: DatabaseSessionManager, network: FaultyNetwork, kind: str
     ) -> None:
         async with asyncio.timeout(5):
             with pytest.raises(ValueError, match="mine"):
@@ -87,7 +87,10 @@ class TestNetwork(OnFaultyNetwork):
                     raise ValueError("mine")
 
     async def test_a_savepoint_whose_rollback_gets_no_answer_rolls_the_transaction_back(
-        self, manager: DatabaseSessionManager, remote: DatabaseSessionManager, network: Network
+        self,
+        manager: DatabaseSessionManager,
+        remote: DatabaseSessionManager,
+        network: FaultyNetwork,
     ) -> None:
         async with asyncio.timeout(5):
             with pytest.raises(UnexpectedRollbackError):

@@ -155,7 +155,7 @@ async def test_an_override_applies_to_objects_built_next_until_it_is_reset(
             take_back(provider)
         if (
             moment == "after the start" or override is not override_sessionmanager
-        ):  # which was not opened instead
+        ):  # This one was not opened instead.
             assert await read() == ["own"]
             assert await read_with() == ["own"]
     async with Lifespan(container):

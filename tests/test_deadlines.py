@@ -26,7 +26,7 @@ from sessionwire import (
 
 from .conftest import Postgres, checked_out, notes
 from .models import Note
-from .postgres import Network, OnPostgres, running, through, until
+from .postgres import FaultyNetwork, OnPostgres, running, through, until
 
 SOON = 0.1
 LONG = {
@@ -392,7 +392,8 @@ class TestWithCancellation:
             async with asyncio.timeout(0.02):
                 async with manager.transaction(timeout=0.02) as session:
                     await session.execute(insert(Note).values(text="lost"))
-                    time.sleep(0.03)  # noqa: ASYNC251  # so that both have passed before either can strike
+                    # Both have passed before either can strike.
+                    time.sleep(0.03)  # noqa: ASYNC251
                     await asyncio.sleep(60)
         assert not_cancelling()
         assert await notes(manager) == []
@@ -410,7 +411,8 @@ class TestWithCancellation:
                     loop = asyncio.get_running_loop()
                     if first == "cancellation":
                         loop.call_soon(task.cancel)
-                    time.sleep(2 * SOON)  # noqa: ASYNC251  # so that the deadline strikes in this turn of the loop
+                    # The deadline strikes in this iteration of the event loop.
+                    time.sleep(2 * SOON)  # noqa: ASYNC251
                     if first == "deadline":
                         loop.call_later(0, task.cancel)
                     await asyncio.sleep(60)
@@ -530,7 +532,7 @@ class TestPostgres(OnPostgres):
     async def test_a_deadline_holds_if_the_server_stops_answering(
         self, manager: DatabaseSessionManager, postgres: Postgres, database_url: str
     ) -> None:
-        network = Network()
+        network = FaultyNetwork()
         async with through(network, postgres, database_url, rollback_timeout=0.2) as remote:
             began = time.monotonic()
             with pytest.raises(TransactionTimeoutError):
@@ -544,7 +546,7 @@ class TestPostgres(OnPostgres):
     async def test_an_unanswered_commit_at_the_deadline_is_no_timeout(
         self, manager: DatabaseSessionManager, postgres: Postgres, database_url: str
     ) -> None:
-        network = Network()
+        network = FaultyNetwork()
         async with through(
             network, postgres, database_url, commit_timeout=0.3, rollback_timeout=0.2
         ) as remote:

@@ -116,9 +116,8 @@ def test_each_file_on_a_page_is_used_by_a_command_or_by_other_code(document: Doc
             or "apiVersion:" in block.text
             or name == "conftest.py"
         )
-        of_other_tools = of_other_tools or name.startswith(
-            "migrations/"
-        )  # which Alembic finds there
+        # Alembic finds its migrations there.
+        of_other_tools = of_other_tools or name.startswith("migrations/")
         collected = name.startswith("test_") and any(
             command.line == "pytest" for command in document.commands
         )

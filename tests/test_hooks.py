@@ -29,7 +29,7 @@ from sessionwire._database.runtime import database_of
 
 from .conftest import Postgres, checked_out, notes
 from .models import Note
-from .postgres import OnPostgres, at_commit, kill, running, until
+from .postgres import OnPostgres, kill, run_at_commit, running, until
 
 
 class Diary:
@@ -241,7 +241,7 @@ class TestTransactionsOfTheirOwn:
     async def test_hooks_of_requires_new_run_at_its_own_end(
         self, manager: DatabaseSessionManager, diary: Diary
     ) -> None:
-        reads = database_of(manager).is_sqlite  # where one writer excludes another
+        reads = database_of(manager).is_sqlite  # One writer excludes another there.
         with pytest.raises(ZeroDivisionError):
             async with manager.transaction():
                 diary.register(manager.transaction, "outer")
@@ -493,7 +493,7 @@ class TestUnknownOutcome(OnPostgres):
                 diary.register(manager.transaction, "who knows")
                 session.add(Note(text="a"))
 
-        await at_commit(manager, "PERFORM pg_sleep(60)")
+        await run_at_commit(manager, "PERFORM pg_sleep(60)")
         task = asyncio.create_task(work())
         await until(lambda: running(postgres, manager, "COMMIT%"))
         await kill(postgres, manager, "COMMIT%")
@@ -531,7 +531,7 @@ class TestOnBegin:
 
         manager.transaction.on_begin(look if is_async else begun.append)
         async with manager.transaction() as session:
-            assert begun == []  # nor has it begun in the database
+            assert begun == []  # It has not begun in the database either.
             session.add(Note(text="a"))
             await session.flush()
             assert len(begun) == 1

@@ -700,7 +700,7 @@ def starlette_app(container: Web) -> Starlette:
 @inject
 async def fastapi_endpoint(
     text: str,
-    notebook: Notebook = Depends(Provide[Web.notebook]),  # noqa: B008  # as FastAPI wants it
+    notebook: Notebook = Depends(Provide[Web.notebook]),  # noqa: B008
 ) -> list[str]:
     await notebook.write(text)
     return await notebook.read()

@@ -98,7 +98,7 @@ FAILURES = {
 class Case(NamedTuple):
     around: str
     happens: str  # in the inner block
-    caught: bool  # what comes out of it, by the outer one
+    caught: bool  # whether the outer block catches its error
     outer_fails: bool
 
 
@@ -201,7 +201,7 @@ async def outer_block(
             if session is not None and case.around in WRITING:
                 with suppress(
                     DBAPIError, PendingRollbackError
-                ):  # where no more can be done after a failure
+                ):  # Nothing more can be done after a failure.
                     await write(session, "after")
             if session is not None and case.outer_fails:
                 raise RuntimeError("outer")
@@ -630,7 +630,7 @@ class TestPool:
             )
             errors = [
                 end for end in ends if end is not None
-            ]  # who gives up first may let another one through
+            ]  # The first one to give up may let another one through.
             assert errors
             for error in errors:
                 assert isinstance(error, PoolTimeoutError)
@@ -730,9 +730,7 @@ class TestWithoutBlocksOfItsOwn:
             session.add(Note(text="kept"))
             with pytest.raises(IntegrityError):
                 await session.flush()
-        with pytest.warns(
-            UncommittedChangesWarning
-        ):  # which is all that SQLAlchemy lets one know of it
+        with pytest.warns(UncommittedChangesWarning):  # SQLAlchemy reveals no more.
             await session_block.__aexit__(None, None, None)
         assert await notes(manager) == ["kept"]
 

@@ -28,7 +28,7 @@ from sessionwire import (
 
 from .conftest import Postgres, checked_out, notes
 from .models import Note
-from .postgres import OnPostgres, at_commit, kill, running, until
+from .postgres import OnPostgres, kill, run_at_commit, running, until
 
 Work = Callable[[AsyncSession], Awaitable[object]]
 
@@ -459,7 +459,7 @@ class TestPostgres(OnPostgres):
     async def test_a_commit_with_an_unknown_outcome_is_not_retried(
         self, manager: DatabaseSessionManager, postgres: Postgres
     ) -> None:
-        await at_commit(manager, "PERFORM pg_sleep(60)")
+        await run_at_commit(manager, "PERFORM pg_sleep(60)")
         clerk = Clerk(manager, lambda session: session.execute(insert(Note).values(text="a")))
         task = asyncio.create_task(clerk.work_in_a_transaction())
         await until(lambda: running(postgres, manager, "COMMIT%"))

@@ -145,7 +145,7 @@ async def test_a_cancellation_at_any_await_runs_the_hooks_of_one_attempt_once(
     async for _ in each_cancellation(work, stride=3):  # type: ignore[arg-type]
         clerk = clerks[-1]
         last = {each.split()[0] for each in clerk.ran}
-        assert len(last) <= 1, clerk.ran  # of one attempt only
+        assert len(last) <= 1, clerk.ran  # Only one attempt ran its hooks.
         assert len(clerk.ran) == len(set(clerk.ran))
         committed = [each for each in clerk.ran if each.endswith("committed")]
         rolled_back = [each for each in clerk.ran if "rolled back" in each]

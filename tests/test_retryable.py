@@ -23,7 +23,7 @@ from sessionwire._database.driver_errors import is_retryable
 from . import cluster
 from .conftest import Postgres, notes
 from .models import Note
-from .postgres import Network, OnPostgres, at_port, kill, through
+from .postgres import FaultyNetwork, OnPostgres, at_port, kill, through
 
 CONFLICT = text("DO $$ BEGIN RAISE EXCEPTION 'conflict' USING ERRCODE = '40001'; END $$")
 Work = Callable[[AsyncSession], Awaitable[object]]
@@ -151,7 +151,7 @@ class TestConnecting(OnPostgres):
     async def test_a_refused_connection_is_an_sqlalchemy_error_and_is_retried(
         self, postgres: Postgres, database_url: str
     ) -> None:
-        network = Network()
+        network = FaultyNetwork()
         async with network.open(postgres.host) as port:
             manager = DatabaseSessionManager(at_port(port, database_url))
             await manager.open()
@@ -166,7 +166,7 @@ class TestConnecting(OnPostgres):
     async def test_a_connection_reset_while_connecting_is_retried(
         self, postgres: Postgres, database_url: str
     ) -> None:
-        class Resetting(Network):
+        class Resetting(FaultyNetwork):
             resets = 0
 
             def ask(self, data: bytes, line: object) -> None:

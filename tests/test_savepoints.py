@@ -23,7 +23,7 @@ from sessionwire.testing import sandbox
 from .cancellation import each_cancellation
 from .conftest import Postgres, checked_out, notes
 from .models import Note
-from .postgres import Network, OnPostgres, kill, running, through, until
+from .postgres import FaultyNetwork, OnPostgres, kill, running, through, until
 
 SOON = 0.5
 MARGIN = 1.0  # for a busy machine: half a second is meant
@@ -279,7 +279,7 @@ class TestOnPostgres(OnPostgres):
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(savepoints, "STOP_TIMEOUT", LIMIT)
-        network = Network()
+        network = FaultyNetwork()
         async with through(network, postgres, database_url, rollback_timeout=0.3) as remote:
             with pytest.raises(UnexpectedRollbackError, match="not be stopped within"):
                 async with remote.transaction() as session:

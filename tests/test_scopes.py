@@ -97,7 +97,7 @@ class TestNesting:
         async with manager.session() as outer:
             async with manager.session() as inner:
                 assert current.sync_session is inner.sync_session is not outer.sync_session
-                await outer.execute(select(1))  # which may still be used
+                await outer.execute(select(1))  # It may still be used.
             assert current.sync_session is outer.sync_session
         with pytest.raises(NoSessionError):
             _ = current.sync_session

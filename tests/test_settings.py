@@ -610,9 +610,8 @@ async def test_sslmode_has_the_meaning_of_libpq(mode: str, messages: list[str]) 
 async def test_a_server_that_cannot_be_verified_is_refused(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(
-        "HOME", str(tmp_path)
-    )  # where the root certificate is looked for unless it is named
+    # The root certificate is looked for below it by default.
+    monkeypatch.setenv("HOME", str(tmp_path))
     async with fake_server() as server:
         assert "root certificate" in str(await server.refuse(f"sslmode={mode}"))
         with pytest.raises(

@@ -169,7 +169,7 @@ class TestSQLiteLock:
             await session.flush()
             with pytest.raises(OperationalError, match="locked"):
                 await in_a_transaction(other)
-            async with other.session() as reader:  # which no writer keeps out
+            async with other.session() as reader:  # No writer excludes it.
                 assert (await reader.scalars(select(Note))).all() == []
 
     async def test_a_cancelled_statement_releases_the_lock(
@@ -194,5 +194,5 @@ class TestSQLiteLock:
             await in_a_transaction(manager)
         assert (
             kept.value.__traceback__ is not None
-        )  # what it refers to must not hold the lock either
+        )  # Objects that it refers to must not hold the lock either.
         assert await notes(manager) == ["a", "b"]

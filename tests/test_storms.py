@@ -21,8 +21,8 @@ from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
 
 from .conftest import Postgres, checked_out, notes
 from .models import Note
-from .postgres import Network, OnPostgres, at_port, kill, through, until
-from .proxy import Line, Proxy
+from .postgres import FaultyNetwork, OnPostgres, at_port, kill, through, until
+from .proxy import ClientConnection, Proxy
 
 
 class Slow(Proxy):
@@ -31,9 +31,9 @@ class Slow(Proxy):
     def __init__(self) -> None:
         super().__init__(0.01)
 
-    async def _carry_questions(self, reader: asyncio.StreamReader, line: Line) -> None:
+    async def _carry_requests(self, reader: asyncio.StreamReader, client: ClientConnection) -> None:
         with suppress(ConnectionResetError):
-            await super()._carry_questions(reader, line)
+            await super()._carry_requests(reader, client)
 
 
 class TestStorm(OnPostgres):
@@ -88,13 +88,13 @@ class TestBlackHole(OnPostgres):
     """A network that swallows what is sent."""
 
     @pytest.fixture
-    def network(self) -> Network:
-        return Network()
+    def network(self) -> FaultyNetwork:
+        return FaultyNetwork()
 
     @pytest.fixture
     async def remote(
         self,
-        network: Network,
+        network: FaultyNetwork,
         database_url: str,
         postgres: Postgres,
         manager: DatabaseSessionManager,
@@ -110,7 +110,7 @@ class TestBlackHole(OnPostgres):
 
     @pytest.mark.parametrize("kind", ["statement", "first statement", "flush"])
     async def test_a_deadline_holds_in_a_network_that_swallows_everything(
-        self, remote: DatabaseSessionManager, network: Network, kind: str
+        self, remote: DatabaseSessionManager, network: FaultyNetwork, kind: str
     ) -> None:
         before = time.monotonic()
         with pytest.raises(TimeoutError):
@@ -126,7 +126,7 @@ class TestBlackHole(OnPostgres):
 
     @pytest.mark.parametrize("cancelled", [False, True])
     async def test_the_commit_timeout_holds_in_a_network_that_swallows_everything(
-        self, remote: DatabaseSessionManager, network: Network, cancelled: bool
+        self, remote: DatabaseSessionManager, network: FaultyNetwork, cancelled: bool
     ) -> None:
         async def work() -> None:
             async with remote.transaction() as session:
@@ -147,7 +147,7 @@ class TestBlackHole(OnPostgres):
 
     @pytest.mark.parametrize("kind", ["transaction", "connect", "session"])
     async def test_the_rollback_timeout_holds_in_a_network_that_swallows_everything(
-        self, remote: DatabaseSessionManager, network: Network, kind: str
+        self, remote: DatabaseSessionManager, network: FaultyNetwork, kind: str
     ) -> None:
         with pytest.raises(ValueError, match="mine"):
             async with getattr(remote, kind)() as opened:
@@ -158,7 +158,7 @@ class TestBlackHole(OnPostgres):
         assert 0.9 < time.monotonic() - before < 1.5
 
     async def test_a_cancelled_call_in_a_dead_network_returns_at_once_and_frees_its_place(
-        self, remote: DatabaseSessionManager, network: Network
+        self, remote: DatabaseSessionManager, network: FaultyNetwork
     ) -> None:
         before = time.monotonic()
         with pytest.raises(TimeoutError):
@@ -176,7 +176,7 @@ class TestBlackHole(OnPostgres):
         assert checked_out(remote) == 0
 
     async def test_an_overflow_connection_that_cannot_be_closed_delays_only_a_moment(
-        self, remote: DatabaseSessionManager, network: Network
+        self, remote: DatabaseSessionManager, network: FaultyNetwork
     ) -> None:
         async with remote.engine.connect(), remote.engine.connect():
             network.swallows = True
@@ -199,8 +199,8 @@ class Unplugged(Proxy):
             struct.pack("HBBI", 0x06, 0, 0, 0)
         )  # a filter for packets: keep 0 bytes
         program = struct.pack("HP", 1, ctypes.addressof(drop))
-        for line in self.lines:
-            line.to_client.get_extra_info("socket").setsockopt(
+        for client in self.clients:
+            client.to_client.get_extra_info("socket").setsockopt(
                 socket.SOL_SOCKET, SO_ATTACH_FILTER, program
             )
 

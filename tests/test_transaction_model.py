@@ -47,7 +47,7 @@ Error = type[BaseException] | None
 
 DEPTH = 4
 
-# what leads further is drawn more often; None is a session()
+# Modes that lead further are drawn more often; None is a session().
 MODES = [Propagation.REQUIRED, Propagation.NESTED, None] * 3 + [
     Propagation.REQUIRES_NEW,
     *Propagation,
@@ -81,7 +81,7 @@ class Level:
 @dataclass
 class Session:
     kind: Literal["bare", "autocommit", "transaction"]
-    in_transaction: bool = False  # of a block
+    in_transaction: bool = False  # a block's transaction
     levels: list[Level] = field(default_factory=lambda: [Level()])
     pending: bool = False  # added and not yet flushed
     written: bool = False
@@ -279,7 +279,7 @@ class LibraryAndModel(RuleBasedStateMachine):
             copy_context()
         )  # one for all steps: the next one sees the block that this one opens
         self.blocks: list[AbstractAsyncContextManager[AsyncSession]] = []
-        self.error: Exception | None = None  # of the last step
+        self.error: Exception | None = None  # the error of the last step
         self.hooks_run: list[str] = []
         self.names = map("{:03}".format, count())
         runner.run(self.empty_table())
@@ -425,9 +425,8 @@ class LibraryAndModel(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            if (
-                sys.exception() is None
-            ):  # else a step disagreed, and what follows would only hide it
+            # Otherwise a step disagreed, and more steps would hide it.
+            if sys.exception() is None:
                 while self.blocks:
                     self.end_well()
                 self.agrees()

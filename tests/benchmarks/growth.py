@@ -25,7 +25,7 @@ from .variants import BARE, EXPERT, KEY, SERVICE, TEXT, VARIANTS, Work, items
 from .wire import url
 
 TASKS = {"1 task": 1, **{f"{tasks:,} tasks": tasks for tasks in (10, 100, 500, 1000, 2000)}}
-CALLS = 500  # of all the tasks together; where they are more, each has one
+CALLS = 500  # by all tasks together, and at least one by each
 WAITING = 100, 500, 2000
 POOL = PoolSettings(size=10, max_overflow=0, timeout=300)
 LOCKED_OUT = "SELECT count(*) FROM pg_locks WHERE relation = 'item'::regclass AND NOT granted"
@@ -109,7 +109,7 @@ async def bytes_of_waiting(work: Work, database: asyncpg.Connection[Any]) -> lis
     async with asyncio.TaskGroup() as group, database.transaction():
         await database.execute(
             "LOCK TABLE item"
-        )  # who reads it has a connection, and keeps it until this ends
+        )  # A reader has a connection, and keeps it until this ends.
         tracemalloc.start()
         holding = [group.create_task(work.read(KEY)) for _ in range(POOL.size)]
         while await database.fetchval(LOCKED_OUT) < POOL.size:

@@ -32,10 +32,10 @@ async def run(
     ):
 
         async def count(unit: Callable[[], Awaitable[object]], times: int = 1) -> float:
-            before = proxy.questions
+            before = proxy.round_trips
             for _ in range(times):
                 await unit()
-            return (proxy.questions - before) / times
+            return (proxy.round_trips - before) / times
 
         progress("reading")
         reads: dict[str, list[float]] = {}

@@ -33,7 +33,7 @@ APPLICATIONS = {  # modules of `applications`, with the distribution that each i
     "with_context_async_sqlalchemy": "context-async-sqlalchemy",
 }
 ACCOUNTS = range(1, 1001)
-SECONDS, WARM_UP = 3, 2  # of load, for each measurement, and before the first
+SECONDS, WARM_UP = 3, 2  # seconds of load per measurement, and before the first
 
 
 async def run(

@@ -38,7 +38,7 @@ from .wire import url
 
 PGBENCH = "pgbench"
 CLIENTS, BRANCHES = 8, 16  # fewer branches would have the clients wait for each other
-SECONDS = 1  # of each run, of which pgbench takes whole ones
+SECONDS = 1  # for each run; pgbench accepts whole seconds only
 POOL = PoolSettings(size=CLIENTS, max_overflow=0)
 
 # What `pgbench --show-script=tpcb-like` shows.

@@ -29,7 +29,7 @@ from sessionwire import (
 )
 
 KEY, TEXT = 1, "the one that is read"
-POOL = PoolSettings()  # of the size that SQLAlchemy's own has by default
+POOL = PoolSettings()  # as large as SQLAlchemy's default
 
 
 class Base(DeclarativeBase):

@@ -154,7 +154,7 @@ class Callers:
         while not self._stopped:
             if (
                 not key or random.random() < 0.7
-            ):  # else the transfer is sent again, as after an error
+            ):  # Otherwise the transfer is sent again, as after an error.
                 key = f"{number}-{random.randrange(10**12)}"
                 source, target = random.sample(self.accounts, 2)
                 amount = Decimal(random.randint(1, 500)).scaleb(-2)

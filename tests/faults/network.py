@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from random import Random
 
-from tests.proxy import Line, Proxy
+from tests.proxy import ClientConnection, Proxy
 
 
 class FaultyNetwork(Proxy):
@@ -17,12 +17,12 @@ class FaultyNetwork(Proxy):
         super().__init__()
         self.leads_to = server_directory
         self.is_black_hole = False  # nothing comes through, and nobody is told
-        self.loses = 0.0  # share of the questions whose answers are lost
-        self.loses_only = b""  # questions that contain this
+        self.loses = 0.0  # share of the requests whose answers are lost
+        self.loses_only = b""  # requests that contain this
         # The share of those connections that fall silent; the others are cut.
         self.loses_silently = 0.5
         self._random = random
-        self._losing: set[Line] = set()
+        self._losing: set[ClientConnection] = set()
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[int]:
@@ -38,10 +38,10 @@ class FaultyNetwork(Proxy):
             except OSError:  # the server is away
                 to_client.transport.abort()
                 return
-            line = Line(to_server, to_client)
-            self.lines.add(line)
-            self._start(self._carry_questions(from_client, line))
-            self._start(self._carry_answers(from_server, line))
+            client = ClientConnection(to_server, to_client)
+            self.clients.add(client)
+            self._start(self._carry_requests(from_client, client))
+            self._start(self._carry_answers(from_server, client))
 
         async with await asyncio.start_server(connect, "127.0.0.1", 0) as proxy:
             yield proxy.sockets[0].getsockname()[1]
@@ -54,32 +54,33 @@ class FaultyNetwork(Proxy):
 
     def cut_one(self) -> None:
         """Cut one of the connections at any point."""
-        if self.lines:
-            self._cut(self._random.choice(sorted(self.lines, key=lambda line: id(line.to_client))))
+        if self.clients:
+            clients = sorted(self.clients, key=lambda client: id(client.to_client))
+            self._cut(self._random.choice(clients))
 
     def cut_all(self) -> None:
-        for line in list(self.lines):
-            self._cut(line)
+        for client in list(self.clients):
+            self._cut(client)
 
-    def ask(self, data: bytes, line: Line) -> None:
+    def ask(self, data: bytes, client: ClientConnection) -> None:
         if self.is_black_hole:
             return
         if self.loses_only in data and self._random.random() < self.loses:
-            self._losing.add(line)
-        super().ask(data, line)
+            self._losing.add(client)
+        super().ask(data, client)
 
-    def answer(self, data: bytes, line: Line) -> None:
-        if line in self._losing:
+    def answer(self, data: bytes, client: ClientConnection) -> None:
+        if client in self._losing:
             if self._random.random() >= self.loses_silently:
-                self._cut(line)
+                self._cut(client)
         elif not self.is_black_hole:
-            super().answer(data, line)
+            super().answer(data, client)
 
-    def _cut(self, line: Line) -> None:
-        for end in (line.to_client, line.to_server):
+    def _cut(self, client: ClientConnection) -> None:
+        for end in (client.to_client, client.to_server):
             end.transport.abort()
-        self.lines.discard(line)
-        self._losing.discard(line)
+        self.clients.discard(client)
+        self._losing.discard(client)
 
     def _start(self, carry: Coroutine[None, None, None]) -> None:
         super()._start(_until_cut(carry))

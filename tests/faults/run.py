@@ -29,7 +29,7 @@ from .scenarios import APPLICATION, DATABASE, Place, Scenario, World
 from .verdict import Living, Verdict, judge_calls, judge_recovery
 
 COMMIT = ROLLBACK = 1.0  # seconds: how long their answers are waited for
-LONGEST = 60  # of a whole run
+LONGEST = 60  # seconds of a whole run
 OPENING = Decimal(1000)
 
 
@@ -100,9 +100,7 @@ async def _run(scenario: Scenario, seed: int, shared: Server, seconds: float) ->
         container = Container(settings=LedgerSettings(database=settings))
         async with Lifespan(container), AsyncExitStack() as until_counted:
             callers = Callers(container, scenario.manner, f"{scenario.name}-{seed}", accounts)
-            missing = cast(
-                Any, None
-            )  # what a place does not have, no scenario of this place asks for
+            missing = cast(Any, None)  # Scenarios use only what their place has.
             world = World(
                 random=random,
                 seconds=seconds,

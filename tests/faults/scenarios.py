@@ -22,7 +22,7 @@ from .callers import Answer, Callers, Manner
 from .network import FaultyNetwork
 from .verdict import RECOVERY
 
-APPLICATION = "faults"  # what the callers' connections are called at the server
+APPLICATION = "faults"  # application_name of the callers
 DATABASE = "faults"
 QUIET = 0.4  # seconds without a failure, after which all is taken for well again
 
@@ -46,8 +46,8 @@ class World:
     # It ends what must stay until the connections are counted.
     until_counted: AsyncExitStack
     callers: Callers
-    manager: DatabaseSessionManager  # of the callers
-    path: str  # of the file
+    manager: DatabaseSessionManager  # the callers' manager
+    path: str  # the file of SQLite
     server: Server  # the primary
     cluster: Cluster
     network: FaultyNetwork

@@ -27,7 +27,7 @@ from tests.cluster import server
 CLIENTS, ACCOUNTS = 16, 20
 HANG_UP = 0.1  # share of the requests whose client is gone before the answer
 WARM = 30.0  # seconds after which the memory has its size
-GROWTH = 1.10  # which it may reach by the end
+GROWTH = 1.10  # the limit at the end, relative to the warm size
 REFUSED = "0.13"  # an amount that the database refuses when it is committed
 TRIGGER = f"""
 CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS

@@ -29,14 +29,14 @@ class Counts:
     refused: int = 0
     unknown: int = 0
     cancelled: int = 0
-    attempts: int = 0  # of all calls
+    attempts: int = 0  # the attempts of all calls
     # calls, by what the books say to that
     lost: int = 0  # acknowledged, and not in the books
     ghosts: int = 0  # refused, and in the books
     doubled: int = 0  # in the books more than once
     wrong_hooks: int = 0  # whose hooks ran otherwise than they ended
     wrong_accounts: int = 0  # whose balance is not what its transfers make
-    # what is left
+    # Leftovers.
     # Connections in the server beyond the pool's limit, a second after the last call.
     connections_over: int = 0
     # Connections in the server a second after the manager was closed.
@@ -64,7 +64,7 @@ class Verdict:
     scenario: str
     seed: int
     counts: Counts = field(default_factory=Counts)
-    details: list[str] = field(default_factory=list)  # of what is wrong: for the reader
+    details: list[str] = field(default_factory=list)  # explanations for the reader
 
     @property
     def violations(self) -> list[str]:

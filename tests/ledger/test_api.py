@@ -28,7 +28,7 @@ from sessionwire import (
     PoolSettings,
 )
 from tests.conftest import DATABASE, Postgres, checked_out
-from tests.postgres import Network, OnPostgres, at_port
+from tests.postgres import FaultyNetwork, OnPostgres, at_port
 
 # These requests are answered before they reach a database.
 without_a_database = pytest.mark.parametrize("sessionwire_settings", ["sqlite"], indirect=True)
@@ -373,7 +373,7 @@ class TestOnAServer(OnPostgres):
     async def test_a_transfer_whose_outcome_is_unknown_is_booked_once_when_sent_again(
         self, postgres: Postgres, database_url: str
     ) -> None:
-        network = Network()
+        network = FaultyNetwork()
         async with (
             network.open(postgres.host) as port,
             served(not_open(at_port(port, database_url))) as api,

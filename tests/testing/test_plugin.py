@@ -185,7 +185,7 @@ def test_workers_share_an_embedded_server_and_stop_that_of_a_killed_run(
     assert_passed(project.run("-o", "asyncio_mode=auto", "-n", "2", "test_shop.py"), 8)
     deadline = time.monotonic() + 10
     while psutil.pid_exists(int(server)) and time.monotonic() < deadline:
-        time.sleep(0.01)  # what has ended is there until its parent has noticed
+        time.sleep(0.01)  # An ended process exists until its parent notices.
     assert not psutil.pid_exists(int(server))
     assert not Path(data).parent.exists()
 

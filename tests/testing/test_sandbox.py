@@ -407,7 +407,7 @@ async def test_requires_new_inside_a_read_only_transaction_of_a_sandbox_writes_o
 async def test_a_sandbox_reports_a_commit_lost_with_the_enclosing_transaction(
     inside: DatabaseSessionManager, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if database_of(inside).is_sqlite:  # where it is refused, as without a sandbox
+    if database_of(inside).is_sqlite:  # It is refused there, as without a sandbox.
         async with (
             inside.transaction() as session,
             inside.transaction(Propagation.NOT_SUPPORTED) as audit,

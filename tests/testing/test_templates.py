@@ -195,7 +195,7 @@ class TestSeeding:
 
         async for _ in each_cancellation(
             use, stride=5
-        ):  # of some sixty, each with a database made and dropped
+        ):  # Each of some sixty creates and drops a database.
             assert await databases() == set()
 
     async def test_a_cancelled_copy_leaves_the_template_usable(

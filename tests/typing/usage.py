@@ -257,7 +257,7 @@ async def depends(item: int, service: Annotated[Service, Depends(web.Provide["se
 
 @app.get("/default")
 @web.inject
-async def default(item: int, service: Service = Depends(web.Provide["service"])) -> float:  # noqa: B008  # as FastAPI has it
+async def default(item: int, service: Service = Depends(web.Provide["service"])) -> float:  # noqa: B008
     return await service.price(item)
 
 
