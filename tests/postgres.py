@@ -11,7 +11,7 @@ from sqlalchemy import make_url, text
 
 from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
 
-from .conftest import Postgres, checked_out
+from .conftest import Postgres, assert_all_returned
 from .proxy import ClientConnection, Proxy
 
 
@@ -137,4 +137,4 @@ class OnFaultyNetwork(OnPostgres):
             network, postgres, database_url, commit_timeout=0.2, rollback_timeout=0.2
         ) as remote:
             yield remote
-            assert checked_out(remote) == 0
+            await assert_all_returned(remote)

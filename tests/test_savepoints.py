@@ -21,7 +21,7 @@ from sessionwire._database import savepoints
 from sessionwire.testing import sandbox
 
 from .cancellation import each_cancellation
-from .conftest import Postgres, checked_out, notes
+from .conftest import Postgres, assert_all_returned, checked_out, notes
 from .models import Note
 from .postgres import FaultyNetwork, OnPostgres, kill, running, through, until
 
@@ -291,7 +291,7 @@ class TestOnPostgres(OnPostgres):
                             began = time.monotonic()
                             await session.execute(select(1))
                     assert time.monotonic() - began < SOON + MARGIN
-            assert checked_out(remote) == 0
+            await assert_all_returned(remote)
         assert await notes(manager) == []
 
     async def test_a_savepoint_whose_server_process_ends_rolls_the_transaction_back(
