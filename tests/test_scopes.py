@@ -10,9 +10,10 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
-from sqlalchemy import insert, select, text
+from sqlalchemy import insert, inspect, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapper, Session
 
 from sessionwire import (
     ConcurrentSessionError,
@@ -468,6 +469,21 @@ class TestUncommittedChanges:
         async with manager.session() as session:
             note = (await session.scalars(select(Note))).one()
             note.text = "a"  # no change
+
+    async def test_a_session_warns_of_a_bulk_write_that_is_not_committed(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        def write(session: Session) -> None:
+            mapper: Mapper[Note] = inspect(Note)
+            session.bulk_insert_mappings(mapper, [{"text": "lost"}])
+
+        async def lose_work() -> None:
+            async with manager.session() as session:
+                await session.run_sync(write)
+
+        with pytest.warns(UncommittedChangesWarning):
+            await lose_work()
+        assert await notes(manager) == []
 
     async def test_a_session_that_ends_with_an_error_does_not_warn(
         self, manager: DatabaseSessionManager

@@ -11,6 +11,7 @@ import asyncio
 import dis
 from contextlib import aclosing
 from inspect import CO_ASYNC_GENERATOR, currentframe
+from traceback import walk_stack, walk_tb
 from types import FrameType
 from typing import Any, cast
 
@@ -29,15 +30,10 @@ def iterated_generator() -> FrameType | None:
     One that something else steps, as `@asynccontextmanager` and fixtures do, opens its
     blocks for the code inside.
     """
-    frame: FrameType | None = currentframe()
-    while frame is not None:
-        if (
-            frame.f_code.co_flags & CO_ASYNC_GENERATOR
-            and frame.f_back is not None
-            and _iterates(frame.f_back)
-        ):
+    for frame, _ in walk_stack(currentframe()):
+        stepper = frame.f_back
+        if frame.f_code.co_flags & CO_ASYNC_GENERATOR and stepper and _iterates(stepper):
             return frame
-        frame = frame.f_back
     return None
 
 
@@ -59,10 +55,10 @@ def is_at_yield(frame: FrameType) -> bool:
 
 def is_left_early(error: BaseException | None) -> bool:
     """Tell whether this error closes an async generator, and was not raised by hand."""
-    traceback = error.__traceback__ if isinstance(error, GeneratorExit) else None
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return traceback is not None and bool(traceback.tb_frame.f_code.co_flags & CO_ASYNC_GENERATOR)
+    if not isinstance(error, GeneratorExit):
+        return False
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    return bool(frames and frames[-1].f_code.co_flags & CO_ASYNC_GENERATOR)
 
 
 def early_end_error(
@@ -98,14 +94,10 @@ def _is_told_otherwise(error: UnexpectedRollbackError) -> bool:
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         return True
-    frame: FrameType | None = currentframe()
-    while frame is not None:
-        if frame.f_code is AT_AEXIT:
-            raised = frame.f_locals["exc_info"][1]
-            if raised is not None and not isinstance(
-                raised, GeneratorExit
-            ):  # this one closes another generator
-                raised.add_note(str(error))
-                return True
-        frame = frame.f_back
+    for frame, _ in walk_stack(currentframe()):
+        raised = frame.f_locals["exc_info"][1] if frame.f_code is AT_AEXIT else None
+        # A GeneratorExit closes another generator.
+        if raised is not None and not isinstance(raised, GeneratorExit):
+            raised.add_note(str(error))
+            return True
     return False

@@ -1,7 +1,7 @@
 """SQLAlchemy's session with the rules of its scope.
 
-It runs one operation at a time, and only its block commits. All use of a session passes
-through here: lazy loads, `awaitable_attrs` and `run_sync()` too.
+It runs one operation at a time, and only its block commits. Lazy loads,
+`awaitable_attrs` and `run_sync()` pass through here too.
 """
 
 from __future__ import annotations
@@ -57,9 +57,8 @@ def _as_operation(
     def operation(self: GuardedSession, *args: Any, **options: Any) -> Any:
         scope = self.scope
         current = getcurrent()
-        if (
-            sends_sql and current.__class__ is greenlet
-        ):  # SQLAlchemy's own, in which it awaits, is a subclass
+        # SQLAlchemy's own greenlet, in which it awaits, is of a subclass.
+        if sends_sql and current.__class__ is greenlet:
             raise implicit_io_error()
         if not scope.begin_operation(current):
             return call(self, *args, **options)
@@ -111,6 +110,19 @@ def _as_execution(name: str) -> Callable[..., Any]:
     return _as_operation(name, execution, sends_sql=True)
 
 
+def _as_bulk_write(name: str) -> Callable[..., Any]:
+    """Wrap a method that writes past the unit of work, so that no flush is noticed."""
+    write = getattr(Session, name)
+
+    @functools.wraps(write)
+    def bulk_write(self: GuardedSession, *args: Any, **options: Any) -> None:
+        _take_write_lock(self)
+        write(self, *args, **options)
+        self.scope.record_write()
+
+    return _as_operation(name, bulk_write, sends_sql=True)
+
+
 def _as_transaction_control(name: str) -> Callable[..., Any]:
     """Wrap a transaction method: it is refused if a block manages the transaction."""
     call, rollback = _as_operation(name), _as_operation("rollback")
@@ -148,7 +160,9 @@ class GuardedSession(Session):
         merge = _as_operation("merge")
         refresh = _as_operation("refresh")
         begin_nested = _as_operation("begin_nested")
-        bulk_save_objects = _as_operation("bulk_save_objects")
+        bulk_save_objects = _as_bulk_write("bulk_save_objects")
+        bulk_insert_mappings = _as_bulk_write("bulk_insert_mappings")
+        bulk_update_mappings = _as_bulk_write("bulk_update_mappings")
 
         execute = _as_execution("execute")
         scalar = _as_execution("scalar")
@@ -178,9 +192,8 @@ def _refusing(name: str, is_write: Callable[[Any], bool] = lambda _: True) -> Ca
 
 def _refuse_transaction_control(scope: Scope, statement: Executable) -> None:
     """Refuse a COMMIT or ROLLBACK as text: the block would take its work for committed."""
-    if scope.transaction is None or not isinstance(statement, TextClause):
-        return
-    if control := TRANSACTION_CONTROL.match(statement.text):
+    text = statement.text if isinstance(statement, TextClause) else ""
+    if scope.transaction is not None and (control := TRANSACTION_CONTROL.match(text)):
         raise managed_transaction_error(f"text('{control[1].upper()}')")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from traceback import walk_stack
 from types import FrameType
 from typing import Any
 
@@ -21,10 +22,8 @@ ACCESSES = {
 
 def _access() -> FrameType | None:
     """The use of an attribute that the running code is about."""
-    frame: FrameType | None = inspect.currentframe()
-    while frame is not None and frame.f_code not in ACCESSES:
-        frame = frame.f_back
-    return frame
+    frames = (frame for frame, _ in walk_stack(inspect.currentframe()))
+    return next((frame for frame in frames if frame.f_code in ACCESSES), None)
 
 
 def _note_of_detached(error: DetachedInstanceError, *arguments: Any, **options: Any) -> None:
