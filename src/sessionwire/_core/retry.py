@@ -38,7 +38,8 @@ async def run_with_retries(
     """
     if current_scope(database) is not None:
         attempts = 1
-    postponed_hooks: list[Hook] = []  # of the failed attempt: they run if no other one begins
+    # Of the failed attempt: they run if no other one begins.
+    postponed_hooks: list[Hook] = []
     attempt = 0
     while True:
         attempt += 1

@@ -53,13 +53,11 @@ class Scope:
         self.last_operation_error: Exception | None = None
         self.has_uncommitted_writes = False
         self.is_bare = False  # opened by session(), whose commits are the caller's
-        self.due_hooks: list[
-            Hook
-        ] = []  # of such a commit, to be called once no operation is running
-        self.work = 0  # counts writes, and joined blocks that may have written
-        self.generator: FrameType | None = (
-            None  # opened this scope inside another block, and is iterated over
-        )
+        # Of such a commit, to be called once no operation is running.
+        self.due_hooks: list[Hook] = []
+        self.change_count = 0  # of writes, and of joined blocks that may have written
+        # The generator that opened this scope inside another block, and is iterated over.
+        self.generator: FrameType | None = None
         self.is_aborted = False
         self._loop = asyncio.get_running_loop()
         self._process = os.getpid()
@@ -272,9 +270,8 @@ class Scope:
         self._operation = function
 
         def run_operation(session: Session) -> None:
-            self._operation = (
-                getcurrent()
-            )  # nested calls, such as the flush before a commit, belong to it
+            # Nested calls, such as the flush before a commit, belong to the operation.
+            self._operation = getcurrent()
             function(session)
 
         try:
@@ -320,7 +317,7 @@ class Scope:
 
     def record_write(self) -> None:
         self.has_uncommitted_writes = True
-        self.work += 1
+        self.change_count += 1
 
     # Ends of the transaction
 
@@ -362,7 +359,6 @@ class Scope:
         except PendingRollbackError as error:
             cause = self.last_operation_error or error
             raise unexpected_rollback(cause) from cause
-        self.has_uncommitted_writes = False
 
     async def roll_back(self, error: BaseException | None) -> None:
         """Roll back after the block's `error`.

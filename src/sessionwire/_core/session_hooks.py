@@ -22,9 +22,8 @@ class CommitHooks:
     """
 
     def __init__(self, session: GuardedSession) -> None:
-        self._waiting: list[
-            tuple[Hook, SessionTransaction | None]
-        ] = []  # with the savepoint of each
+        # Each with the savepoint that encloses it.
+        self._waiting: list[tuple[Hook, SessionTransaction | None]] = []
         event.listen(session, "after_commit", self._on_commit)
         event.listen(session, "after_soft_rollback", self._on_rollback)
         event.listen(session, "after_transaction_end", self._on_transaction_end)

@@ -13,13 +13,13 @@ class Transaction:
     """What rolls back as one: a transaction, or a savepoint, which has a parent."""
 
     def __init__(
-        self, block: object, parent: Transaction | None = None, failure_mark: int = 0
+        self, owner: object, parent: Transaction | None = None, failure_mark: int = 0
     ) -> None:
-        self.block = block  # the outer block, which began it
+        self.owner = owner  # the frame of the outer block, which began it
         self.parent = parent
         self.failure_mark = failure_mark  # how many statements had failed before it
         self.rollback_cause: BaseException | None = None
-        self.rollback_only = False  # as its outer block requested
+        self.rollback_requested = False  # by its outer block
         self.has_begun = False  # in the database
         self.has_ended = False
         self.is_ending = False
@@ -36,13 +36,13 @@ class Transaction:
         else:
             self.rollback_cause = self.rollback_cause or cause
 
-    def set_rollback_only(self, block: object) -> None:
+    def set_rollback_only(self, frame: object) -> None:
         """Handle the request of a block.
 
         From the outer block it is silent, otherwise an unexpected rollback.
         """
-        if block is self.block:
-            self.rollback_only = True
+        if frame is self.owner:
+            self.rollback_requested = True
         else:
             self.mark_rollback_only(
                 TransactionError("set_rollback_only() was called in a joined block")

@@ -105,8 +105,8 @@ class TransactionBlock(Block):
             and self._action is not _Action.SAVEPOINT
             and not self._options.read_only
         ):
-            self._scope.work += 1
-        self._work_before = self._scope.work
+            self._scope.change_count += 1
+        self._changes_before = self._scope.change_count
         if self._action is _Action.BEGIN:
             self._scope.transaction = Transaction(self._frame)
             self._scope.transaction.has_begun = self._scope.session.in_transaction()
@@ -212,13 +212,13 @@ class TransactionBlock(Block):
         if self._scope.ends_elsewhere(error):
             return
         failure, transaction = error, self._transaction
-        loses_work = error is None or not is_left_early(error) or self._loses_work()
+        must_report = error is None or not is_left_early(error) or self._loses_work()
         if error is None:
             try:
                 await self._prepare_commit()
             except BaseException as found:
                 failure = found
-        elif loses_work:
+        elif must_report:
             cause = None if transaction is None else transaction.rollback_cause
             failure = early_end_error(error, cause) or error
         failure = await self._apply_deadline(failure)
@@ -230,7 +230,7 @@ class TransactionBlock(Block):
             await self._scope.close(failure)
         else:  # it had joined, or is a savepoint that ended with the enclosing transaction
             self._scope.pop_frame(self._frame)
-            if failure is not None and transaction is not None and loses_work:
+            if failure is not None and transaction is not None and must_report:
                 transaction.mark_rollback_only(failure)
         if failure is not None and failure is not error:
             raise failure
@@ -242,7 +242,7 @@ class TransactionBlock(Block):
             return self._opened_scope and scope.has_pending_changes
         ended_with_outer_block = self._frame.scope is None and not scope.is_aborted
         return not ended_with_outer_block and (
-            scope.work != self._work_before or scope.has_pending_changes
+            scope.change_count != self._changes_before or scope.has_pending_changes
         )
 
     async def _prepare_commit(self) -> None:
@@ -265,7 +265,7 @@ class TransactionBlock(Block):
         if transaction is None:
             await scope.flush()
             return
-        if transaction.rollback_only:
+        if transaction.rollback_requested:
             return
         if cause := transaction.rollback_cause or scope.failure_since(transaction.failure_mark):
             raise unexpected_rollback(cause)
@@ -299,12 +299,12 @@ class TransactionBlock(Block):
         scope, parent = self._scope, transaction.parent
         assert parent is not None
         try:
-            if failure is None and not transaction.rollback_only:
+            if failure is None and not transaction.rollback_requested:
                 await savepoint.commit()
-                scope.work += not self._options.read_only
+                scope.change_count += not self._options.read_only
             else:
                 transaction.mark_rolled_back()
-                scope.work = self._work_before
+                scope.change_count = self._changes_before
                 work = scope.run_exclusively(
                     lambda _: cast(SessionTransaction, savepoint.sync_transaction).rollback()
                 )
@@ -314,9 +314,8 @@ class TransactionBlock(Block):
                     parent.mark_rollback_only(error)
         except BaseException as error:
             transaction.mark_rolled_back()
-            parent.mark_rollback_only(
-                error
-            )  # SQLAlchemy cannot roll back to a savepoint that failed to end
+            # SQLAlchemy cannot roll back to a savepoint that failed to end.
+            parent.mark_rollback_only(error)
             failure = error
         finally:
             if not transaction.has_ended:
@@ -332,7 +331,7 @@ class TransactionBlock(Block):
         transaction.is_ending = True
         scope.pop_frame(self._frame, including_nested=True)
         transaction_error = failure  # without a cancellation that comes on top
-        if failure is None and not transaction.rollback_only:
+        if failure is None and not transaction.rollback_requested:
             try:
                 await scope.commit()
             except BaseException as error:
@@ -340,7 +339,7 @@ class TransactionBlock(Block):
                 transaction_error = (
                     error.__cause__ if isinstance(error, asyncio.CancelledError) else error
                 )
-        if transaction_error is not None or transaction.rollback_only:
+        if transaction_error is not None or transaction.rollback_requested:
             transaction.mark_rolled_back()
         scope.transaction = None
         try:

@@ -348,5 +348,5 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 def database_of(manager: object) -> Database:
-    """Return the internal database of a `DatabaseSessionManager`."""
+    """Return the internal database of a `DatabaseSessionManager` or a `TransactionManager`."""
     return cast(Database, vars(manager)["_database"])
