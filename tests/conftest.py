@@ -25,6 +25,18 @@ CONNECTED_TO = "FROM pg_stat_activity WHERE datname = "
 CONNECTED = f"SELECT query, state {CONNECTED_TO}$1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--no-pipeline", action="store_true", help="let the setting `pipeline` be false by default"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--no-pipeline"):
+        DatabaseSettings.model_fields["pipeline"].default = False
+        DatabaseSettings.model_rebuild(force=True)
+
+
 class Postgres:
     """The server of a test run, as an administrator sees it."""
 

@@ -21,6 +21,7 @@ class ClientConnection:
 
     to_server: asyncio.StreamWriter
     to_client: asyncio.StreamWriter
+    is_waiting: bool = False  # for an answer
 
 
 class Proxy:
@@ -74,7 +75,10 @@ class Proxy:
         kinds, loop = _Kinds(), asyncio.get_running_loop()
         try:
             while data := await reader.read(65536):
-                self.round_trips += sum(kind in ASK for kind in kinds.of(data))
+                if any([kind in ASK for kind in kinds.of(data)]):
+                    # What is asked before an answer has come costs no further wait.
+                    self.round_trips += not client.is_waiting
+                    client.is_waiting = True
                 if self._delay:
                     loop.call_later(self._delay, self.ask, data, client)
                 else:
@@ -85,6 +89,7 @@ class Proxy:
     async def _carry_answers(self, reader: asyncio.StreamReader, client: ClientConnection) -> None:
         try:
             while data := await reader.read(65536):
+                client.is_waiting = False
                 self.answer(data, client)
         finally:
             self.clients.discard(client)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import nullcontext
 
 import pytest
 from sqlalchemy import insert, text
@@ -142,4 +143,26 @@ class TestByHand(OnPostgres):
             await session.execute(insert(Note).values(text="lost"))
         assert checked_out(manager) == 0
         await write(manager, "next")
+        assert await notes(manager) == ["next"]
+
+
+class TestSettings(OnPostgres):
+    @pytest.fixture
+    def settings(self, database_url: str) -> DatabaseSettings:
+        return DatabaseSettings(url=database_url, pool=ONE)
+
+    @pytest.mark.parametrize("end", [None, ValueError("mine")])
+    async def test_a_wrong_setting_that_no_statement_follows_is_never_sent(
+        self, manager: DatabaseSessionManager, end: Exception | None
+    ) -> None:
+        async with manager.transaction() as session:
+            pid = await session.scalar(text("SELECT pg_backend_pid()"))
+        with pytest.raises(ValueError, match="mine") if end else nullcontext():
+            async with manager.transaction(settings={"statement_timeout": "never"}) as session:
+                await session.connection()
+                if end is not None:
+                    raise end
+        async with manager.transaction() as session:
+            await session.execute(insert(Note).values(text="next"))
+            assert await session.scalar(text("SELECT pg_backend_pid()")) == pid
         assert await notes(manager) == ["next"]

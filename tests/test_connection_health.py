@@ -59,7 +59,7 @@ class TestMessages(OnPostgres):
             yield counted
 
     @pytest.mark.parametrize(
-        ("work", "round_trips"), [(read, 1), (write, 3)], ids=["a read", "a write of one row"]
+        ("work", "round_trips"), [(read, 1), (write, 2)], ids=["a read", "a write of one row"]
     )
     async def test_a_block_sends_no_more_messages_than_needed_and_one_more_after_idling(
         self,
@@ -185,11 +185,11 @@ class TestAge(OnPostgres):
 
 
 class TestReadOnlyTransactions(OnPostgres):
-    """Where a pooler refuses the start-up parameter of read-only connections."""
+    """Without the pipeline, reads run in READ ONLY transactions."""
 
     @pytest.fixture
     def settings(self, database_url: str) -> DatabaseSettings:
-        return DatabaseSettings(url=database_url, read_only_connections=False)
+        return DatabaseSettings(url=database_url, pipeline=False)
 
     async def test_a_read_only_scope_takes_one_connection_of_the_only_pool(
         self, manager: DatabaseSessionManager, postgres: Postgres

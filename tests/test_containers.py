@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import pytest
@@ -45,6 +46,7 @@ PROVIDERS: dict[str, tuple[type, type]] = {
     "config": (providers.Configuration, dict),
     "settings": (providers.ThreadSafeSingleton, DatabaseSettings),
     "metadata": (providers.Object, MetaData),
+    "session_settings": (providers.Object, NoneType),
     "sessionmanager": (providers.ThreadSafeSingleton, DatabaseSessionManager),
     "manager": (providers.Resource, asyncio.Future),
     "session": (providers.Factory, CurrentSession),

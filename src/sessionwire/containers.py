@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dependency_injector import containers, providers
 
 from .base import Base
@@ -24,6 +26,8 @@ class DatabaseContainer(containers.DeclarativeContainer):
         config: Raw values in place of `settings`, as `Configuration` providers hold
             them.
         metadata: The `MetaData` of the models; that of `Base` by default.
+        session_settings: A function that returns the server's settings for a
+            transaction, or a provider of one.
 
     Raises:
         ConfigurationError: A value is wrong, missing or unknown. Raised when the first
@@ -47,8 +51,9 @@ class DatabaseContainer(containers.DeclarativeContainer):
     config = providers.Configuration()
     settings = providers.ThreadSafeSingleton(DatabaseSettings.load, config)
     metadata = providers.Object(Base.metadata)
+    session_settings: providers.Provider[Any] = providers.Object(None)
     sessionmanager = providers.ThreadSafeSingleton(
-        DatabaseSessionManager, settings, metadata=metadata
+        DatabaseSessionManager, settings, metadata=metadata, session_settings=session_settings
     )
     manager = providers.Resource(sessionmanager)
     session = providers.Factory(CurrentSession, sessionmanager)

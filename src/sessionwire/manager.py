@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Self
@@ -11,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
 from ._core.connection_block import connection_block
 from ._core.context import enclosing_scopes
+from ._core.hooks import to_call
 from ._core.session_block import SessionBlock
 from ._database.runtime import Database
 from .base import Base
@@ -31,6 +33,9 @@ class DatabaseSessionManager:
         settings: What `open()` opens with: settings, or a URL. `init()` gives them
             later.
         metadata: The tables of `create_all()`. Default: `Base.metadata`.
+        session_settings: Returns the server's settings for a transaction or a read,
+            such as `{"app.tenant": "7"}`. It is asked at the begin of each block that
+            does not join another one. PostgreSQL only.
 
     Example:
         ```python
@@ -48,8 +53,12 @@ class DatabaseSessionManager:
         settings: DatabaseSettings | str | URL | None = None,
         *,
         metadata: MetaData | None = None,
+        session_settings: Callable[[], Mapping[str, object]] | None = None,
     ) -> None:
-        self._database = Database(None if settings is None else as_settings(settings))
+        self._database = Database(
+            None if settings is None else as_settings(settings),
+            session_settings and to_call(session_settings, "session_settings"),
+        )
         self.metadata = Base.metadata if metadata is None else metadata
         self.transaction = TransactionManager(self)
 

@@ -127,12 +127,9 @@ class DatabaseSettings(_Model):
             "0: the system's default; PostgreSQL"
         ),
     )
-    read_only_connections: bool = Field(
+    pipeline: bool = Field(
         True,
-        description=(
-            "read scopes use separate connections; "
-            "false: READ ONLY transactions, which poolers need"
-        ),
+        description="send ahead what needs no answer, such as BEGIN; PostgreSQL with asyncpg",
     )
     echo: bool = Field(False, description="log each statement")
     application_name: str | None = Field(

@@ -55,6 +55,8 @@ class TransactionManager:
             timeout: A deadline for the block, up to its commit, in seconds or as a
                 `timedelta`.
             execution_options: SQLAlchemy's, for the connection of the block.
+            settings: The server's, such as `{"app.tenant": "7"}`, until the transaction
+                ends. PostgreSQL only.
 
         Raises:
             TypeError: An option is unknown, or `timeout` is not a time.

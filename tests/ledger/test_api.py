@@ -398,9 +398,12 @@ class TestOnAServer(OnPostgres):
             await postgres.execute(statement, database=DATABASE)
         try:
             async with served(not_open(database_url.replace("postgres@", "poor@"))) as api:
-                # This uses the one connection, which stays in the writers' pool.
                 await opened(api, "Alice")
-
+                await postgres.execute("ALTER ROLE poor CONNECTION LIMIT 0")
+                await postgres.execute(
+                    "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+                    "WHERE usename = 'poor'"
+                )
                 assert_problem(
                     await api.get("/accounts/1/balance"), 503, "unavailable", "Nothing was done"
                 )

@@ -21,6 +21,11 @@ else:
     ModelMetaclass = type(BaseModel)
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+REMOVED_KEYS = {
+    "read_only_connections": (
+        "leave it out: reads and writes share one pool, and poolers need no setting for reads"
+    ),
+}
 
 
 class ConfigurationErrorMeta(ModelMetaclass):
@@ -79,8 +84,8 @@ def _format_problem(model: type[Any], problem: ErrorDetails, sources: Sequence[S
         key += tuple(name for name, field in fields.items() if field.is_required())[:1]
         message = f"is missing: set it {_ways_to_set(model, key, sources)}"
     elif kind == "extra_forbidden":
-        message = "there is no such key"
-        if fields:
+        message = REMOVED_KEYS.get(str(key[-1]), "there is no such key")
+        if fields and key[-1] not in REMOVED_KEYS:
             choice = f"choose one of {', '.join(sorted(fields))}"
             message += f"; {did_you_mean(str(key[-1]), fields) or choice}"
     elif kind == "model_type":

@@ -54,21 +54,23 @@ async def connection_block(database: Database) -> AsyncGenerator[AsyncConnection
     """
     engines = database.admit(is_enclosed=current_scope(database) is not None)
     require_no_enclosing_writer(database)
-    loop = running_loop()
-    connection = engines.engine_for(ConnectionOptions(write_intent=True)).connect()
+    loop, options = running_loop(), ConnectionOptions(write_intent=True)
+    connection = engines.engine_for(options).connect()
     unit = _ConnectionUnit(connection)
     database.add(unit)
     failure: BaseException | None = None
     try:
         await connection
-        failures = failure_log(cast(Connection, connection.sync_connection)).errors
+        log = failure_log(cast(Connection, connection.sync_connection))
+        failures = log.errors
+        event.listen(connection.sync_connection, "rollback", log.clear)
         try:
             if unit.is_aborted:
                 # It came out of a pool that nobody disposes any more.
                 await connection.invalidate()
                 raise NotInitializedError("it was closed while connect() waited for a connection")
             transaction = await connection.begin()
-            await connection.run_sync(database.begin_hooks.run_if_due)
+            await connection.run_sync(database.set_up_transaction, options)
             event.listen(connection.sync_connection, "after_cursor_execute", unit.record_write)
             yield connection
             if running_loop() is not loop:

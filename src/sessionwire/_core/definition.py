@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 
 from sessionwire._config.keys import did_you_mean
 from sessionwire._database.options import ConnectionOptions
+from sessionwire._database.transaction_settings import settings_as_text
 
 
 class Propagation(Enum):
@@ -47,6 +48,7 @@ class TransactionOptions(TypedDict, total=False):
     read_only: bool
     timeout: float | timedelta | None
     execution_options: Mapping[str, Any] | None
+    settings: Mapping[str, object] | None
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def define(
     read_only: bool = False,
     timeout: float | timedelta | None = None,
     execution_options: Mapping[str, Any] | None = None,
+    settings: Mapping[str, object] | None = None,
     **unknown: object,
 ) -> TransactionDefinition:
     """Validate the propagation mode and the options of a block.
@@ -87,6 +90,7 @@ def define(
         read_only=read_only,
         isolation=_normalize_isolation(isolation, propagation),
         execution_options=tuple(sorted((execution_options or {}).items())),
+        settings=settings_as_text(settings or {}),
     )
     return TransactionDefinition(
         propagation, connection_options, None if timeout is None else _seconds(timeout)

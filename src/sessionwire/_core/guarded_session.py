@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .scope import Scope
     from .session_hooks import CommitHooks
 
+ACTIVE_TRANSACTION = "25001"  # SQLSTATE active_sql_transaction
 NO_TRANSACTION = "25P01"  # SQLSTATE no_active_sql_transaction
 READ_ONLY = ("25006", "SQLITE_READONLY")
 DISCARDING = ("close", "reset", "invalidate")
@@ -260,6 +261,11 @@ def _add_hints(scope: Scope, error: Exception) -> None:
             f"tasks at once, pool.size + pool.max_overflow must be at least n + {held}; it is "
             f"{pool.size + pool.max_overflow}"
         )
+    if scope.options.autocommit and sqlstate(error) == ACTIVE_TRANSACTION:
+        error.add_note(
+            "settings are sent ahead of each statement here, and this one takes none: let the "
+            "block do without, execution_options={'sessionwire_without_hooks': True}"
+        )
     if sqlstate(error) == NO_TRANSACTION:
         error.add_note(
             "a cursor, as of stream(), needs a transaction: for reading, "
@@ -321,9 +327,8 @@ def _on_begin(
     scope = session.scope
     scope.transaction_connection = connection
     scope.failure_log = failure_log(connection)
-    if scope.options.autocommit or transaction.nested:
+    if transaction.nested:
         return
-    if scope.transaction is not None:
+    if scope.transaction is not None and not scope.options.autocommit:
         scope.transaction.has_begun = True
-    if scope.database.begin_hooks:
-        scope.database.begin_hooks.run_if_due(connection)
+    scope.database.set_up_transaction(connection, scope.options)

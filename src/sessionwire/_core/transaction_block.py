@@ -14,7 +14,6 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.orm import SessionTransaction
 
-from sessionwire._database.begin_hooks import WITHOUT_HOOKS
 from sessionwire._database.completion import finish_rollback
 from sessionwire._database.driver_errors import is_retryable, root_cause
 from sessionwire._database.options import ConnectionOptions
@@ -168,6 +167,7 @@ class TransactionBlock(Block):
                 dict(requested.execution_options),
                 dict(existing.execution_options),
             ),
+            ("settings", dict(requested.settings), dict(existing.settings)),
         ):
             if value and value != present:
                 raise IncompatibleTransactionError(
@@ -178,14 +178,13 @@ class TransactionBlock(Block):
 
     def _options_for_new_scope(self) -> ConnectionOptions:
         options = self._options
-        if options.autocommit and options.read_only and self._database.wraps_reads_in_transactions:
-            return replace(options, autocommit=False)
-        if (
-            options.autocommit
-            and self._database.begin_hooks
-            and WITHOUT_HOOKS not in dict(options.execution_options)
-        ):
-            return replace(options, transaction_per_statement=True)
+        if options.autocommit:
+            sets_up = self._database.sets_up_transactions(options)
+            if options.read_only:
+                if not sets_up and self._database.engines.refuses_writes_in_autocommit:
+                    return options
+                return replace(options, autocommit=False)
+            return replace(options, transaction_per_statement=True) if sets_up else options
         if options.write_intent:
             require_no_enclosing_writer(self._database)
         return options

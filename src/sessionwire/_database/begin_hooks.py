@@ -15,11 +15,10 @@ from sqlalchemy.util import await_only
 
 from sessionwire.errors import IncompatibleTransactionError
 
-from .options import CONNECTION_OPTIONS
+from .options import CONNECTION_OPTIONS, WITHOUT_HOOKS, ConnectionOptions
+from .transaction_settings import SENT_AHEAD, TransactionSettings
 
 BeginHook = Callable[[AsyncConnection], Awaitable[object] | None]
-# The execution option of a connection whose statements may be sent without the hooks.
-WITHOUT_HOOKS = "sessionwire_without_hooks"
 
 
 class BeginHooks(list[BeginHook]):
@@ -29,33 +28,27 @@ class BeginHooks(list[BeginHook]):
     it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, settings: TransactionSettings) -> None:
         super().__init__()
+        self._settings = settings
         self._due: weakref.WeakSet[Connection] = weakref.WeakSet()
         # Without hooks, no engine is listened to.
-        self._silent_engines: weakref.WeakKeyDictionary[Engine, bool]
-        self._silent_engines = weakref.WeakKeyDictionary()
+        self._silent_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
     def append(self, hook: BeginHook) -> None:
         """Add a hook, from the next begin on."""
         super().append(hook)
         while self._silent_engines:
-            self._listen(*self._silent_engines.popitem())
+            self._listen(self._silent_engines.pop())
 
-    def watch(self, engine: Engine, *, autocommit: bool = False) -> None:
-        """Run the hooks in all transactions of an engine and of those derived from it.
-
-        Args:
-            engine: The engine to listen to.
-            autocommit: The engine has no transactions, so that statements which would
-                need the hooks raise `IncompatibleTransactionError`.
-        """
+    def watch(self, engine: Engine) -> None:
+        """Run the hooks in all transactions of an engine and of those derived from it."""
         if self:
-            self._listen(engine, autocommit)
+            self._listen(engine)
         else:
-            self._silent_engines[engine] = autocommit
+            self._silent_engines.add(engine)
 
-    def _listen(self, engine: Engine, autocommit: bool) -> None:
+    def _listen(self, engine: Engine) -> None:
         def on_begin(connection: Connection, *_: object) -> None:
             options = connection.get_execution_options()
             ours = options.get(CONNECTION_OPTIONS)
@@ -64,10 +57,8 @@ class BeginHooks(list[BeginHook]):
             ):
                 self._due.add(connection)
 
-        def on_statement(connection: Connection, *_: object) -> None:
-            if self and connection in self._due:
-                if autocommit:
-                    raise _autocommit_error()
+        def on_statement(connection: Connection, _cursor: Any, sql: str, *_: object) -> None:
+            if not sql.startswith(SENT_AHEAD):  # The hooks find the settings set.
                 self.run_if_due(connection)
 
         event.listen(engine, "begin", on_begin)
@@ -82,7 +73,9 @@ class BeginHooks(list[BeginHook]):
         """
         if not self or connection not in self._due:
             return
-        if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+        options = connection.get_execution_options()
+        is_autocommit = options.get("isolation_level") == "AUTOCOMMIT"
+        if is_autocommit or getattr(options.get(CONNECTION_OPTIONS), "autocommit", False):
             raise _autocommit_error()
         self._due.discard(connection)
         try:
@@ -91,6 +84,12 @@ class BeginHooks(list[BeginHook]):
             # Nothing may be sent in a transaction that lacks what the hooks set up.
             connection.invalidate()
             raise
+
+    def run_for_statement(self, connection: Connection) -> None:
+        """Set up the transaction of one statement."""
+        options = connection.get_execution_options().get(CONNECTION_OPTIONS)
+        self._settings.apply(connection, self._settings.ask(options or ConnectionOptions()))
+        self.run(connection)
 
     def run(self, connection: Connection) -> None:
         """Run the hooks, in SQLAlchemy's greenlet, so that sync hooks can send SQL."""
@@ -121,7 +120,7 @@ class BeginHooks(list[BeginHook]):
                     cursor = connection.connection.cursor()
                     cursor.execute("BEGIN")
                     cursor.close()
-                self.run(connection)
+                self.run_for_statement(connection)
                 execute(*arguments)
                 dialect.do_commit(connection.connection)
             except Exception:

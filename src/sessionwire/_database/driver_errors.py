@@ -85,25 +85,19 @@ def root_cause(error: BaseException | None, first: BaseException | None) -> Base
     return first if only_refers and first is not None else error
 
 
-def install_disconnect_listener(engine: Engine, *, read_only: bool = False) -> None:
+def install_disconnect_listener(engine: Engine) -> None:
     """Tell SQLAlchemy about connections that are lost or useless.
 
     By itself it would notice at the next statement, or never.
 
     A primary that has become a standby is lost for a transaction that may write. A
     connection that knows an outdated type would keep its statements of that type.
-
-    Args:
-        engine: The engine to listen to.
-        read_only: Its connections always refuse writes, so a refusal does not mean a
-            standby.
     """
 
     @event.listens_for(engine, "handle_error")
     def check_connection(context: ExceptionContext) -> None:
         state = sqlstate(context.original_exception)
-        may_write = not read_only and _may_write(context.connection)
-        is_standby = state == READ_ONLY_TRANSACTION and may_write
+        is_standby = state == READ_ONLY_TRANSACTION and _may_write(context.connection)
         cause = context.original_exception.__cause__
         is_outdated = type(cause).__name__ == OUTDATED_TYPE
         is_unreachable = isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError)

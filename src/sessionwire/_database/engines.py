@@ -9,15 +9,17 @@ import random
 import tempfile
 import uuid
 import weakref
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any, cast
 
-from sqlalchemy import URL, AdaptedConnection, Engine, event, make_url
+from sqlalchemy import URL, AdaptedConnection, Connection, Engine, event, make_url
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import ConnectionPoolEntry, Pool
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
@@ -29,7 +31,7 @@ from sessionwire.settings import DatabaseSettings
 from . import postgresql, sqlite, sqlite_connections
 from .begin_hooks import BeginHooks
 from .driver_errors import install_disconnect_listener
-from .failed_statements import install_failure_listeners
+from .failed_statements import install_failure_listener, record_savepoints
 from .options import CONNECTION_OPTIONS, ConnectionOptions
 from .savepoints import install_cancellation_listener
 
@@ -42,15 +44,14 @@ POOL_CLOSE_WAIT = 0.25  # seconds that a pool waits for a connection to be close
 class DatabaseEngines:
     """The engines of one database, and the resources to release with them.
 
-    `primary` and its variants share one pool. Sessions that only read without a
-    transaction use a second one, in autocommit, whose connections refuse writes.
+    `primary` and its variants share one pool.
 
     Args:
         settings: The settings of the database.
         begin_hooks: The hooks of `on_begin`, which more may be added to later.
     """
 
-    def __init__(self, settings: DatabaseSettings, begin_hooks: BeginHooks | None = None) -> None:
+    def __init__(self, settings: DatabaseSettings, begin_hooks: BeginHooks) -> None:
         url = make_url(settings.url)
         self.server: EmbeddedServer | None = None
         if url.drivername == "embedded":
@@ -64,48 +65,72 @@ class DatabaseEngines:
             url = URL.create(url.drivername, database=str(self._temporary_file))
         self._url = url
         self._settings = settings
-        self._begin_hooks = BeginHooks() if begin_hooks is None else begin_hooks
+        self._begin_hooks = begin_hooks
         self.is_closed = False  # set by the manager's close(): nothing commits any more
         self._is_disposing = False
         self._connections: set[AdaptedConnection] = set()
-        self._records: weakref.WeakSet[Any] = weakref.WeakSet()  # all places of the pools
+        self._records: weakref.WeakSet[Any] = weakref.WeakSet()  # all places of the pool
         # The cleanup task of each driver's connection that has been aborted.
         self._cleanups: weakref.WeakKeyDictionary[Any, asyncio.Future[Any]]
         self._cleanups = weakref.WeakKeyDictionary()
         self.cleanup_tasks: set[asyncio.Future[Any]] = set()  # those that are running
-        self.primary = self._build_engine(read_only=False)
-        self._read_only = self._build_engine(read_only=True)
+        self.primary = self._build_engine()
         self._variants: dict[ConnectionOptions, AsyncEngine] = {}
 
-    @property
+    @functools.cached_property
     def is_sqlite(self) -> bool:
         return self.primary.dialect.name == "sqlite"
 
     @property
-    def pools(self) -> list[Pool]:
-        return [self.primary.pool, self._read_only.pool]
+    def refuses_writes_in_autocommit(self) -> bool:
+        """Whether a read-only connection is kept from writing without a transaction."""
+        return self.is_sqlite or self.sends_ahead
+
+    @property
+    def sends_ahead(self) -> bool:
+        """Whether statements can be sent ahead of others."""
+        return self._settings.pipeline and self._is_asyncpg
+
+    @functools.cached_property
+    def _is_asyncpg(self) -> bool:
+        return self.primary.dialect.driver == "asyncpg"
+
+    def set_up(
+        self, connection: Connection, options: ConnectionOptions, settings: Mapping[str, str]
+    ) -> None:
+        """Set the options of a transaction before its BEGIN is sent.
+
+        Args:
+            connection: The connection of the transaction.
+            options: The options.
+            settings: What is sent ahead of each statement that has no transaction.
+        """
+        if self._is_asyncpg:
+            postgresql.set_up(connection, options, settings)
 
     def includes(self, engine: Engine) -> bool:
-        """Return whether `engine` is one of these or a variant, which shares a pool."""
-        return engine.pool in self.pools
+        """Return whether `engine` is one of these; they share a pool."""
+        return engine.pool is self.primary.pool
 
     def engine_for(self, options: ConnectionOptions) -> AsyncEngine:
         """Return the engine whose connections have these options."""
         if options.execution_options:
             # It is not cached: values may be unhashable, or new at every call.
             return self._with_options(options)
+        if options.settings and not options.transaction_per_statement:
+            options = replace(options, settings=())  # They go to the transaction.
         engine = self._variants.get(options)
         if engine is None:
             engine = self._variants[options] = self._with_options(options)
         return engine
 
     def _with_options(self, options: ConnectionOptions) -> AsyncEngine:
-        is_reading = options.autocommit and options.read_only
-        engine = self._read_only if is_reading else self.primary
+        engine = self.primary
         execution_options = options.copy_execution_options()
-        if self.is_sqlite:  # sqlite.py begins transactions, and does so by these options.
+        if self.is_sqlite or self._is_asyncpg:
+            # sqlite.py and postgresql.py set up a transaction by these options.
             execution_options[CONNECTION_OPTIONS] = options
-        elif engine is self.primary:
+        else:
             isolation = options.isolation
             if options.autocommit and not options.transaction_per_statement:
                 isolation = "AUTOCOMMIT"
@@ -130,28 +155,27 @@ class DatabaseEngines:
 
     # Create
 
-    def _build_engine(self, *, read_only: bool) -> AsyncEngine:
+    def _build_engine(self) -> AsyncEngine:
         if self._url.get_backend_name() == "sqlite":
-            engine = self._build_sqlite(read_only)
+            engine = self._build_sqlite()
         elif self._url.drivername == "postgresql+asyncpg":
-            engine = self._build_postgresql(read_only)
+            engine = self._build_postgresql()
         else:
-            engine = self._create_engine(self._url, read_only)
+            engine = self._create_engine(self._url)
         sync_engine = engine.sync_engine
         event.listen(sync_engine, "connect", self._on_connect)
         event.listen(sync_engine, "checkout", self._on_checkout)
         event.listen(sync_engine, "close", self._on_close)
-        install_disconnect_listener(sync_engine, read_only=read_only)
-        self._begin_hooks.watch(sync_engine, autocommit=read_only)
-        if not read_only:  # The other connections have no transactions.
-            install_failure_listeners(sync_engine)
-            install_cancellation_listener(sync_engine)
+        install_disconnect_listener(sync_engine)
+        self._begin_hooks.watch(sync_engine)
+        install_failure_listener(sync_engine)
+        record_savepoints(engine.dialect)
+        install_cancellation_listener(sync_engine)
         return engine
 
-    def _build_sqlite(self, read_only: bool) -> AsyncEngine:
+    def _build_sqlite(self) -> AsyncEngine:
         engine = self._create_engine(
             self._url,
-            read_only,
             connect_args=sqlite_connections.CONNECT_ARGS,
             poolclass=sqlite_connections.SQLitePool,
         )
@@ -166,17 +190,17 @@ class DatabaseEngines:
                 weakref.finalize(self, sqlite.delete_database_files, file)
 
         lock_timeout = self._settings.pool.timeout
-        sqlite.configure_engine(engine.sync_engine, read_only=read_only, lock_timeout=lock_timeout)
+        sqlite.configure_engine(engine.sync_engine, lock_timeout=lock_timeout)
         dialect: Any = engine.dialect
         # SQLAlchemy waits for the driver's thread, and a second cancellation would
         # leave a task behind for good.
         dialect.do_terminate = self.abort
         return engine
 
-    def _build_postgresql(self, read_only: bool) -> AsyncEngine:
-        url, connect_args = postgresql.split_url(self._url, self._settings, read_only=read_only)
+    def _build_postgresql(self) -> AsyncEngine:
+        url, connect_args = postgresql.split_url(self._url, self._settings)
         pool = postgresql.PostgreSQLPool
-        engine = self._create_engine(url, read_only, connect_args=connect_args, poolclass=pool)
+        engine = self._create_engine(url, connect_args=connect_args, poolclass=pool)
         dialect: Any = engine.dialect
         # SQLAlchemy waits for two seconds or forever. If it is cancelled meanwhile, it
         # leaves the statement running in the server.
@@ -186,10 +210,8 @@ class DatabaseEngines:
         )
         return engine
 
-    def _create_engine(self, url: URL, read_only: bool, **options: Any) -> AsyncEngine:
+    def _create_engine(self, url: URL, **options: Any) -> AsyncEngine:
         pool = self._settings.pool
-        if read_only and url.get_backend_name() != "sqlite":
-            options |= {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
         return create_async_engine(
             DatabaseURL._make(url),
             echo=self._settings.echo,
@@ -200,7 +222,7 @@ class DatabaseEngines:
             **options,
         )
 
-    # Listen to the pools
+    # Listen to the pool
 
     def _on_connect(self, connection: AdaptedConnection, record: ConnectionPoolEntry) -> None:
         self._connections.add(connection)
@@ -268,10 +290,9 @@ class DatabaseEngines:
             await_only(_wait_briefly(cleanup))
 
     async def dispose(self) -> None:
-        """Close the pools and delete a temporary file."""
+        """Close the pool and delete a temporary file."""
         self._is_disposing = True  # The connections are closed at once, not one by one.
-        for engine in (self._read_only, self.primary):
-            await engine.dispose()
+        await self.primary.dispose()
         await asyncio.gather(*self.cleanup_tasks, return_exceptions=True)
         if self._temporary_file:
             sqlite.delete_database_files(self._temporary_file)
@@ -286,8 +307,7 @@ class DatabaseEngines:
         in_use = [record.driver_connection for record in self._records if record.in_use]
         for record in self._records:
             record.fairy_ref = None  # Otherwise the garbage collector would release it.
-        for engine in (self._read_only, self.primary):
-            engine.sync_engine.dispose(close=False)
+        self.primary.sync_engine.dispose(close=False)
         for task in cast(set[Any], self.cleanup_tasks):
             task._log_destroy_pending = False
         for driver in {each.driver_connection for each in self._connections} | set(self._cleanups):

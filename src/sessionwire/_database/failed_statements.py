@@ -32,6 +32,11 @@ class FailureLog:
         else:
             self.errors.append(error)
 
+    def clear(self, *_: object) -> None:
+        """Forget all, because the transaction was rolled back."""
+        self.errors.clear()
+        self.savepoints.clear()
+
 
 def failure_log(connection: Connection) -> FailureLog:
     """Return the log of a connection."""
@@ -41,7 +46,7 @@ def failure_log(connection: Connection) -> FailureLog:
     return log
 
 
-def install_failure_listeners(engine: Engine) -> None:
+def install_failure_listener(engine: Engine) -> None:
     """Record the failed statements in all transactions of an engine."""
 
     @event.listens_for(engine, "handle_error")
@@ -49,22 +54,30 @@ def install_failure_listeners(engine: Engine) -> None:
         if context.connection is not None and isinstance(context.sqlalchemy_exception, DBAPIError):
             failure_log(context.connection).record(context.sqlalchemy_exception)
 
-    @event.listens_for(engine, "savepoint")
-    def on_savepoint(connection: Connection, _name: Any) -> None:
+
+def record_savepoints(dialect: Any) -> None:
+    """Record the savepoints in all transactions of a dialect.
+
+    The events of an engine would do too, but SQLAlchemy makes an object for each event
+    of each connection once an engine has one listener.
+    """
+    set_savepoint, release = dialect.do_savepoint, dialect.do_release_savepoint
+    roll_back_to = dialect.do_rollback_to_savepoint
+
+    def do_savepoint(connection: Connection, name: str) -> None:
         log = failure_log(connection)
         log.savepoints.append(len(log.errors))
+        set_savepoint(connection, name)
 
-    @event.listens_for(engine, "release_savepoint")
-    def on_release(connection: Connection, _name: Any, _context: Any) -> None:
+    def do_release_savepoint(connection: Connection, name: str) -> None:
         failure_log(connection).savepoints.pop()
+        release(connection, name)
 
-    @event.listens_for(engine, "rollback_savepoint")
-    def on_rollback_to(connection: Connection, _name: Any, _context: Any) -> None:
+    def do_rollback_to_savepoint(connection: Connection, name: str) -> None:
         log = failure_log(connection)
         del log.errors[log.savepoints.pop() :]
+        roll_back_to(connection, name)
 
-    @event.listens_for(engine, "rollback")
-    def on_rollback(connection: Connection) -> None:
-        log = failure_log(connection)
-        log.errors.clear()
-        log.savepoints.clear()
+    dialect.do_savepoint = do_savepoint
+    dialect.do_release_savepoint = do_release_savepoint
+    dialect.do_rollback_to_savepoint = do_rollback_to_savepoint

@@ -7,6 +7,9 @@ from typing import Any
 
 # The execution option that holds them.
 CONNECTION_OPTIONS = "sessionwire_connection_options"
+# The execution option of a connection whose statements may be sent without hooks and
+# settings.
+WITHOUT_HOOKS = "sessionwire_without_hooks"
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class ConnectionOptions:
     read_only: bool = False
     isolation: str | None = None
     execution_options: tuple[tuple[str, Any], ...] = ()
+    # The server's settings for the time of the transaction.
+    settings: tuple[tuple[str, str], ...] = ()
 
     def copy_execution_options(self) -> dict[str, Any]:
         """Copy the execution options for a connection.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import socket as socket_options
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -13,20 +11,31 @@ from time import monotonic
 from typing import Any, cast
 from urllib.parse import urlencode
 
-from sqlalchemy import URL, AdaptedConnection, Engine, event
+from sqlalchemy import URL, AdaptedConnection, Connection, Engine, event
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
 from sqlalchemy.util import await_only
 
 from sessionwire._config.url_parameters import LIBPQ_KEYS, typed_arguments
 from sessionwire.embedded import EmbeddedServer
-from sessionwire.errors import (
-    CommitOutcomeUnknownError,
-    ConfigurationError,
-    UnexpectedRollbackError,
-)
+from sessionwire.errors import ConfigurationError
 from sessionwire.settings import DatabaseSettings
 
+from .options import ConnectionOptions
+from .pipeline import Pipeline
+from .transaction_settings import ahead_of_each
+
+# The driver's names. The server treats the first two levels alike, and the driver knows
+# only the second.
+ISOLATION_LEVELS = {
+    "READ UNCOMMITTED": "read_committed",
+    "READ COMMITTED": "read_committed",
+    "REPEATABLE READ": "repeatable_read",
+    "SERIALIZABLE": "serializable",
+}
+# What keeps a statement from writing, if sent ahead of it.
+READ_ONLY = ("SET transaction_read_only = on",)
 # In the info of a connection: when it was last used, by the monotonic clock.
 LAST_USED = "sessionwire_last_used"
 # In the info of a place in the pool: a function that returns the task which closes the
@@ -36,14 +45,14 @@ GET_CLEANUP = "sessionwire_get_cleanup"
 Cleanup = asyncio.Future[Any]
 
 
-def split_url(
-    url: URL, settings: DatabaseSettings, *, read_only: bool
-) -> tuple[URL, dict[str, Any]]:
+def split_url(url: URL, settings: DatabaseSettings) -> tuple[URL, dict[str, Any]]:
     """Return the URL for SQLAlchemy and the arguments for `asyncpg.connect()`.
 
     Raises:
         ConfigurationError: A file that the URL names does not exist.
     """
+    from .asyncpg_connection import connection_class  # asyncpg is not needed on SQLite
+
     libpq = {key: value for key, value in url.query.items() if key in LIBPQ_KEYS}
     for key in ("sslrootcert", "sslcert", "sslkey"):
         if key in libpq and not Path(str(libpq[key])).expanduser().is_file():
@@ -51,13 +60,13 @@ def split_url(
     server_settings: dict[str, str] = {}
     if settings.application_name:
         server_settings["application_name"] = settings.application_name
-    if read_only:
-        server_settings["default_transaction_read_only"] = "on"
     typed = typed_arguments(url)  # In the URL they would be text.
     connect_args: dict[str, Any] = {
         "timeout": settings.connect_timeout,
         "server_settings": server_settings,
-        "connection_class": _connection_class(settings.tcp_timeout),
+        "connection_class": connection_class(
+            tcp_timeout=settings.tcp_timeout, pipeline=settings.pipeline
+        ),
         **typed,
     }
     if libpq:  # In its DSN asyncpg gives them the meaning that they have in libpq.
@@ -97,6 +106,18 @@ def configure_engine(
         place: Any = record.record_info
         place[GET_CLEANUP] = partial(cleanup_of, connection.driver_connection)
 
+    @event.listens_for(engine, "handle_error")
+    def name_the_cause(context: ExceptionContext) -> None:
+        """Note on a statement's error that a statement ahead of it has failed."""
+        connection, error = context.connection, context.sqlalchemy_exception
+        if connection is None or connection.invalidated or error is None:
+            return
+        driver: Any = connection.connection.driver_connection
+        pipeline: Pipeline | None = getattr(driver, "pipeline", None)
+        if pipeline is not None and pipeline.failed and not pipeline.unanswered:
+            failed = pipeline.failed[0]
+            error.add_note(f"it was sent after {failed!r}, which failed, and did not run")
+
     @event.listens_for(engine, "checkout")
     def check_liveness(
         connection: AdaptedConnection, record: ConnectionPoolEntry, _proxy: Any
@@ -113,8 +134,31 @@ def configure_engine(
         # The next user must not find a transaction, not even one that a statement
         # began.
         driver: Any = connection and connection.driver_connection
-        if driver is not None and not driver.is_closed() and driver.is_in_transaction():
+        if driver is None or driver.is_closed():
+            return
+        adapted: Any = connection
+        adapted.autocommit = adapted.readonly = False
+        driver.send_ahead_of_each()
+        if driver.is_in_transaction():
             record.invalidate()
+
+
+def set_up(connection: Connection, options: ConnectionOptions, settings: Mapping[str, str]) -> None:
+    """Set the options of a transaction before its BEGIN is sent.
+
+    SQLAlchemy would set them by listeners for each connection, which cost more. They
+    are reset at the return of the connection.
+    """
+    adapted: Any = connection.connection.dbapi_connection
+    adapted.readonly = options.read_only
+    if options.autocommit and not options.transaction_per_statement:
+        adapted.isolation_level = "autocommit"
+        ahead = [READ_ONLY] if options.read_only else []
+        adapted.driver_connection.send_ahead_of_each(
+            *ahead, *([ahead_of_each(settings)] if settings else [])
+        )
+    elif options.isolation:
+        adapted.isolation_level = ISOLATION_LEVELS[options.isolation]
 
 
 def _connect_error(dbapi: Any, error: Exception) -> Exception:
@@ -170,79 +214,6 @@ def _take_cleanup(record: ConnectionPoolEntry) -> Cleanup | None:
     get_cleanup = place.pop(GET_CLEANUP, None)
     cleanup: Cleanup | None = get_cleanup and get_cleanup()
     return cleanup
-
-
-@functools.cache
-def _connection_class(tcp_timeout: float) -> Any:
-    """Return a class of asyncpg connections without three defects.
-
-    A COMMIT that the server answers with ROLLBACK raises; asyncpg reports success. So
-    does a COMMIT whose wait for a synchronous standby was cancelled; the server only
-    warns of that. A failed BEGIN is forgotten; asyncpg notes the transaction before
-    BEGIN is answered, and would take every later one for a savepoint in it.
-    """
-    import asyncpg
-
-    class Connection(asyncpg.Connection):
-        def __init__(self, protocol: Any, transport: Any, *others: Any) -> None:
-            super().__init__(protocol, transport, *others)
-            if tcp_timeout:
-                _enable_keepalive(transport.get_extra_info("socket"), tcp_timeout)
-
-        async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
-            try:
-                status: str = await super().execute(query, *args, timeout=timeout)
-            except BaseException as error:
-                if query.startswith("BEGIN") and not self.is_closed():
-                    self._forget_transaction(error)
-                raise
-            if status == "ROLLBACK" and query == "COMMIT;":
-                raise UnexpectedRollbackError(
-                    "the server answered the COMMIT with ROLLBACK, because a statement had "
-                    "failed: let errors leave the block, or use Propagation.NESTED"
-                )
-            return status
-
-        def _forget_transaction(self, error: BaseException) -> None:
-            if not isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError):
-                # The answer is still to come, and the transaction may have begun.
-                self.terminate()
-            elif not self.is_in_transaction():
-                self._top_xact = None
-
-        def _process_log_message(self, fields: dict[str, str], last_query: str | None) -> None:
-            parent: Any = super()
-            parent._process_log_message(fields, last_query)
-            # The name of the server's routine is compared, because the text may be in
-            # any language. The error becomes that of the command being answered.
-            if fields.get("R") == "SyncRepWaitForLSN":
-                raise CommitOutcomeUnknownError(
-                    "committed here, perhaps not replicated: the wait for a synchronous standby "
-                    "was cancelled. Look in the database whether it was kept before you try "
-                    "again, above all after a failover"
-                )
-
-    return Connection
-
-
-def _enable_keepalive(socket: Any, timeout: float) -> None:
-    """Let a TCP connection fail if its peer acknowledges nothing for `timeout` seconds.
-
-    Each platform has some of the options for it.
-    """
-    if socket is None or socket.family not in (socket_options.AF_INET, socket_options.AF_INET6):
-        return
-    socket.setsockopt(socket_options.SOL_SOCKET, socket_options.SO_KEEPALIVE, 1)
-    for name, value in (
-        ("TCP_KEEPIDLE", timeout / 2),
-        ("TCP_KEEPALIVE", timeout / 2),  # the name on macOS
-        ("TCP_KEEPINTVL", timeout / 6),
-        ("TCP_KEEPCNT", 3),
-        ("TCP_USER_TIMEOUT", timeout * 1000),
-    ):
-        if hasattr(socket_options, name):
-            option = getattr(socket_options, name)
-            socket.setsockopt(socket_options.IPPROTO_TCP, option, max(1, round(value)))
 
 
 # Connections of the parent process. Their finalizers would disturb it.

@@ -24,8 +24,10 @@ from sessionwire.errors import (
 )
 from sessionwire.settings import DatabaseSettings
 
-from .begin_hooks import WITHOUT_HOOKS, BeginHooks
+from .begin_hooks import BeginHooks
 from .engines import DatabaseEngines
+from .options import WITHOUT_HOOKS, ConnectionOptions
+from .transaction_settings import SettingsSource, TransactionSettings
 
 NOT_INITIALIZED_HINT = (
     "call init(url) or await open() first, or start the container with Lifespan; "
@@ -54,8 +56,11 @@ class Database:
     loop is closed.
     """
 
-    def __init__(self, settings: DatabaseSettings | None) -> None:
-        self.begin_hooks = BeginHooks()
+    def __init__(
+        self, settings: DatabaseSettings | None, session_settings: SettingsSource | None = None
+    ) -> None:
+        self._transaction_settings = TransactionSettings(session_settings)
+        self.begin_hooks = BeginHooks(self._transaction_settings)
         self.is_open = False  # the database has answered
         # None until they are given; the properties below raise then.
         self.constructor_settings = self.given_settings = settings
@@ -105,16 +110,42 @@ class Database:
     @property
     def engine_for_reference(self) -> AsyncEngine:
         """The engine, even before `init()`: for code that asks for the dialect."""
-        return (self.current_engines or DatabaseEngines(self.settings)).primary
+        return (self.current_engines or self.make_engines(self.settings)).primary
 
     @property
     def is_sqlite(self) -> bool:
         return self.engines.is_sqlite
 
-    @property
-    def wraps_reads_in_transactions(self) -> bool:
-        """Whether reads need a transaction: for `on_begin` hooks or a pooler."""
-        return bool(self.begin_hooks) or not self.settings.read_only_connections
+    def sets_up_transactions(self, options: ConnectionOptions) -> bool:
+        """Tell whether a statement needs a transaction that is set up before it.
+
+        Hooks need one, and so do settings, unless they are sent ahead of the statement.
+        """
+        if WITHOUT_HOOKS in dict(options.execution_options):
+            return False
+        has_settings = bool(options.settings) or self._transaction_settings.source is not None
+        return bool(self.begin_hooks) or (
+            has_settings and not (self.engines.sends_ahead or self.is_sqlite)
+        )
+
+    def set_up_transaction(self, connection: Connection, options: ConnectionOptions) -> None:
+        """Give a transaction that has begun its settings, and run the hooks.
+
+        If that fails, the connection is invalidated: nothing may be sent without them.
+        """
+        try:
+            if options.transaction_per_statement:
+                self.engines.set_up(connection, options, settings={})
+                return  # Each statement has settings and hooks of its own.
+            settings = self._transaction_settings.ask(options)
+            self.engines.set_up(connection, options, settings=settings)
+            if not (options.autocommit and self.engines.sends_ahead):
+                self._transaction_settings.apply(connection, settings)
+            if not options.autocommit:
+                self.begin_hooks.run_if_due(connection)
+        except BaseException:
+            connection.invalidate()
+            raise
 
     @property
     def open_units(self) -> frozenset[Unit]:

@@ -71,13 +71,16 @@ async def _stop_on_postgresql(driver: Any, _context: ExceptionContext) -> bool:
 
     Return whether the transaction still exists.
     """
+    skipped: tuple[str, ...] = driver.pipeline.failed
     try:
         # asyncpg sends this only after the cancellation is over.
         await driver.execute("SELECT 1", timeout=STOP_TIMEOUT)
     except Exception as error:
         if sqlstate(error) != IN_FAILED_TRANSACTION:
             return False
-    return bool(driver.is_in_transaction())
+    skipped = skipped or driver.pipeline.failed
+    is_set = not any(each.startswith("SAVEPOINT ") for each in skipped)
+    return is_set and bool(driver.is_in_transaction())
 
 
 async def _stop_on_sqlite(driver: Any, context: ExceptionContext) -> bool:

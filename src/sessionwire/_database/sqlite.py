@@ -25,6 +25,8 @@ FOREIGN_KEYS = re.compile(
 READS = re.compile(r"\s*(SELECT|PRAGMA|EXPLAIN|VALUES)\b", re.IGNORECASE)
 # In the info of a connection: "reads" or "writes", by what the transaction has sent.
 STATEMENTS_SENT = "sessionwire_statements_sent"
+# In the info of a connection: whether it refuses writes, if that is known.
+QUERY_ONLY = "sessionwire_query_only"
 # In the info of a connection: foreign keys must be switched on again for the next user.
 FOREIGN_KEYS_OFF = "sessionwire_foreign_keys_off"
 
@@ -40,24 +42,22 @@ def foreign_keys_switch(sql: str) -> bool | None:
     return None if match is None else match[1].lower() not in ("off", "0", "false", "no")
 
 
-def configure_engine(engine: Engine, *, read_only: bool, lock_timeout: float) -> None:
+def configure_engine(engine: Engine, *, lock_timeout: float) -> None:
     """Set up an engine's connections.
 
     Args:
         engine: The engine to set up.
-        read_only: Its connections refuse writes.
         lock_timeout: Seconds that a transaction which writes waits for the write lock.
     """
-    query_only = f"PRAGMA query_only={'ON' if read_only else 'OFF'};"
 
     @event.listens_for(engine, "connect")
     def on_connect(connection: Any, _record: Any) -> None:
         try:
-            _run(connection, f"PRAGMA foreign_keys=ON; PRAGMA journal_mode=WAL; {query_only}")
+            _run(connection, f"PRAGMA foreign_keys=ON; PRAGMA journal_mode=WAL; {SET_BUSY_TIMEOUT}")
         except Exception as error:
             if not sqlstate(error).startswith("SQLITE_READONLY"):
                 raise
-            _run(connection, query_only)  # A file that can't be written stays as it is.
+            _run(connection, SET_BUSY_TIMEOUT)  # A file that can't be written stays as it is.
 
     @event.listens_for(engine, "checkout")
     def restore_foreign_keys(connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
@@ -66,11 +66,9 @@ def configure_engine(engine: Engine, *, read_only: bool, lock_timeout: float) ->
             cursor.execute("PRAGMA foreign_keys=ON")
             cursor.close()
 
-    if not read_only:
-
-        @event.listens_for(engine, "begin")
-        def on_begin(connection: Connection) -> None:
-            _begin(connection, lock_timeout)
+    @event.listens_for(engine, "begin")
+    def on_begin(connection: Connection) -> None:
+        _begin(connection, lock_timeout)
 
     @event.listens_for(engine, "before_cursor_execute")
     def on_statement(connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
@@ -130,15 +128,19 @@ def _begin(connection: Connection, lock_timeout: float) -> None:
         autocommit=options.get("isolation_level") == "AUTOCOMMIT"
     )
     connection.info.pop(STATEMENTS_SENT, None)
-    script = f"{SET_BUSY_TIMEOUT} PRAGMA query_only={'ON' if ours.read_only else 'OFF'};"
+    script = ""
+    if connection.info.pop(QUERY_ONLY, None) != ours.read_only:
+        script = f"PRAGMA query_only={'ON' if ours.read_only else 'OFF'};"
     if ours.write_intent:
         script += f"PRAGMA busy_timeout=20; BEGIN IMMEDIATE; {SET_BUSY_TIMEOUT}"
     elif not ours.autocommit:
-        script += "BEGIN;"
+        script += f"{SET_BUSY_TIMEOUT} BEGIN;"
     deadline = monotonic() + lock_timeout
     while True:
         try:
-            _run(connection.connection.dbapi_connection, script)
+            if script:
+                _run(connection.connection.dbapi_connection, script)
+            connection.info[QUERY_ONLY] = ours.read_only
             return
         except Exception as error:
             is_busy = sqlstate(error).startswith("SQLITE_BUSY")

@@ -124,8 +124,7 @@ class WatchedEngines(DatabaseEngines):
     def __init__(self, detector: LeakDetector, real: DatabaseEngines) -> None:
         # all state is shared, so that closing these engines closes the real ones
         self.__dict__ = real.__dict__
-        for pool in real.pools:
-            detector.watch_pool(pool)
+        detector.watch_pool(real.primary.pool)
 
     def engine_for(self, options: ConnectionOptions) -> AsyncEngine:
         return super().engine_for(options).execution_options(**{BORROWER: Borrower()})

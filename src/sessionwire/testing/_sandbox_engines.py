@@ -6,13 +6,13 @@ from copy import copy
 from functools import partial
 from typing import Any, cast
 
-from sqlalchemy import AsyncAdaptedQueuePool, Connection, Engine, Pool, event
+from sqlalchemy import AsyncAdaptedQueuePool, Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sessionwire._core.context import enclosing_scopes
 from sessionwire._database.driver_errors import install_disconnect_listener
 from sessionwire._database.engines import DatabaseEngines
-from sessionwire._database.failed_statements import install_failure_listeners
+from sessionwire._database.failed_statements import install_failure_listener
 from sessionwire._database.options import CONNECTION_OPTIONS, ConnectionOptions
 from sessionwire._database.runtime import Database
 from sessionwire._database.savepoints import install_cancellation_listener
@@ -43,8 +43,7 @@ class SandboxEngines(DatabaseEngines):
         )
         self.primary = AsyncEngine(self._build_sandbox_engine(real.primary.sync_engine))
         detector.watch_pool(self.primary.pool)
-        for pool in real.pools:
-            shared.block_checkouts(pool)
+        shared.block_checkouts(real.primary.pool)
 
     def engine_for(self, options: ConnectionOptions) -> AsyncEngine:
         ours = {CONNECTION_OPTIONS: options, BORROWER: self._borrower()}
@@ -53,6 +52,7 @@ class SandboxEngines(DatabaseEngines):
     def _build_sandbox_engine(self, real: Engine) -> Engine:
         shared = self._shared
         dialect: Any = copy(self.dialect)
+        dialect.__dict__.pop("dispatch", None)  # The copy's listeners are its own.
         for name in ("do_execute", "do_executemany", "do_execute_no_params"):
             setattr(dialect, name, partial(shared.do_execute, getattr(dialect, name)))
         for name in ("do_begin", "do_commit", "do_rollback"):
@@ -75,7 +75,7 @@ class SandboxEngines(DatabaseEngines):
         event.listen(engine, "checkout", shared.on_checkout)
         install_disconnect_listener(engine)
         self._database.begin_hooks.watch(engine)
-        install_failure_listeners(engine)
+        install_failure_listener(engine)
         install_cancellation_listener(engine)
         return engine
 
@@ -92,8 +92,15 @@ class SandboxEngines(DatabaseEngines):
         return Borrower(frozenset(borrower_of(scope) for scope in enclosing_scopes(self._database)))
 
     @property
-    def pools(self) -> list[Pool]:
-        return [self.primary.pool]
+    def refuses_writes_in_autocommit(self) -> bool:
+        return True
+
+    @property
+    def sends_ahead(self) -> bool:
+        return False
+
+    def set_up(self, *_: object, **__: object) -> None:
+        """Leave it to `_on_begin()`."""
 
     def abort(self, dbapi_connection: Any) -> None:
         self._shared.abort(dbapi_connection)

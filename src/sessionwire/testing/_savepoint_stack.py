@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy.util import await_only, greenlet_spawn
@@ -38,6 +38,8 @@ class VirtualConnection:
         self.has_written = False
         # the transactions that were committed inside its own
         self.committed_call_sites: list[str] = []
+        # the values that its settings had before it
+        self.former_settings: dict[str, str] = {}
 
     @property
     def is_idle(self) -> bool:
@@ -73,6 +75,7 @@ class SavepointStack:
         enclosing = self._enclosing(virtual)
         self.open.append(virtual)
         virtual.has_written, virtual.committed_call_sites = False, []
+        virtual.former_settings = {}
         try:
             self._send(virtual, f"SAVEPOINT {self._name(virtual)}", *access_mode)
         except Exception as error:
@@ -93,6 +96,7 @@ class SavepointStack:
         self._send(
             virtual,
             *self._access_mode_on_exit(virtual),
+            *_setting_statements(virtual.former_settings),
             release,
             then=lambda: self.open.remove(virtual),
         )
@@ -142,6 +146,13 @@ class SavepointStack:
             "ROLLBACK TO SAVEPOINT sandbox_check",
             "RELEASE SAVEPOINT sandbox_check",
         )
+
+    def keep_settings(self, virtual: VirtualConnection, names: Sequence[str]) -> None:
+        """Remember the values of settings, which would outlive the savepoint."""
+        calls = ", ".join(f"current_setting('{name}', true)" for name in names)
+        [values] = self._send(virtual, f"SELECT {calls}")
+        for name, value in zip(names, values, strict=True):
+            virtual.former_settings.setdefault(name, value or "")
 
     def with_nested(self, virtual: VirtualConnection) -> list[VirtualConnection]:
         """Return `virtual` and those whose transactions are inside its own."""
@@ -232,3 +243,8 @@ class SavepointStack:
             return await_only(run_shielded(greenlet_spawn(send), SAVEPOINT_TIMEOUT))
         finally:
             self.mark_idle(virtual)
+
+
+def _setting_statements(settings: Mapping[str, str]) -> list[str]:
+    values = [(name, value.replace("'", "''")) for name, value in settings.items()]
+    return [f"SELECT set_config('{name}', '{value}', true)" for name, value in values]

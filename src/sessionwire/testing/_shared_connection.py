@@ -10,10 +10,12 @@ from typing import Any, cast
 from sqlalchemy import Connection, Pool, PoolProxiedConnection, event
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from sessionwire._database.begin_hooks import WITHOUT_HOOKS, BeginHooks
+from sessionwire._database.begin_hooks import BeginHooks
+from sessionwire._database.options import WITHOUT_HOOKS
 from sessionwire._database.sql_text import TRANSACTION_CONTROL, is_dml
 from sessionwire._database.sqlite import foreign_keys_switch
 from sessionwire._database.sqlite_connections import interrupt_for
+from sessionwire._database.transaction_settings import SENT_AHEAD
 from sessionwire.errors import SandboxError
 
 from ._call_sites import describe_task
@@ -146,7 +148,9 @@ class SharedConnection:
             self._check_alive()
         try:
             if in_autocommit and not connection.get_execution_options().get(WITHOUT_HOOKS):
-                self._begin_hooks.run(connection)
+                self._begin_hooks.run_for_statement(connection)
+            if statement.startswith(SENT_AHEAD):
+                self._savepoints.keep_settings(virtual, arguments[2][::2])
             virtual.running_task = asyncio.current_task()
             execute(*arguments)
         except Exception:

@@ -16,9 +16,8 @@ from dependency_injector import containers
 from sqlalchemy import text
 
 from sessionwire._core.context import current_scope
-from sessionwire._database.begin_hooks import WITHOUT_HOOKS
 from sessionwire._database.completion import close_or_invalidate, finish_rollback
-from sessionwire._database.options import CONNECTION_OPTIONS, ConnectionOptions
+from sessionwire._database.options import CONNECTION_OPTIONS, WITHOUT_HOOKS, ConnectionOptions
 from sessionwire._database.runtime import database_of
 from sessionwire._shield import run_shielded
 from sessionwire.errors import SandboxError

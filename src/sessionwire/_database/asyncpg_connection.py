@@ -1,0 +1,171 @@
+"""asyncpg's connection, which sends ahead what nobody needs to wait for."""
+
+from __future__ import annotations
+
+import functools
+import socket as socket_options
+from typing import Any
+
+import asyncpg
+
+from sessionwire.errors import CommitOutcomeUnknownError, UnexpectedRollbackError
+
+from .asyncpg_protocol import BEGIN, Protocol
+from .pipeline import Pipeline
+from .transaction_settings import SENT_AHEAD
+
+# The beginnings of statements whose answers nobody reads.
+UNREAD = ("SAVEPOINT ", "RELEASE SAVEPOINT ", SENT_AHEAD)
+
+
+class Connection(asyncpg.Connection):
+    """A connection of asyncpg with a pipeline, and without three defects.
+
+    A COMMIT that the server answers with ROLLBACK raises; asyncpg reports success. So
+    does a COMMIT whose wait for a synchronous standby was cancelled; the server only
+    warns of that. A failed BEGIN is forgotten; asyncpg notes the transaction before
+    BEGIN is answered, and would take every later one for a savepoint in it.
+    """
+
+    _protocol: Any
+    _listeners: Any
+    _time_and_log: Any
+    tcp_timeout = 0.0  # seconds
+    has_pipeline = True
+
+    def __init__(self, protocol: Any, transport: Any, *others: Any) -> None:
+        self.pipeline = Pipeline(protocol, transport)
+        wrapped: Any = Protocol(protocol, self.pipeline)
+        super().__init__(wrapped, transport, *others)
+        if self.tcp_timeout:
+            _enable_keepalive(transport.get_extra_info("socket"), self.tcp_timeout)
+
+    # Sending ahead
+
+    @property
+    def can_send_ahead(self) -> bool:
+        # asyncpg may have half of a notification, whose rest it must get itself.
+        return self.has_pipeline and not self._listeners and not self.is_closed()
+
+    def send_ahead_of_each(self, *statements: tuple[str, ...]) -> None:
+        """Let these precede each statement that is in no transaction."""
+        if self._protocol is not None:  # The connection is not aborted.
+            self._protocol.end_implicit_transaction()
+            self._protocol.ahead_of_each = statements
+
+    async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+        if not args and BEGIN.fullmatch(query):
+            return await self._begin(query, timeout)
+        if query == "COMMIT;":
+            return await self._commit(timeout)
+        if query == "ROLLBACK;" and self._protocol.forget_begin():
+            return "ROLLBACK"
+        status = str(await super().execute(query, *args, timeout=timeout))
+        if query == "ROLLBACK;":
+            self._protocol.refused_begin = None
+        return status
+
+    async def _begin(self, query: str, timeout: float | None) -> str:
+        if self.can_send_ahead:
+            with self._time_and_log(query, (), timeout):
+                self._protocol.begin(query)
+            return "BEGIN"
+        self._protocol.end_implicit_transaction()
+        try:
+            status = str(await super().execute(query, timeout=timeout))
+        except BaseException as error:
+            if not self.is_closed():
+                self._forget_transaction(error)
+            raise
+        self._protocol.hold_ahead_of_each()
+        return status
+
+    async def _commit(self, timeout: float | None) -> str:
+        if self._protocol.forget_begin():
+            return "COMMIT"
+        status = str(await super().execute("COMMIT;", timeout=timeout))
+        refused, self._protocol.refused_begin = self._protocol.refused_begin, None
+        if refused:
+            raise UnexpectedRollbackError(f"nothing was committed, because {refused!r} had failed")
+        if status == "ROLLBACK":
+            raise UnexpectedRollbackError(
+                "the server answered the COMMIT with ROLLBACK, because a statement had "
+                "failed: let errors leave the block, or use Propagation.NESTED"
+            )
+        return status
+
+    async def prepare(self, query: str, **options: Any) -> Any:
+        if query.startswith(UNREAD) and self.can_send_ahead and self.is_in_transaction():
+            return StatementSentAhead(self, query)
+        return await super().prepare(query, **options)
+
+    # Defects
+
+    def _forget_transaction(self, error: BaseException) -> None:
+        if not isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError):
+            # The answer is still to come, and the transaction may have begun.
+            self.terminate()
+        elif not self.is_in_transaction():
+            self._top_xact = None
+
+    def _process_log_message(self, fields: dict[str, str], last_query: str | None) -> None:
+        parent: Any = super()
+        parent._process_log_message(fields, last_query)
+        # The name of the server's routine is compared, because the text may be in any
+        # language. The error becomes that of the command being answered.
+        if fields.get("R") == "SyncRepWaitForLSN":
+            raise CommitOutcomeUnknownError(
+                "committed here, perhaps not replicated: the wait for a synchronous standby "
+                "was cancelled. Look in the database whether it was kept before you try "
+                "again, above all after a failover"
+            )
+
+
+class StatementSentAhead:
+    """Stands for a prepared statement whose answer nobody reads."""
+
+    def __init__(self, connection: Connection, query: str) -> None:
+        self._connection = connection
+        self._query = query
+
+    async def fetch(self, *args: str) -> list[Any]:
+        if self._connection.can_send_ahead and self._connection.is_in_transaction():
+            self._connection.pipeline.hold(self._query, *args)
+        elif args:
+            await self._connection.fetch(self._query, *args)
+        else:
+            await self._connection.execute(self._query)
+        return []
+
+    def get_attributes(self) -> tuple[()]:
+        return ()
+
+    def get_statusmsg(self) -> str:
+        return ""
+
+
+@functools.cache
+def connection_class(*, tcp_timeout: float, pipeline: bool) -> type[Connection]:
+    """Return a class of connections that have these settings."""
+    settings = {"tcp_timeout": tcp_timeout, "has_pipeline": pipeline}
+    return type("Connection", (Connection,), settings)
+
+
+def _enable_keepalive(socket: Any, timeout: float) -> None:
+    """Let a TCP connection fail if its peer acknowledges nothing for `timeout` seconds.
+
+    Each platform has some of the options for it.
+    """
+    if socket is None or socket.family not in (socket_options.AF_INET, socket_options.AF_INET6):
+        return
+    socket.setsockopt(socket_options.SOL_SOCKET, socket_options.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", timeout / 2),
+        ("TCP_KEEPALIVE", timeout / 2),  # the name on macOS
+        ("TCP_KEEPINTVL", timeout / 6),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", timeout * 1000),
+    ):
+        if hasattr(socket_options, name):
+            option = getattr(socket_options, name)
+            socket.setsockopt(socket_options.IPPROTO_TCP, option, max(1, round(value)))

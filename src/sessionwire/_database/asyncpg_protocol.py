@@ -1,0 +1,237 @@
+"""asyncpg's protocol, with what goes ahead of its messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import asyncpg
+from asyncpg.protocol import NO_TIMEOUT
+
+from .pipeline import Pipeline
+
+# The BEGIN of asyncpg. A script of a user may begin like that.
+BEGIN = re.compile(r"BEGIN[A-Z ]*;")
+ENDS = ("COMMIT;", "ROLLBACK;")
+
+
+class Protocol:
+    """All that asyncpg sends passes here, and is preceded by what is held.
+
+    Args:
+        protocol: The protocol of asyncpg.
+        pipeline: What is sent ahead.
+    """
+
+    def __init__(self, protocol: Any, pipeline: Pipeline) -> None:
+        self._protocol = protocol
+        self._pipeline = pipeline
+        # The statements to send ahead of each one that is not in a transaction.
+        self.ahead_of_each: tuple[tuple[str, ...], ...] = ()
+        self.refused_begin: str | None = None  # that failed, until the transaction ends
+        self._has_begun = False  # a transaction, and asyncpg does not know of it yet
+        # A statement was prepared in an implicit transaction, which ends at a Sync.
+        self._is_set_up = False
+        self._is_busy = False  # The answer to a message is outstanding.
+        # What asyncpg asks for each statement is found without __getattr__().
+        self.is_connected = protocol.is_connected
+        self._is_cancelling = protocol._is_cancelling
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._protocol, name)
+
+    def begin(self, sql: str) -> None:
+        """Hold a BEGIN, and what the statements in the transaction need."""
+        self.end_implicit_transaction()
+        self._has_begun, self._pipeline.failed = True, ()
+        self._pipeline.hold(sql)
+        self.hold_ahead_of_each()
+
+    def hold_ahead_of_each(self) -> None:
+        for statement in self.ahead_of_each:
+            self._pipeline.hold(*statement)
+
+    def end_implicit_transaction(self) -> None:
+        """End that of a statement which was prepared, and did not run.
+
+        A preparation has no Sync of its own: a pooler might give the connection to
+        another client then.
+        """
+        if self._is_set_up and not self._is_busy:
+            self._is_set_up = False
+            self._pipeline.end()
+
+    def forget_begin(self) -> bool:
+        """End a transaction of which nothing was sent. Return False if it is none."""
+        held = self._pipeline.held
+        is_unsent = bool(held) and BEGIN.fullmatch(held[0][0]) is not None
+        held.clear()  # The end of a transaction ends its savepoints too.
+        if is_unsent:
+            self._has_begun = False
+        return is_unsent
+
+    def is_in_transaction(self) -> bool:
+        return bool(self._has_begun or self.refused_begin or self._protocol.is_in_transaction())
+
+    async def settle(self, timeout: float | None = None) -> None:
+        """Send what is held, and wait until asyncpg knows that a transaction has begun.
+
+        Raises:
+            PostgresError: A statement that was held has failed.
+        """
+        pipeline = self._pipeline
+        pipeline.failed = ()
+        if pipeline.held:
+            pipeline.release()
+            pipeline.end()
+        elif not self._has_begun:
+            return
+        try:
+            await self._send(self._protocol.query, "SELECT", timeout=timeout)
+        except asyncpg.PostgresError:
+            if not pipeline.failed:
+                raise
+        if pipeline.failed:
+            raise asyncpg.PostgresError.new(pipeline.error_fields)
+
+    # What asyncpg sends
+
+    async def query(self, query: str, timeout: float | None) -> Any:
+        if query in ENDS:
+            return await self._send(self._protocol.query, query, timeout=timeout, needs_begin=False)
+        return await self._send_simple(self._protocol.query, query, timeout=timeout)
+
+    async def copy_in(self, *args: Any) -> Any:
+        *rest, timeout = args
+        return await self._send_simple(self._protocol.copy_in, *rest, timeout=timeout)
+
+    async def copy_out(self, *args: Any) -> Any:
+        *rest, timeout = args
+        return await self._send_simple(self._protocol.copy_out, *rest, timeout=timeout)
+
+    async def prepare(self, *args: Any, **options: Any) -> Any:
+        name, query, timeout = args
+        self._set_up()  # It may need the search_path.
+        state = await self._send(
+            self._protocol.prepare, name, query, timeout=timeout, tells_asyncpg=False, **options
+        )
+        self._is_set_up = bool(self.ahead_of_each) and not self.is_in_transaction()
+        return state
+
+    async def bind_execute(
+        self,
+        state: Any,
+        args: Any,
+        portal_name: str,
+        limit: int,
+        return_extra: bool,
+        timeout: float | None,
+    ) -> Any:
+        self._set_up(state)
+        rest = (state, args, portal_name, limit, return_extra)
+        return await self._send(self._protocol.bind_execute, *rest, timeout=timeout)
+
+    async def bind_execute_many(
+        self, state: Any, args: Any, *, timeout: float | None, **options: Any
+    ) -> Any:
+        # After a client's error asyncpg sends a ROLLBACK, unless it knows of a
+        # transaction.
+        await self.settle(timeout)
+        self._set_up(state)
+        many = self._protocol.bind_execute_many
+        return await self._send(many, state, args, timeout=timeout, at_once=True, **options)
+
+    async def bind(self, *args: Any) -> Any:
+        *rest, timeout = args
+        return await self._send(self._protocol.bind, *rest, timeout=timeout)
+
+    async def execute(self, *args: Any) -> Any:
+        *rest, timeout = args
+        return await self._send(self._protocol.execute, *rest, timeout=timeout)
+
+    async def close_portal(self, *args: Any) -> Any:
+        *rest, timeout = args
+        return await self._send(self._protocol.close_portal, *rest, timeout=timeout)
+
+    async def close_statement(self, *args: Any) -> Any:
+        *rest, timeout = args
+        return await self._send(self._protocol.close_statement, *rest, timeout=timeout)
+
+    # What they have in common
+
+    def _set_up(self, statement: Any = None) -> None:
+        """Hold what a statement needs, unless its transaction has it already."""
+        if self._is_set_up or not self.ahead_of_each or self.is_in_transaction():
+            return
+        self.hold_ahead_of_each()
+        if statement is not None and not statement.name:
+            # The server keeps one statement without a name, and will replace it.
+            statement.mark_unprepared()
+
+    async def _send_simple(
+        self, send: Callable[..., Awaitable[Any]], *args: Any, timeout: Any
+    ) -> Any:
+        """Send a simple query, which the server skips after an error ahead of it.
+
+        Nothing tells PgBouncer that it was skipped. So what is held is settled before.
+        """
+        if self._pipeline.held:
+            await self.settle(timeout)
+        self._set_up()
+        return await self._send(send, *args, timeout=timeout, ends_in_sync=False)
+
+    async def _send(
+        self,
+        send: Callable[..., Awaitable[Any]],
+        *args: Any,
+        timeout: Any,
+        ends_in_sync: bool = True,
+        tells_asyncpg: bool = True,
+        needs_begin: bool = True,
+        at_once: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Send a message of asyncpg, and right before it what is held.
+
+        Args:
+            tells_asyncpg: Its answer tells asyncpg that a transaction has begun.
+            needs_begin: It may not be sent in a transaction whose BEGIN has failed.
+            at_once: It is sent in several pieces.
+        """
+        protocol, pipeline = self._protocol, self._pipeline
+        if self._is_busy:
+            raise asyncpg.InterfaceError("cannot perform operation: another one is in progress")
+        self._is_busy, was_set_up, self._is_set_up = True, self._is_set_up, False
+        try:
+            if self._is_cancelling():
+                limit = None if timeout is NO_TIMEOUT else protocol._get_timeout(timeout)
+                timeout = await protocol._wait_for_cancellation(limit)
+            elif not pipeline.unanswered:
+                pipeline.failed = ()
+            if self._note_refused_begin() and needs_begin:
+                raise asyncpg.InFailedSQLTransactionError(
+                    f"nothing may run in a transaction whose {self.refused_begin!r} failed: "
+                    "roll it back"
+                )
+            if pipeline.held:
+                pipeline.release(ends_in_sync=ends_in_sync, at_once=at_once)
+            result = await send(*args, timeout=timeout, **options)
+            if tells_asyncpg and not self._note_refused_begin():
+                self._has_begun = False
+            return result
+        except BaseException:
+            is_idle = self.is_connected() and not self._is_cancelling()
+            if is_idle and (pipeline.unanswered or was_set_up):
+                pipeline.end()  # It was never sent, as if an argument has the wrong type.
+            raise
+        finally:
+            self._is_busy = False
+            self._note_refused_begin()
+
+    def _note_refused_begin(self) -> str | None:
+        """Note that a BEGIN has failed: what follows would run without a transaction."""
+        failed = self._pipeline.failed
+        if self._has_begun and failed and BEGIN.fullmatch(failed[0]):
+            self.refused_begin, self._has_begun = failed[0], False
+        return self.refused_begin
