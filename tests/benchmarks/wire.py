@@ -12,12 +12,12 @@ from sqlalchemy import URL
 from tests.proxy import Proxy
 
 
-def url(host: str, port: int = 5432) -> URL:
+def url(host: str, port: int = 5432, user: str = "postgres") -> URL:
     """Return the server's URL for SQLAlchemy; `host` may be its socket's directory."""
     query = {"host": host} if host.startswith("/") else {}
     return URL.create(
         "postgresql+asyncpg",
-        "postgres",
+        user,
         host=None if query else host,
         port=None if query else port,
         database="postgres",
