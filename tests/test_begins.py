@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import nullcontext
 
+import asyncpg
 import pytest
 from sqlalchemy import insert, text
 from sqlalchemy.exc import DBAPIError
@@ -88,7 +89,8 @@ class TestUnanswered(OnPostgres):
         write_first: Callable[[DatabaseSessionManager, str], Awaitable[None]],
     ) -> None:
         network.delay = 0.4
-        with pytest.raises(TimeoutError):
+        # asyncpg gives the connection up if the ROLLBACK has to wait too long as well.
+        with pytest.raises((TimeoutError, asyncpg.InterfaceError)):
             await write_first(one, "lost")
 
     async def test_the_next_transaction_is_kept_after_a_begin_that_was_cancelled(
