@@ -25,6 +25,7 @@ from urllib.request import urlopen
 
 import pytest
 import yaml
+from _pytest.mark import ParameterSet
 from annotated_types import Ge, Gt
 from packaging.requirements import Requirement
 from pydantic import BaseModel
@@ -161,8 +162,20 @@ def test_the_snippets_of_a_page_run_in_order_and_print_the_shown_output(
         assert output.splitlines() == block.prints, block.place
 
 
-@pytest.mark.long
-@each_document(lambda document: document.commands)
+def command_runs() -> Iterator[ParameterSet]:
+    """Yield each page with commands, and each database that they run on.
+
+    On PostgreSQL most pages' commands do what they do on SQLite, and take as long.
+    """
+    for document in DOCUMENTS:
+        needs_server = any(command.block.is_for_postgresql for command in document.commands)
+        for backend in ("sqlite", "postgresql") if document.commands else ():
+            is_long = backend == "sqlite" or needs_server or document.name == "docs/tutorial.md"
+            mark = pytest.mark.long if is_long else pytest.mark.slow
+            yield pytest.param(document, backend, id=f"{backend}-{document.name}", marks=mark)
+
+
+@pytest.mark.parametrize(("document", "backend"), list(command_runs()))
 def test_the_commands_of_a_page_run_in_order(
     document: Document, reader: Reader, backend: str
 ) -> None:
