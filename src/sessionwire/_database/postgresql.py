@@ -95,13 +95,16 @@ def configure_engine(
             parameters["host"] = server.socket_directory
         asyncpg = dialect.loaded_dbapi.asyncpg
         try:
-            return dialect.connect(*arguments, **parameters)
+            adapted = dialect.connect(*arguments, **parameters)
         except (OSError, dialect.loaded_dbapi.Error, asyncpg.PostgresError) as error:
             raise _connect_error(dialect.loaded_dbapi, error) from (error.__cause__ or error)
+        adapted.autocommit = True  # SQLAlchemy asks for the version, and needs no transaction.
+        return adapted
 
     # `insert` puts this ahead of listeners that may fail.
     @event.listens_for(engine, "connect", insert=True)
     def on_connect(connection: AdaptedConnection, record: ConnectionPoolEntry) -> None:
+        cast(Any, connection).autocommit = False
         record.info[LAST_USED] = monotonic()
         place: Any = record.record_info
         place[GET_CLEANUP] = partial(cleanup_of, connection.driver_connection)
