@@ -104,10 +104,14 @@ def configure_engine(
     # `insert` puts this ahead of listeners that may fail.
     @event.listens_for(engine, "connect", insert=True)
     def on_connect(connection: AdaptedConnection, record: ConnectionPoolEntry) -> None:
-        cast(Any, connection).autocommit = False
         record.info[LAST_USED] = monotonic()
         place: Any = record.record_info
         place[GET_CLEANUP] = partial(cleanup_of, connection.driver_connection)
+
+    # SQLAlchemy's listener, which asks, comes before this one.
+    @event.listens_for(engine, "connect")
+    def leave_autocommit(connection: Any, _record: ConnectionPoolEntry) -> None:
+        connection.autocommit = False
 
     @event.listens_for(engine, "handle_error")
     def name_the_cause(context: ExceptionContext) -> None:
