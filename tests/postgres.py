@@ -120,6 +120,8 @@ async def through(
 class OnFaultyNetwork(OnPostgres):
     """A class of tests whose manager reaches PostgreSQL through a faulty network."""
 
+    timeout = 0.2  # seconds for a commit, and for a rollback
+
     @pytest.fixture
     def network(self) -> FaultyNetwork:
         return FaultyNetwork()
@@ -134,7 +136,11 @@ class OnFaultyNetwork(OnPostgres):
     ) -> AsyncIterator[DatabaseSessionManager]:
         """Open a manager that reaches the database through `network`."""
         async with through(
-            network, postgres, database_url, commit_timeout=0.2, rollback_timeout=0.2
+            network,
+            postgres,
+            database_url,
+            commit_timeout=self.timeout,
+            rollback_timeout=self.timeout,
         ) as remote:
             yield remote
             await assert_all_returned(remote)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from functools import partial
 
@@ -30,7 +29,6 @@ from .postgres import (
     kill,
     run_at_commit,
     running,
-    through,
     until,
 )
 from .proxy import ClientConnection
@@ -198,25 +196,12 @@ class Holding(FaultyNetwork):
             client.to_client.close()
 
 
-class TestLostAnswers(OnPostgres):
+class TestLostAnswers(OnFaultyNetwork):
+    timeout = 0.3
+
     @pytest.fixture
     def network(self) -> Holding:
         return Holding()
-
-    @pytest.fixture
-    async def remote(
-        self,
-        network: Holding,
-        database_url: str,
-        postgres: Postgres,
-        manager: DatabaseSessionManager,
-    ) -> AsyncIterator[DatabaseSessionManager]:
-        """Open a manager that reaches the database through the network."""
-        async with through(
-            network, postgres, database_url, commit_timeout=0.3, rollback_timeout=0.3
-        ) as remote:
-            yield remote
-            await assert_all_returned(remote)
 
     @pytest.mark.parametrize(
         ("how", "cancelled"), [("cut", False), ("swallowed", False), ("swallowed", True)]
