@@ -42,7 +42,9 @@ def failure_log(connection: Connection) -> FailureLog:
     """Return the log of a connection."""
     # A mapping, even with weak keys, would keep the connection alive through the
     # tracebacks of its errors. An attribute does not.
-    log: FailureLog = vars(connection).setdefault("_sessionwire_failures", FailureLog())
+    log: FailureLog | None = vars(connection).get("_sessionwire_failures")
+    if log is None:
+        log = vars(connection)["_sessionwire_failures"] = FailureLog()
     return log
 
 

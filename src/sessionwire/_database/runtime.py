@@ -134,10 +134,8 @@ class Database:
         If that fails, the connection is invalidated: nothing may be sent without them.
         """
         try:
-            if options.transaction_per_statement:
-                self.engines.set_up(connection, options, settings={})
-                return  # Each statement has settings and hooks of its own.
-            settings = self._transaction_settings.ask(options)
+            per_statement = options.transaction_per_statement  # Each has its own settings.
+            settings = {} if per_statement else self._transaction_settings.ask(options)
             self.engines.set_up(connection, options, settings=settings)
             if not (options.autocommit and self.engines.sends_ahead):
                 self._transaction_settings.apply(connection, settings)
