@@ -1116,7 +1116,8 @@ class TestParser(OnPostgres):
             for start in range(0, len(stream), size):
                 transport.protocol.data_received(stream[start : start + size])
             assert recorder.received == notice + status * 2 + rest
-            assert transport.protocol is recorder
+            transport.protocol.data_received(b"more")
+            assert recorder.received.endswith(b"more")
             assert not pipeline.unanswered
 
     @pytest.mark.parametrize("ends_in_sync", [True, False])

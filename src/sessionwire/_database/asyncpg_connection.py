@@ -11,7 +11,7 @@ import asyncpg
 from sessionwire.errors import CommitOutcomeUnknownError, UnexpectedRollbackError
 
 from .asyncpg_protocol import BEGIN, Protocol
-from .pipeline import Pipeline
+from .pipeline import Pipeline, Statement
 from .transaction_settings import SENT_AHEAD
 
 # The beginnings of statements whose answers nobody reads.
@@ -47,11 +47,16 @@ class Connection(asyncpg.Connection):
         # asyncpg may have half of a notification, whose rest it must get itself.
         return self.has_pipeline and not self._listeners and not self.is_closed()
 
-    def send_ahead_of_each(self, *statements: tuple[str, ...]) -> None:
+    def send_ahead_of_each(self, statements: tuple[Statement, ...]) -> None:
         """Let these precede each statement that is in no transaction."""
         if self._protocol is not None:  # The connection is not aborted.
             self._protocol.end_implicit_transaction()
             self._protocol.ahead_of_each = statements
+
+    def end_use(self) -> bool:
+        """Send nothing ahead of each statement. Return whether no transaction is open."""
+        self.send_ahead_of_each(())
+        return not self._protocol.is_in_transaction()
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
         if not args and BEGIN.fullmatch(query):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -49,8 +50,7 @@ class Protocol:
         self.hold_ahead_of_each()
 
     def hold_ahead_of_each(self) -> None:
-        for statement in self.ahead_of_each:
-            self._pipeline.hold(*statement)
+        self._pipeline.held += self.ahead_of_each
 
     def end_implicit_transaction(self) -> None:
         """End that of a statement which was prepared, and did not run.
@@ -88,7 +88,7 @@ class Protocol:
         elif not self._has_begun:
             return
         try:
-            await self._send(self._protocol.query, "SELECT", timeout=timeout)
+            await self._send(self._protocol.query, "SELECT", timeout)
         except asyncpg.PostgresError:
             if not pipeline.failed:
                 raise
@@ -97,29 +97,25 @@ class Protocol:
 
     # What asyncpg sends
 
-    async def query(self, query: str, timeout: float | None) -> Any:
+    def query(self, query: str, timeout: float | None) -> Awaitable[Any]:
         if query in ENDS:
-            return await self._send(self._protocol.query, query, timeout=timeout, needs_begin=False)
-        return await self._send_simple(self._protocol.query, query, timeout=timeout)
+            return self._send(self._protocol.query, query, timeout, needs_begin=False)
+        return self._send_simple(self._protocol.query, query, timeout)
 
-    async def copy_in(self, *args: Any) -> Any:
-        *rest, timeout = args
-        return await self._send_simple(self._protocol.copy_in, *rest, timeout=timeout)
+    def copy_in(self, *args: Any) -> Awaitable[Any]:
+        return self._send_simple(self._protocol.copy_in, *args)
 
-    async def copy_out(self, *args: Any) -> Any:
-        *rest, timeout = args
-        return await self._send_simple(self._protocol.copy_out, *rest, timeout=timeout)
+    def copy_out(self, *args: Any) -> Awaitable[Any]:
+        return self._send_simple(self._protocol.copy_out, *args)
 
     async def prepare(self, *args: Any, **options: Any) -> Any:
-        name, query, timeout = args
         self._set_up()  # It may need the search_path.
-        state = await self._send(
-            self._protocol.prepare, name, query, timeout=timeout, tells_asyncpg=False, **options
-        )
+        prepare = partial(self._protocol.prepare, **options)
+        state = await self._send(prepare, *args, tells_asyncpg=False)
         self._is_set_up = bool(self.ahead_of_each) and not self.is_in_transaction()
         return state
 
-    async def bind_execute(
+    def bind_execute(
         self,
         state: Any,
         args: Any,
@@ -127,10 +123,11 @@ class Protocol:
         limit: int,
         return_extra: bool,
         timeout: float | None,
-    ) -> Any:
-        self._set_up(state)
-        rest = (state, args, portal_name, limit, return_extra)
-        return await self._send(self._protocol.bind_execute, *rest, timeout=timeout)
+    ) -> Awaitable[Any]:
+        if self.ahead_of_each:
+            self._set_up(state)
+        send = self._protocol.bind_execute
+        return self._send(send, state, args, portal_name, limit, return_extra, timeout)
 
     async def bind_execute_many(
         self, state: Any, args: Any, *, timeout: float | None, **options: Any
@@ -139,24 +136,26 @@ class Protocol:
         # transaction.
         await self.settle(timeout)
         self._set_up(state)
-        many = self._protocol.bind_execute_many
-        return await self._send(many, state, args, timeout=timeout, at_once=True, **options)
 
-    async def bind(self, *args: Any) -> Any:
-        *rest, timeout = args
-        return await self._send(self._protocol.bind, *rest, timeout=timeout)
+        def bind_execute_many(timeout: float | None) -> Awaitable[Any]:
+            many: Awaitable[Any] = self._protocol.bind_execute_many(
+                state, args, timeout=timeout, **options
+            )
+            return many
 
-    async def execute(self, *args: Any) -> Any:
-        *rest, timeout = args
-        return await self._send(self._protocol.execute, *rest, timeout=timeout)
+        return await self._send(bind_execute_many, timeout, at_once=True)
 
-    async def close_portal(self, *args: Any) -> Any:
-        *rest, timeout = args
-        return await self._send(self._protocol.close_portal, *rest, timeout=timeout)
+    def bind(self, *args: Any) -> Awaitable[Any]:
+        return self._send(self._protocol.bind, *args)
 
-    async def close_statement(self, *args: Any) -> Any:
-        *rest, timeout = args
-        return await self._send(self._protocol.close_statement, *rest, timeout=timeout)
+    def execute(self, *args: Any) -> Awaitable[Any]:
+        return self._send(self._protocol.execute, *args)
+
+    def close_portal(self, *args: Any) -> Awaitable[Any]:
+        return self._send(self._protocol.close_portal, *args)
+
+    def close_statement(self, *args: Any) -> Awaitable[Any]:
+        return self._send(self._protocol.close_statement, *args)
 
     # What they have in common
 
@@ -169,32 +168,31 @@ class Protocol:
             # The server keeps one statement without a name, and will replace it.
             statement.mark_unprepared()
 
-    async def _send_simple(
-        self, send: Callable[..., Awaitable[Any]], *args: Any, timeout: Any
-    ) -> Any:
+    async def _send_simple(self, send: Callable[..., Awaitable[Any]], *args: Any) -> Any:
         """Send a simple query, which the server skips after an error ahead of it.
 
         Nothing tells PgBouncer that it was skipped. So what is held is settled before.
         """
         if self._pipeline.held:
-            await self.settle(timeout)
+            await self.settle(args[-1])
         self._set_up()
-        return await self._send(send, *args, timeout=timeout, ends_in_sync=False)
+        return await self._send(send, *args, ends_in_sync=False)
 
     async def _send(
         self,
         send: Callable[..., Awaitable[Any]],
         *args: Any,
-        timeout: Any,
         ends_in_sync: bool = True,
         tells_asyncpg: bool = True,
         needs_begin: bool = True,
         at_once: bool = False,
-        **options: Any,
     ) -> Any:
         """Send a message of asyncpg, and right before it what is held.
 
         Args:
+            send: The method of asyncpg's protocol.
+            args: Its arguments, of which the last is a timeout in seconds.
+            ends_in_sync: See `Pipeline.release()`.
             tells_asyncpg: Its answer tells asyncpg that a transaction has begun.
             needs_begin: It may not be sent in a transaction whose BEGIN has failed.
             at_once: It is sent in several pieces.
@@ -205,19 +203,23 @@ class Protocol:
         self._is_busy, was_set_up, self._is_set_up = True, self._is_set_up, False
         try:
             if self._is_cancelling():
+                *rest, timeout = args
                 limit = None if timeout is NO_TIMEOUT else protocol._get_timeout(timeout)
-                timeout = await protocol._wait_for_cancellation(limit)
+                args = (*rest, await protocol._wait_for_cancellation(limit))
             elif not pipeline.unanswered:
                 pipeline.failed = ()
-            if self._note_refused_begin() and needs_begin:
+            if self._has_begun:
+                self._note_refused_begin()
+            if self.refused_begin and needs_begin:
                 raise asyncpg.InFailedSQLTransactionError(
                     f"nothing may run in a transaction whose {self.refused_begin!r} failed: "
                     "roll it back"
                 )
             if pipeline.held:
                 pipeline.release(ends_in_sync=ends_in_sync, at_once=at_once)
-            result = await send(*args, timeout=timeout, **options)
-            if tells_asyncpg and not self._note_refused_begin():
+            result = await send(*args)
+            if tells_asyncpg and self._has_begun:
+                self._note_refused_begin()
                 self._has_begun = False
             return result
         except BaseException:
@@ -227,11 +229,11 @@ class Protocol:
             raise
         finally:
             self._is_busy = False
-            self._note_refused_begin()
+            if self._has_begun:
+                self._note_refused_begin()
 
-    def _note_refused_begin(self) -> str | None:
+    def _note_refused_begin(self) -> None:
         """Note that a BEGIN has failed: what follows would run without a transaction."""
         failed = self._pipeline.failed
-        if self._has_begun and failed and BEGIN.fullmatch(failed[0]):
+        if failed and BEGIN.fullmatch(failed[0]):
             self.refused_begin, self._has_begun = failed[0], False
-        return self.refused_begin

@@ -15,7 +15,7 @@ from sqlalchemy.util import await_only
 
 from sessionwire.errors import IncompatibleTransactionError
 
-from .options import CONNECTION_OPTIONS, WITHOUT_HOOKS, ConnectionOptions
+from .options import WITHOUT_HOOKS, ConnectionOptions, options_of
 from .transaction_settings import SENT_AHEAD, TransactionSettings
 
 BeginHook = Callable[[AsyncConnection], Awaitable[object] | None]
@@ -50,11 +50,9 @@ class BeginHooks(list[BeginHook]):
 
     def _listen(self, engine: Engine) -> None:
         def on_begin(connection: Connection, *_: object) -> None:
-            options = connection.get_execution_options()
-            ours = options.get(CONNECTION_OPTIONS)
-            if not (
-                options.get(WITHOUT_HOOKS) or getattr(ours, "transaction_per_statement", False)
-            ):
+            is_left_out = connection.get_execution_options().get(WITHOUT_HOOKS)
+            options = options_of(connection)
+            if not (is_left_out or (options and options.transaction_per_statement)):
                 self._due.add(connection)
 
         def on_statement(connection: Connection, _cursor: Any, sql: str, *_: object) -> None:
@@ -73,9 +71,9 @@ class BeginHooks(list[BeginHook]):
         """
         if not self or connection not in self._due:
             return
-        options = connection.get_execution_options()
-        is_autocommit = options.get("isolation_level") == "AUTOCOMMIT"
-        if is_autocommit or getattr(options.get(CONNECTION_OPTIONS), "autocommit", False):
+        options = options_of(connection)
+        isolation = connection.get_execution_options().get("isolation_level")
+        if isolation == "AUTOCOMMIT" or (options and options.autocommit):
             raise _autocommit_error()
         self._due.discard(connection)
         try:
@@ -87,8 +85,8 @@ class BeginHooks(list[BeginHook]):
 
     def run_for_statement(self, connection: Connection) -> None:
         """Set up the transaction of one statement."""
-        options = connection.get_execution_options().get(CONNECTION_OPTIONS)
-        self._settings.apply(connection, self._settings.ask(options or ConnectionOptions()))
+        if settings := self._settings.ask(options_of(connection) or ConnectionOptions()):
+            self._settings.apply(connection, settings)
         self.run(connection)
 
     def run(self, connection: Connection) -> None:

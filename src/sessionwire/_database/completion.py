@@ -41,19 +41,17 @@ async def finish_commit(
             cancellation it is the cause of the `CancelledError`.
     """
     try:
-        await run_shielded(_commit_translating_errors(work), timeout)
-    except TimeoutError as error:
-        if not read_only:
-            raise _outcome_unknown_error(NO_ANSWER) from error
-    except CommitOutcomeUnknownError:
-        if not read_only:
-            raise
+        await run_shielded(work, timeout)
     except asyncio.CancelledError as cancellation:
-        if isinstance(cancellation.__cause__, TimeoutError):
-            cancellation.__cause__ = _outcome_unknown_error(NO_ANSWER)
-        if read_only and isinstance(cancellation.__cause__, CommitOutcomeUnknownError):
-            cancellation.__cause__ = None
+        if unknown := _outcome_unknown_error(cancellation.__cause__):
+            cancellation.__cause__ = None if read_only else unknown
         raise
+    except Exception as error:
+        unknown = _outcome_unknown_error(error)
+        if unknown is None or unknown is error:
+            raise
+        if not read_only:
+            raise unknown from unknown.__cause__
 
 
 async def finish_rollback(
@@ -92,16 +90,22 @@ async def close_or_invalidate(connection: AsyncConnection) -> None:
         raise
 
 
-async def _commit_translating_errors(work: Coroutine[Any, Any, None]) -> None:
-    try:
-        await work
-    except DBAPIError as error:
-        if reason := _reason_for_doubt(error):
-            raise _outcome_unknown_error(reason) from error
-        raise
+def _outcome_unknown_error(error: BaseException | None) -> CommitOutcomeUnknownError | None:
+    """Return what to raise instead of an error that leaves the outcome of a commit unknown."""
+    if isinstance(error, CommitOutcomeUnknownError):
+        return error
+    reason = NO_ANSWER if isinstance(error, TimeoutError) else _reason_for_doubt(error)
+    if reason is None:
+        return None
+    unknown = CommitOutcomeUnknownError(
+        f"the COMMIT was sent, but {reason}: look in the database whether it was carried out "
+        "before you run the transaction again"
+    )
+    unknown.__cause__ = error
+    return unknown
 
 
-def _reason_for_doubt(error: DBAPIError) -> str | None:
+def _reason_for_doubt(error: BaseException | None) -> str | None:
     """Return why a commit may have been carried out despite an error, or None.
 
     On an `InterfaceError` the COMMIT was never sent. An answer of severity ERROR is a
@@ -109,6 +113,8 @@ def _reason_for_doubt(error: DBAPIError) -> str | None:
     of severity FATAL may follow a commit that was carried out (see "Message Formats" in
     PostgreSQL's documentation, field V).
     """
+    if not isinstance(error, DBAPIError):
+        return None
     cause = (error.orig and error.orig.__cause__) or error.orig
     if isinstance(error, InterfaceError) or isinstance(cause, sqlite3.Error):
         return None
@@ -121,10 +127,3 @@ def _reason_for_doubt(error: DBAPIError) -> str | None:
     if is_lost and ENDED_WHILE_IDLE not in states:
         return "the connection was lost before its answer came"
     return None
-
-
-def _outcome_unknown_error(reason: str) -> CommitOutcomeUnknownError:
-    return CommitOutcomeUnknownError(
-        f"the COMMIT was sent, but {reason}: look in the database whether it was carried out "
-        "before you run the transaction again"
-    )

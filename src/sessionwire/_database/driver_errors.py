@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
 from sessionwire.errors import CommitOutcomeUnknownError, TransactionTimeoutError
 
-from .options import CONNECTION_OPTIONS, ConnectionOptions
+from .options import ConnectionOptions, options_of
 
 CONNECTION_LOST_SQLSTATES = ("08", "57P01", "57P02", "57P03")  # "08" is a class of them
 IN_FAILED_TRANSACTION = "25P02"
@@ -109,6 +109,5 @@ def install_disconnect_listener(engine: Engine) -> None:
 def _may_write(connection: Connection | None) -> bool:
     if connection is None:
         return False
-    options = connection.get_execution_options()
-    ours: ConnectionOptions = options.get(CONNECTION_OPTIONS, ConnectionOptions())
-    return not (options.get("postgresql_readonly") or ours.read_only)
+    ours = options_of(connection) or ConnectionOptions()
+    return not (connection.get_execution_options().get("postgresql_readonly") or ours.read_only)

@@ -74,26 +74,14 @@ class DatabaseEngines:
         self._cleanups: weakref.WeakKeyDictionary[Any, asyncio.Future[Any]]
         self._cleanups = weakref.WeakKeyDictionary()
         self.cleanup_tasks: set[asyncio.Future[Any]] = set()  # those that are running
+        self.is_sqlite = url.get_backend_name() == "sqlite"
         self.primary = self._build_engine()
+        self._is_asyncpg = self.primary.dialect.driver == "asyncpg"
+        # Statements can be sent ahead of others.
+        self.sends_ahead = settings.pipeline and self._is_asyncpg
+        # A read-only connection is kept from writing without a transaction.
+        self.refuses_writes_in_autocommit = self.is_sqlite or self.sends_ahead
         self._variants: dict[ConnectionOptions, AsyncEngine] = {}
-
-    @functools.cached_property
-    def is_sqlite(self) -> bool:
-        return self.primary.dialect.name == "sqlite"
-
-    @property
-    def refuses_writes_in_autocommit(self) -> bool:
-        """Whether a read-only connection is kept from writing without a transaction."""
-        return self.is_sqlite or self.sends_ahead
-
-    @property
-    def sends_ahead(self) -> bool:
-        """Whether statements can be sent ahead of others."""
-        return self._settings.pipeline and self._is_asyncpg
-
-    @functools.cached_property
-    def _is_asyncpg(self) -> bool:
-        return self.primary.dialect.driver == "asyncpg"
 
     def set_up(
         self, connection: Connection, options: ConnectionOptions, settings: Mapping[str, str]
@@ -117,8 +105,11 @@ class DatabaseEngines:
         if options.execution_options:
             # It is not cached: values may be unhashable, or new at every call.
             return self._with_options(options)
-        if options.settings and not options.transaction_per_statement:
-            options = replace(options, settings=())  # They go to the transaction.
+        if not options.transaction_per_statement:
+            if self._is_asyncpg:
+                return self.primary  # Each transaction is given its options at its begin.
+            if options.settings:
+                options = replace(options, settings=())  # They go to the transaction.
         engine = self._variants.get(options)
         if engine is None:
             engine = self._variants[options] = self._with_options(options)
@@ -127,10 +118,9 @@ class DatabaseEngines:
     def _with_options(self, options: ConnectionOptions) -> AsyncEngine:
         engine = self.primary
         execution_options = options.copy_execution_options()
-        if self.is_sqlite or self._is_asyncpg:
-            # sqlite.py and postgresql.py set up a transaction by these options.
-            execution_options[CONNECTION_OPTIONS] = options
-        else:
+        if self.is_sqlite:
+            execution_options[CONNECTION_OPTIONS] = options  # sqlite.py begins by them.
+        elif not self._is_asyncpg:
             isolation = options.isolation
             if options.autocommit and not options.transaction_per_statement:
                 isolation = "AUTOCOMMIT"

@@ -8,6 +8,7 @@ failure.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
@@ -42,10 +43,16 @@ def failure_log(connection: Connection) -> FailureLog:
     """Return the log of a connection."""
     # A mapping, even with weak keys, would keep the connection alive through the
     # tracebacks of its errors. An attribute does not.
-    log: FailureLog | None = vars(connection).get("_sessionwire_failures")
+    log: FailureLog | None = connection.__dict__.get("_sessionwire_failures")
     if log is None:
-        log = vars(connection)["_sessionwire_failures"] = FailureLog()
+        log = connection.__dict__["_sessionwire_failures"] = FailureLog()
     return log
+
+
+def failures_of(connection: Connection) -> Sequence[BaseException]:
+    """Return the failures in the current transaction of a connection."""
+    log: FailureLog | None = connection.__dict__.get("_sessionwire_failures")
+    return () if log is None else log.errors
 
 
 def install_failure_listener(engine: Engine) -> None:

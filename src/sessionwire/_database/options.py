@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sqlalchemy import Connection
+
 # The execution option that holds them.
 CONNECTION_OPTIONS = "sessionwire_connection_options"
 # The execution option of a connection whose statements may be sent without hooks and
@@ -36,3 +38,9 @@ class ConnectionOptions:
         if schemas := options.get("schema_translate_map"):
             options["schema_translate_map"] = dict(schemas)
         return options
+
+
+def options_of(connection: Connection) -> ConnectionOptions | None:
+    """Return the options of a connection's transaction, or else those of its engine."""
+    options: ConnectionOptions | None = connection.__dict__.get(CONNECTION_OPTIONS)
+    return options or connection.get_execution_options().get(CONNECTION_OPTIONS)

@@ -16,24 +16,26 @@ import asyncio
 import functools
 import struct
 from collections import deque
-from contextlib import suppress
 from functools import partial
 from itertools import takewhile
 from typing import Any
 
-# What the server sends of its own accord. All of it is asyncpg's.
-PARAMETER_STATUS, NOTICE, NOTIFICATION = b"SNA"
-ERROR, COMMAND_COMPLETE, READY = b"ECZ"
+Statement = tuple[str, ...]  # its text and its arguments
+ERROR = b"E"
+ANSWERED = b"CZ"  # CommandComplete, ReadyForQuery
+# ParameterStatus, NoticeResponse and NotificationResponse: the server sends them of its
+# own accord, and all of them are asyncpg's.
+OF_ASYNCPG = b"SNA"
 SYNC = b"S\x00\x00\x00\x04"
-END = "Sync"  # stands among the statements for a Sync of our own
+END = ("Sync",)  # stands among the statements for a Sync of our own
 HEADER = struct.Struct("!cI")
 
 
 class Pipeline(asyncio.Protocol):
     """What is sent ahead on one connection.
 
-    While answers are outstanding it receives the data in asyncpg's place, and hands on
-    what is not theirs. Otherwise asyncpg receives the data itself.
+    It receives all data, swallows the answers to what was sent ahead, and hands on what
+    is not theirs.
 
     Args:
         protocol: The protocol of asyncpg.
@@ -43,17 +45,20 @@ class Pipeline(asyncio.Protocol):
     def __init__(self, protocol: Any, transport: Any) -> None:
         self._protocol = protocol
         self._transport = transport
-        self.held: list[tuple[str, ...]] = []  # statements with their arguments
-        self.unanswered: deque[str] = deque()
+        # uvloop's transport has no attributes to set, and gathers writes itself.
+        self._can_join_writes = hasattr(transport, "__dict__")
+        self.held: list[Statement] = []
+        self.unanswered: deque[Statement] = deque()
         # The statement that was answered with an error, and those that were skipped.
         self.failed: tuple[str, ...] = ()
         self.error_fields: dict[str, str] = {}  # of its error, if nobody was waiting for it
         self._received = b""  # from the first message on that is not handled yet
         self._ends_in_sync = True
+        transport.set_protocol(self)
 
-    def hold(self, sql: str, *arguments: str) -> None:
-        """Hold a statement until the next message is sent."""
-        self.held.append((sql, *arguments))
+    def hold(self, *statement: str) -> None:
+        """Hold a statement with its arguments until the next message is sent."""
+        self.held.append(statement)
 
     def release(self, *, ends_in_sync: bool = True, at_once: bool = False) -> None:
         """Write what is held, together with the next message.
@@ -64,16 +69,13 @@ class Pipeline(asyncio.Protocol):
             at_once: Write it now, because that message comes in several pieces.
         """
         self._ends_in_sync = ends_in_sync
-        self._expect(*(sql for sql, *_ in self.held))
         data = b"".join(map(_messages_of, self.held))
+        self.unanswered += self.held
         self.held.clear()
-        if not at_once:
-            # One write wakes the server once. uvloop's transport has no attributes to
-            # set, and gathers writes itself.
-            with suppress(AttributeError):
-                self._transport.write = partial(self._write_together, data)
-                return
-        self._transport.write(data)
+        if at_once or not self._can_join_writes:
+            self._transport.write(data)
+        else:  # One write wakes the server once.
+            self._transport.write = partial(self._write_together, data)
 
     def _write_together(self, ahead: bytes, data: Any) -> None:
         del self._transport.write  # From here on it is the transport's own again.
@@ -81,45 +83,48 @@ class Pipeline(asyncio.Protocol):
 
     def end(self) -> None:
         """End with a Sync what no message of asyncpg follows. Its error is only noted."""
-        self._expect(END)
+        self.unanswered.append(END)
         self._transport.write(SYNC)
 
-    def _expect(self, *answers: str) -> None:
-        if not self.unanswered:
-            self._transport.set_protocol(self)
-        self.unanswered += answers
-
     def data_received(self, data: bytes) -> None:
-        data = self._received + data
-        others: list[bytes] = []  # which answer something else, or nothing
-        start = 0
-        while self.unanswered and len(data) >= start + HEADER.size:
-            kind = data[start]
-            end = start + 1 + int.from_bytes(data[start + 1 : start + HEADER.size])
-            if len(data) < end:
+        if not self.unanswered:
+            self._protocol.data_received(data)
+            return
+        unanswered, data, others, start = self.unanswered, self._received + data, b"", 0
+        while unanswered and data.startswith(answer := _usual_answer_to(unanswered[0]), start):
+            unanswered.popleft()
+            start += len(answer)
+        last_header = len(data) - HEADER.size
+        while unanswered and start <= last_header:
+            kind, length = HEADER.unpack_from(data, start)
+            end = start + 1 + length
+            if end > len(data):
                 break
-            if kind in (PARAMETER_STATUS, NOTICE, NOTIFICATION):
-                others.append(data[start:end])
-            elif kind == ERROR:
-                has_end = END in self.unanswered
-                self.failed = tuple(takewhile(lambda sql: sql != END, self.unanswered))
-                for _ in self.failed:
-                    self.unanswered.popleft()
-                if not has_end:  # It is the answer to what follows.
-                    if not self._ends_in_sync:
-                        self._transport.write(SYNC)
-                    break
-                self.error_fields = _error_fields(data[start + HEADER.size : end])
-            elif kind in (COMMAND_COMPLETE, READY):
-                self.unanswered.popleft()
+            if kind in ANSWERED:
+                unanswered.popleft()
+            elif kind in OF_ASYNCPG:
+                others += data[start:end]
+            elif kind == ERROR and not self._has_failed(data[start + HEADER.size : end]):
+                break  # It is the answer to what follows.
             start = end
         self._received = data[start:]
-        if not self.unanswered:
-            others.append(self._received)
+        if not unanswered:
+            others += self._received
             self._received = b""
-            self._transport.set_protocol(self._protocol)
-        if received := b"".join(others):
-            self._protocol.data_received(received)
+        if others:
+            self._protocol.data_received(others)
+
+    def _has_failed(self, content: bytes) -> bool:
+        """Note that a statement has failed. Return whether nobody waits for its error."""
+        is_ended = END in self.unanswered
+        self.failed = tuple(sql for sql, *_ in takewhile(lambda each: each != END, self.unanswered))
+        for _ in self.failed:
+            self.unanswered.popleft()
+        if is_ended:
+            self.error_fields = _error_fields(content)
+        elif not self._ends_in_sync:
+            self._transport.write(SYNC)
+        return is_ended
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.unanswered.clear()
@@ -136,7 +141,7 @@ class Pipeline(asyncio.Protocol):
 
 
 @functools.lru_cache
-def _messages_of(statement: tuple[str, ...]) -> bytes:
+def _messages_of(statement: Statement) -> bytes:
     """Return Parse, Bind and Execute of an unnamed statement with its arguments."""
     sql, *arguments = (part.encode() for part in statement)
     lengths = b"".join(struct.pack("!I", len(each)) + each for each in arguments)
@@ -144,6 +149,16 @@ def _messages_of(statement: tuple[str, ...]) -> bytes:
     bind = b"\x00\x00\x00\x00" + struct.pack("!H", len(arguments)) + lengths + b"\x00\x00"
     execute = b"\x00\x00\x00\x00\x00"
     return _message(b"P", parse) + _message(b"B", bind) + _message(b"E", execute)
+
+
+@functools.lru_cache
+def _usual_answer_to(statement: Statement) -> bytes:
+    """Return ParseComplete, BindComplete and CommandComplete of a statement without rows.
+
+    Comparing with them is faster than reading each message.
+    """
+    tag = statement[0].split(maxsplit=1)[0].rstrip(";").encode()
+    return _message(b"1", b"") + _message(b"2", b"") + _message(b"C", tag + b"\x00")
 
 
 def _error_fields(content: bytes) -> dict[str, str]:

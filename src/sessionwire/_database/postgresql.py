@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -23,7 +24,7 @@ from sessionwire.errors import ConfigurationError
 from sessionwire.settings import DatabaseSettings
 
 from .options import ConnectionOptions
-from .pipeline import Pipeline
+from .pipeline import Pipeline, Statement
 from .transaction_settings import ahead_of_each
 
 # The driver's names. The server treats the first two levels alike, and the driver knows
@@ -35,7 +36,7 @@ ISOLATION_LEVELS = {
     "SERIALIZABLE": "serializable",
 }
 # What keeps a statement from writing, if sent ahead of it.
-READ_ONLY = ("SET transaction_read_only = on",)
+READ_ONLY: tuple[Statement, ...] = (("SET transaction_read_only = on",),)
 # In the info of a connection: when it was last used, by the monotonic clock.
 LAST_USED = "sessionwire_last_used"
 # In the info of a place in the pool: a function that returns the task which closes the
@@ -145,8 +146,7 @@ def configure_engine(
             return
         adapted: Any = connection
         adapted.autocommit = adapted.readonly = False
-        driver.send_ahead_of_each()
-        if driver.is_in_transaction():
+        if not driver.end_use():
             record.invalidate()
 
 
@@ -160,10 +160,10 @@ def set_up(connection: Connection, options: ConnectionOptions, settings: Mapping
     adapted.readonly = options.read_only
     if options.autocommit and not options.transaction_per_statement:
         adapted.isolation_level = "autocommit"
-        ahead = [READ_ONLY] if options.read_only else []
-        adapted.driver_connection.send_ahead_of_each(
-            *ahead, *([ahead_of_each(settings)] if settings else [])
-        )
+        ahead = READ_ONLY if options.read_only else ()
+        if settings:
+            ahead = (*ahead, ahead_of_each(settings))
+        adapted.driver_connection.send_ahead_of_each(ahead)
     elif options.isolation:
         adapted.isolation_level = ISOLATION_LEVELS[options.isolation]
 
@@ -193,6 +193,8 @@ class PostgreSQLPool(AsyncAdaptedQueuePool):
     """A pool whose places become free only when their connection is closed."""
 
     def _do_get(self) -> ConnectionPoolEntry:
+        if sys.version_info >= (3, 12):
+            return super()._do_get()
         task = asyncio.current_task()
         cancellations = task.cancelling() if task else 0
         record = super()._do_get()
@@ -204,7 +206,7 @@ class PostgreSQLPool(AsyncAdaptedQueuePool):
         return record
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        if self._pool.full():
+        if self._overflow > 0 and self._pool.full():
             record.close()
         cleanup = _take_cleanup(record) if record.dbapi_connection is None else None
         if cleanup is None or cleanup.done():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, Self
 
 from sqlalchemy import Connection, make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -26,7 +26,7 @@ from sessionwire.settings import DatabaseSettings
 
 from .begin_hooks import BeginHooks
 from .engines import DatabaseEngines
-from .options import WITHOUT_HOOKS, ConnectionOptions
+from .options import CONNECTION_OPTIONS, WITHOUT_HOOKS, ConnectionOptions
 from .transaction_settings import SettingsSource, TransactionSettings
 
 NOT_INITIALIZED_HINT = (
@@ -121,25 +121,28 @@ class Database:
 
         Hooks need one, and so do settings, unless they are sent ahead of the statement.
         """
-        if WITHOUT_HOOKS in dict(options.execution_options):
-            return False
         has_settings = bool(options.settings) or self._transaction_settings.source is not None
-        return bool(self.begin_hooks) or (
+        needs_transaction = bool(self.begin_hooks) or (
             has_settings and not (self.engines.sends_ahead or self.is_sqlite)
         )
+        return needs_transaction and WITHOUT_HOOKS not in dict(options.execution_options)
 
     def set_up_transaction(self, connection: Connection, options: ConnectionOptions) -> None:
         """Give a transaction that has begun its settings, and run the hooks.
 
         If that fails, the connection is invalidated: nothing may be sent without them.
         """
+        engines = self.engines
+        connection.__dict__[CONNECTION_OPTIONS] = options
         try:
-            per_statement = options.transaction_per_statement  # Each has its own settings.
-            settings = {} if per_statement else self._transaction_settings.ask(options)
-            self.engines.set_up(connection, options, settings=settings)
-            if not (options.autocommit and self.engines.sends_ahead):
+            settings: Mapping[str, str] = {}
+            has_settings = self._transaction_settings.source is not None or options.settings
+            if has_settings and not options.transaction_per_statement:
+                settings = self._transaction_settings.ask(options)
+            engines.set_up(connection, options, settings=settings)
+            if settings and not (options.autocommit and engines.sends_ahead):
                 self._transaction_settings.apply(connection, settings)
-            if not options.autocommit:
+            if self.begin_hooks and not options.autocommit:
                 self.begin_hooks.run_if_due(connection)
         except BaseException:
             connection.invalidate()
@@ -369,13 +372,11 @@ class Database:
 _ownership_lock = threading.Lock()  # two threads may take a database for their loops at once
 
 
-def running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:  # a coroutine that goes on in a forked process has none
-        return None
+# Returns None if there is none, as for a coroutine that goes on in a forked process.
+running_loop: Callable[[], asyncio.AbstractEventLoop | None] = asyncio._get_running_loop  # pyright: ignore[reportPrivateUsage]
 
 
 def database_of(manager: object) -> Database:
     """Return the internal database of a `DatabaseSessionManager` or a `TransactionManager`."""
-    return cast(Database, vars(manager)["_database"])
+    database: Database = vars(manager)["_database"]
+    return database

@@ -54,8 +54,6 @@ class TransactionSettings:
             IncompatibleTransactionError: The database has no such settings, or the
                 connection has no transaction.
         """
-        if not settings:
-            return
         if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
             raise IncompatibleTransactionError(
                 "settings hold for a transaction, and this connection is in AUTOCOMMIT: use "

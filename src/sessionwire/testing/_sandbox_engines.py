@@ -42,6 +42,8 @@ class SandboxEngines(DatabaseEngines):
             real.dialect if isinstance(real, SandboxEngines) else real.primary.dialect
         )
         self.primary = AsyncEngine(self._build_sandbox_engine(real.primary.sync_engine))
+        self.is_sqlite = self.dialect.name == "sqlite"
+        self.sends_ahead, self.refuses_writes_in_autocommit = False, True
         detector.watch_pool(self.primary.pool)
         shared.block_checkouts(real.primary.pool)
 
@@ -90,14 +92,6 @@ class SandboxEngines(DatabaseEngines):
 
     def _borrower(self) -> Borrower:
         return Borrower(frozenset(borrower_of(scope) for scope in enclosing_scopes(self._database)))
-
-    @property
-    def refuses_writes_in_autocommit(self) -> bool:
-        return True
-
-    @property
-    def sends_ahead(self) -> bool:
-        return False
 
     def set_up(self, *_: object, **__: object) -> None:
         """Leave it to `_on_begin()`."""
