@@ -27,16 +27,27 @@ async def run_shielded(work: Coroutine[Any, Any, T], timeout: float) -> T:
     Raises:
         TimeoutError: `work` took longer.
     """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    cancellation: asyncio.CancelledError | None = None
     try:
         awaited = work.send(None)
-    except StopIteration as done:  # It did not have to wait.
+        # Mostly nothing disturbs it, and a task of its own would cost more.
+        while awaited is not None:
+            cancellation = await _wait_for(awaited, deadline)
+            if cancellation is not None or not awaited.done():
+                break
+            awaited = work.send(None)
+    except StopIteration as done:
         return cast(T, done.value)
-    cancellation: asyncio.CancelledError | None = None
+    except asyncio.CancelledError as error:  # from the work
+        raise _timeout_error(timeout) from error
+    remaining = deadline - loop.time()
     while True:
         rest = _resume(work, awaited)
         task = asyncio.ensure_future(rest)  # Cancelling the current task does not reach it.
         shielding_tasks.add(task)
-        timer = asyncio.get_running_loop().call_later(timeout, task.cancel)
+        timer = loop.call_later(remaining, task.cancel)
         while not task.done():
             try:
                 await asyncio.wait((task,))
@@ -49,13 +60,42 @@ async def run_shielded(work: Coroutine[Any, Any, T], timeout: float) -> T:
             break
         if awaited is not None:
             awaited.cancel()  # This tells the work, which is then resumed and can finish.
-    late = TimeoutError(f"no answer within {timeout:g} s")
-    failure = late if task.cancelled() else task.exception()
+        remaining = timeout
+    failure = _timeout_error(timeout) if task.cancelled() else task.exception()
     if cancellation is not None:
         raise cancellation from failure
     if failure is not None:
         raise failure
     return task.result()
+
+
+def _timeout_error(timeout: float) -> TimeoutError:
+    return TimeoutError(f"no answer within {timeout:g} s")
+
+
+async def _wait_for(future: asyncio.Future[Any], deadline: float) -> asyncio.CancelledError | None:
+    """Wait until a future is done, or the deadline, or the current task is cancelled.
+
+    Returns:
+        The cancellation, which does not reach the future.
+    """
+    loop = asyncio.get_running_loop()
+    woken = loop.create_future()
+
+    def wake(*_: object) -> None:
+        if not woken.done():
+            woken.set_result(None)
+
+    future.add_done_callback(wake)
+    timer = loop.call_at(deadline, wake)
+    try:
+        await woken
+    except asyncio.CancelledError as cancellation:
+        return cancellation
+    finally:
+        timer.cancel()
+        future.remove_done_callback(wake)
+    return None
 
 
 async def _resume(work: Coroutine[Any, Any, T], awaited: asyncio.Future[Any] | None) -> T:

@@ -17,9 +17,11 @@ from ._core.definition import (
     define,
 )
 from ._core.retry import run_with_retries
+from ._core.transaction_block import TransactionBlock
 from ._database.runtime import database_of
 from .transaction import TransactionManager
 
+MISSING = inspect.Parameter.empty
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 # The type of the whole function, so that a decorated method overrides and implements
 # another as before: pyright distinguishes the CoroutineType, which an `async def`
@@ -144,12 +146,17 @@ def _decorate(
     find_manager = _manager_resolver(name, function, of)
 
     @functools.wraps(function)
-    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+    async def run_once(*args: Any, **kwargs: Any) -> Any:
+        async with TransactionBlock(database_of(find_manager(args, kwargs)), definition):
+            return await function(*args, **kwargs)
+
+    @functools.wraps(function)
+    async def run_repeatedly(*args: Any, **kwargs: Any) -> Any:
         database = database_of(find_manager(args, kwargs))
         call = partial(function, *args, **kwargs)
         return await run_with_retries(database, definition, attempts, call)
 
-    return wrapper
+    return run_once if attempts == 1 else run_repeatedly
 
 
 def _manager_resolver(
@@ -161,36 +168,43 @@ def _manager_resolver(
         raise TypeError(
             f"{_name(function)}() has neither a parameter {of!r} nor a self with such an attribute"
         )
+    is_parameter, first = of in parameters, next(iter(parameters))
     positional = [name for name, parameter in parameters.items() if parameter.kind in POSITIONAL]
     position = positional.index(of) if of in positional else sys.maxsize
-    default = parameters[of].default if of in parameters else None
+    default = parameters[of].default if is_parameter else MISSING
 
     def find(args: tuple[Any, ...], kwargs: dict[str, Any]) -> TransactionManager:
-        if of in parameters:
+        holder = None
+        if is_parameter:
             found = kwargs.get(of, args[position] if position < len(args) else default)
-            location = f"the argument {of!r}"
         else:
-            holder = args[0] if args else kwargs.get(next(iter(parameters)))
-            found = getattr(holder, of, inspect.Parameter.empty)
-            location = f"the attribute {of!r} of {type(holder).__name__}"
-        if not isinstance(found, TransactionManager):
-            is_missing = found is inspect.Parameter.empty
-            found_type = (
-                "missing" if is_missing else f"{type(found).__name__}, not a TransactionManager"
-            )
-            remedy = "inject one, as db.transaction provides it"
-            if of in parameters:
-                remedy += (
-                    f", with @inject above {decorator}, and wire() the container to the module"
-                )
-            elif others := _managers_in(args[0] if args else None):
-                remedy = f"there is one in {others[0]!r}, so write {decorator}(of={others[0]!r})"
-            raise TypeError(
-                f"{_name(function)}() is {decorator}, but {location} is {found_type}: {remedy}"
-            )
-        return found
+            holder = args[0] if args else kwargs.get(first)
+            found = getattr(holder, of, MISSING)
+        if isinstance(found, TransactionManager):
+            return found
+        location = f"argument {of!r}"
+        if not is_parameter:
+            location = f"attribute {of!r} of {type(holder).__name__}"
+        remedy = _remedy(decorator, of, holder, is_parameter=is_parameter)
+        raise TypeError(
+            f"{_name(function)}() is {decorator}, but the {location} is {_described(found)}: "
+            f"{remedy}"
+        )
 
     return find
+
+
+def _described(found: object) -> str:
+    return "missing" if found is MISSING else f"{type(found).__name__}, not a TransactionManager"
+
+
+def _remedy(decorator: str, of: str, holder: object, *, is_parameter: bool) -> str:
+    remedy = "inject one, as db.transaction provides it"
+    if is_parameter:
+        return f"{remedy}, with @inject above {decorator}, and wire() the container to the module"
+    if others := _managers_in(holder):
+        return f"there is one in {others[0]!r}, so write {decorator}(of={others[0]!r})"
+    return remedy
 
 
 def _managers_in(holder: object) -> list[str]:

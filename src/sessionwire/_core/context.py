@@ -44,7 +44,10 @@ def enclosing_frames() -> Iterator[tuple[Frame, Scope]]:
 
 
 def innermost_open_frame() -> Frame | None:
-    return next((frame for frame, _ in enclosing_frames()), None)
+    frame = current_frame.get()
+    while frame is not None and frame.scope is None:
+        frame = frame.parent
+    return frame
 
 
 def current_scope(database: Database) -> Scope | None:

@@ -25,6 +25,26 @@ class Propagation(Enum):
     NEVER = auto()
 
 
+class Action(Enum):
+    """What a block does, by its propagation mode, with or without a current transaction."""
+
+    JOIN = auto()
+    BEGIN = auto()
+    SAVEPOINT = auto()
+    AUTOCOMMIT = auto()
+    REJECT = auto()
+
+
+# For each mode: the action inside a transaction, and the one outside of any.
+ACTIONS = {
+    Propagation.REQUIRED: (Action.JOIN, Action.BEGIN),
+    Propagation.REQUIRES_NEW: (Action.BEGIN, Action.BEGIN),
+    Propagation.NESTED: (Action.SAVEPOINT, Action.BEGIN),
+    Propagation.MANDATORY: (Action.JOIN, Action.REJECT),
+    Propagation.SUPPORTS: (Action.JOIN, Action.AUTOCOMMIT),
+    Propagation.NOT_SUPPORTED: (Action.AUTOCOMMIT, Action.AUTOCOMMIT),
+    Propagation.NEVER: (Action.REJECT, Action.AUTOCOMMIT),
+}
 NON_TRANSACTIONAL_MODES = (Propagation.SUPPORTS, Propagation.NOT_SUPPORTED, Propagation.NEVER)
 ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 INSTEAD_OF = {  # what others call an option
@@ -56,6 +76,8 @@ class TransactionDefinition:
     """The validated propagation mode and options of a block."""
 
     propagation: Propagation
+    action_inside: Action  # of a transaction
+    action_outside: Action  # of any
     options: ConnectionOptions
     timeout: float | None  # seconds
 
@@ -93,7 +115,10 @@ def define(
         settings=settings_as_text(settings or {}),
     )
     return TransactionDefinition(
-        propagation, connection_options, None if timeout is None else _seconds(timeout)
+        propagation,
+        *ACTIONS[propagation],
+        connection_options,
+        None if timeout is None else _seconds(timeout),
     )
 
 

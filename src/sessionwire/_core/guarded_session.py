@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from greenlet import getcurrent, greenlet
@@ -18,7 +19,6 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from sessionwire._database.driver_errors import sqlstate
-from sessionwire._database.failed_statements import failure_log
 from sessionwire._database.options import CONNECTION_OPTIONS
 from sessionwire._database.sql_text import TRANSACTION_CONTROL, is_dml
 from sessionwire._error_reports import explain_pending_rollback, unexpected_rollback
@@ -38,8 +38,11 @@ READ_ONLY = ("25006", "SQLITE_READONLY")
 DISCARDING = ("close", "reset", "invalidate")
 
 
+IsWrite = Callable[..., bool]  # takes the session and the arguments
+
+
 def _as_operation(
-    name: str, method: Callable[..., Any] | None = None, *, sends_sql: bool = False
+    name: str, *, sends_sql: bool = False, is_write: IsWrite | None = None
 ) -> Callable[..., Any]:
     """Wrap a `Session` method as one operation of its scope.
 
@@ -49,10 +52,11 @@ def _as_operation(
 
     Args:
         name: The method of `Session`.
-        method: What to call instead of it.
         sends_sql: The method always sends SQL.
+        is_write: Tells of a call whether it writes past the unit of work, so that no
+            flush is noticed.
     """
-    call: Callable[..., Any] = method or getattr(Session, name)
+    call: Callable[..., Any] = getattr(Session, name)
 
     @functools.wraps(call)
     def operation(self: GuardedSession, *args: Any, **options: Any) -> Any:
@@ -61,67 +65,64 @@ def _as_operation(
         # SQLAlchemy's own greenlet, in which it awaits, is of a subclass.
         if sends_sql and current.__class__ is greenlet:
             raise implicit_io_error()
-        if not scope.begin_operation(current):
-            return call(self, *args, **options)
+        is_outermost = scope.operation is not current
+        if is_outermost:
+            scope.begin_operation(current)
         try:
-            return call(self, *args, **options)
+            if is_write is None or not is_write(self, *args, **options):
+                return call(self, *args, **options)
+            _take_write_lock(self)
+            result = call(self, *args, **options)
+            scope.record_write()
+            return result
         except Exception as error:
-            if isinstance(error, PendingRollbackError):  # it only reports an earlier failure
-                explain_pending_rollback(error, scope.failure_since(0))
-            else:
-                scope.last_operation_error = error
-            first = scope.failure_since(0)
-            if isinstance(error, InvalidRequestError) and isinstance(
-                first, UnexpectedRollbackError
-            ):
-                # SQLAlchemy would advise to call rollback().
-                raise unexpected_rollback(first) from first
-            transaction_is_over = not self.is_active or getattr(
-                error, "connection_invalidated", False
-            )
-            if (
-                scope.options.autocommit
-                and transaction_is_over
-                and not self.in_nested_transaction()
-            ):
-                Session.rollback(self)  # the next statement is a transaction of its own
-            _add_hints(scope, error)
+            if is_outermost:
+                _handle_failure(self, error)
             raise
         finally:
-            scope.end_operation()
+            if is_outermost:
+                scope.end_operation()
 
     return operation
 
 
-def _as_execution(name: str) -> Callable[..., Any]:
-    """Wrap a method that executes a statement, and record whether the statement writes."""
-    execute = getattr(Session, name)
+def _handle_failure(session: GuardedSession, error: Exception) -> None:
+    """Note that an operation has failed, and explain its error."""
+    scope = session.scope
+    first = scope.failure_since(0)
+    if isinstance(error, PendingRollbackError):  # it only reports an earlier failure
+        explain_pending_rollback(error, first)
+    else:
+        scope.last_operation_error = error
+        first = scope.failure_since(0)
+    if isinstance(error, InvalidRequestError) and isinstance(first, UnexpectedRollbackError):
+        # SQLAlchemy would advise to call rollback().
+        raise unexpected_rollback(first) from first
+    transaction_is_over = not session.is_active or getattr(error, "connection_invalidated", False)
+    if scope.options.autocommit and transaction_is_over and not session.in_nested_transaction():
+        Session.rollback(session)  # the next statement is a transaction of its own
+    _add_hints(scope, error)
 
-    @functools.wraps(execute)
-    def execution(self: GuardedSession, statement: Executable, *args: Any, **options: Any) -> Any:
-        _refuse_transaction_control(self.scope, statement)
-        writes = _is_write(statement)
-        if writes:
-            _take_write_lock(self)
-        result = execute(self, statement, *args, **options)
-        if writes:
-            self.scope.record_write()
-        return result
 
-    return _as_operation(name, execution, sends_sql=True)
+def _executes_write(
+    session: GuardedSession, statement: Executable, *_: object, **__: object
+) -> bool:
+    if not isinstance(statement, TextClause):
+        return statement.is_dml
+    # The block would take the work of a COMMIT or ROLLBACK as text for committed.
+    if session.scope.transaction is not None and (
+        control := TRANSACTION_CONTROL.match(statement.text)
+    ):
+        raise managed_transaction_error(f"text('{control[1].upper()}')")
+    return is_dml(statement.text)
 
 
-def _as_bulk_write(name: str) -> Callable[..., Any]:
-    """Wrap a method that writes past the unit of work, so that no flush is noticed."""
-    write = getattr(Session, name)
+def _always_writes(*_: object, **__: object) -> bool:
+    return True
 
-    @functools.wraps(write)
-    def bulk_write(self: GuardedSession, *args: Any, **options: Any) -> None:
-        _take_write_lock(self)
-        write(self, *args, **options)
-        self.scope.record_write()
 
-    return _as_operation(name, bulk_write, sends_sql=True)
+_as_execution = partial(_as_operation, sends_sql=True, is_write=_executes_write)
+_as_bulk_write = partial(_as_operation, sends_sql=True, is_write=_always_writes)
 
 
 def _as_transaction_control(name: str) -> Callable[..., Any]:
@@ -189,13 +190,6 @@ def _refusing(name: str, is_write: Callable[[Any], bool] = lambda _: True) -> Ca
         return method(self, subject, *args, **options)
 
     return refusing
-
-
-def _refuse_transaction_control(scope: Scope, statement: Executable) -> None:
-    """Refuse a COMMIT or ROLLBACK as text: the block would take its work for committed."""
-    text = statement.text if isinstance(statement, TextClause) else ""
-    if scope.transaction is not None and (control := TRANSACTION_CONTROL.match(text)):
-        raise managed_transaction_error(f"text('{control[1].upper()}')")
 
 
 def _is_write(statement: Executable) -> bool:
@@ -326,7 +320,6 @@ def _on_begin(
 ) -> None:
     scope = session.scope
     scope.transaction_connection = connection
-    scope.failure_log = failure_log(connection)
     if transaction.nested:
         return
     if scope.transaction is not None and not scope.options.autocommit:

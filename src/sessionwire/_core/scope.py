@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import cast
+from typing import Any, cast
 
 from greenlet import getcurrent
 from sqlalchemy import Connection
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
+from sqlalchemy.util import greenlet_spawn
 
 from sessionwire._database.completion import finish_commit, finish_rollback
-from sessionwire._database.failed_statements import FailureLog
+from sessionwire._database.failed_statements import failures_of
 from sessionwire._database.options import ConnectionOptions
 from sessionwire._database.runtime import Database, running_loop
 from sessionwire._error_reports import closed_while_open_error, unexpected_rollback
@@ -24,7 +25,6 @@ from sessionwire.errors import NoSessionError, UnexpectedRollbackError
 from .context import (
     Frame,
     current_frame,
-    current_scope,
     enclosing_frames,
     enclosing_scopes,
     innermost_open_frame,
@@ -45,11 +45,11 @@ class Scope:
         self.database = database
         self.session = session
         self.options = options
-        self.task = asyncio.current_task()
+        self._loop = asyncio.get_running_loop()
+        self.task = asyncio.current_task(self._loop)
         self.frames: list[Frame] = []
         self.transaction: Transaction | None = None  # the innermost: a savepoint, if one is open
         self.transaction_connection: Connection | None = None  # once the transaction has begun
-        self.failure_log: FailureLog | None = None  # of that connection
         self.last_operation_error: Exception | None = None
         self.has_uncommitted_writes = False
         self.is_bare = False  # opened by session(), whose commits are the caller's
@@ -59,27 +59,32 @@ class Scope:
         # The generator that opened this scope inside another block, and is iterated over.
         self.generator: FrameType | None = None
         self.is_aborted = False
-        self._loop = asyncio.get_running_loop()
         self._process = os.getpid()
-        self._operation: object = None  # the greenlet of the running operation
+        self.operation: object = None  # the greenlet of the running operation
         self._operation_finished: asyncio.Future[None] | None = None
 
     # Opening and closing
 
     @classmethod
-    def open(cls, database: Database, options: ConnectionOptions) -> Scope:
+    def open(cls, database: Database, options: ConnectionOptions, enclosing: Scope | None) -> Scope:
         """Open a scope with a session of its own.
+
+        Args:
+            database: The database.
+            options: The options of its connection.
+            enclosing: The scope around it, which a closing database still serves.
 
         Raises:
             NotInitializedError: The database is not initialized, or is closing.
             OwnershipError: It belongs to another event loop or process.
         """
-        engines = database.admit(is_enclosed=current_scope(database) is not None)
+        engines = database.admit(is_enclosed=enclosing is not None)
         session = AsyncSession(
             engines.engine_for(options), sync_session_class=GuardedSession, expire_on_commit=False
         )
         scope = cls(database, session, options)
-        cast(GuardedSession, session.sync_session).scope = scope
+        guarded_session: Any = session.sync_session
+        guarded_session.scope = scope
         database.add(scope)
         return scope
 
@@ -94,11 +99,14 @@ class Scope:
         """
         self.end_frames()
         rolls_back = self.has_uncommitted_writes and not self.options.autocommit
+        is_closed = False
         try:
-            if self.session.in_transaction():
+            if self.session.sync_session.in_transaction():
                 await self._roll_back_with(Session.rollback if rolls_back else Session.close, error)
+                is_closed = not rolls_back
         finally:
-            Session.close(self.session.sync_session)
+            if not is_closed:
+                Session.close(self.session.sync_session)
             self.database.release(self)
             del self.session  # break the cycle between session and scope, so both are freed at once
 
@@ -116,7 +124,8 @@ class Scope:
 
         Raises `ConcurrentSessionError`.
         """
-        self.require_innermost_frame()
+        if len(self.frames) > 1:
+            self.require_innermost_frame()
         frame = Frame(self, innermost_open_frame())
         if frame.parent is not None and not self.frames:
             self.generator = iterated_generator()
@@ -214,12 +223,8 @@ class Scope:
 
     # Operations: the session serves one at a time
 
-    def begin_operation(self, operation: object) -> bool:
-        """Claim the session.
-
-        Returns:
-            True if the caller must call `end_operation()`, False if this call is part
-            of the running operation.
+    def begin_operation(self, operation: object) -> None:
+        """Claim the session, until `end_operation()`.
 
         Raises:
             NoSessionError: The scope has ended.
@@ -227,9 +232,8 @@ class Scope:
                 open in another task.
             OwnershipError: The session belongs to another event loop or process.
         """
-        if self._operation is operation:
-            return False
-        self.check_loop()
+        if running_loop() is not self._loop:
+            self.check_loop()
         if not self.frames:
             raise NoSessionError(
                 "the scope of this session has ended: it was cut off by close()"
@@ -237,28 +241,24 @@ class Scope:
                 else "the scope of this session has ended: use the session inside its block, "
                 "or inject a CurrentSession"
             )
-        if self._operation is not None:
+        if self.operation is not None:
             raise concurrent_use_error("another operation is running on it")
-        self.require_innermost_frame()
-        self._operation = operation
-        return True
+        if len(self.frames) > 1:
+            self.require_innermost_frame()
+        self.operation = operation
 
     def end_operation(self) -> None:
-        self._operation = None
+        self.operation = None
         if self._operation_finished is not None:
             self._operation_finished.set_result(None)
             self._operation_finished = None
-
-    @property
-    def is_operating(self) -> bool:
-        return self._operation is not None
 
     async def run_exclusively(self, function: Callable[[Session], None]) -> None:
         """Run a `Session` method after any operation that another task left running.
 
         If cancelled while waiting, abort that operation together with its connection.
         """
-        while self._operation is not None:
+        while self.operation is not None:
             self._operation_finished = (
                 self._operation_finished or asyncio.get_running_loop().create_future()
             )
@@ -267,15 +267,15 @@ class Scope:
             except asyncio.CancelledError:
                 if self.transaction_connection is not None:
                     self.database.abort_connection(self.transaction_connection)
-        self._operation = function
+        self.operation = function
 
         def run_operation(session: Session) -> None:
             # Nested calls, such as the flush before a commit, belong to the operation.
-            self._operation = getcurrent()
+            self.operation = getcurrent()
             function(session)
 
         try:
-            await self.session.run_sync(run_operation)
+            await greenlet_spawn(run_operation, self.session.sync_session)
         finally:
             self.end_operation()
 
@@ -288,13 +288,19 @@ class Scope:
     @property
     def failure_count(self) -> int:
         """How many statements have failed, except in savepoints that were rolled back."""
-        return len(self.failure_log.errors) if self.failure_log else 0
+        return len(self._failures)
 
     def failure_since(self, count: int) -> BaseException | None:
         """Return the first failure after so many, or the flush that has rolled back."""
-        if self.failure_log and len(self.failure_log.errors) > count:
-            return self.failure_log.errors[count]
-        return None if self.session.is_active else self.last_operation_error
+        failures = self._failures
+        if len(failures) > count:
+            return failures[count]
+        return None if self.session.sync_session.is_active else self.last_operation_error
+
+    @property
+    def _failures(self) -> Sequence[BaseException]:
+        connection = self.transaction_connection
+        return () if connection is None else failures_of(connection)
 
     @property
     def holds_write_lock(self) -> bool:
@@ -326,8 +332,8 @@ class Scope:
 
         Objects marked dirty but unchanged count too, because a commit would flush them.
         """
-        session = self.session.sync_session
-        if session.new or session.dirty or session.deleted:
+        session: Any = self.session.sync_session
+        if not session._is_clean():  # It is cheaper than `new`, `dirty` and `deleted`.
             await self.session.flush()
 
     async def commit(self) -> None:
@@ -341,11 +347,11 @@ class Scope:
         """
         if self.is_aborted:
             raise closed_while_open_error()
-        if self._operation is not None:
+        if self.operation is not None:
             raise concurrent_use_error(
                 "the block ended while another task still had an operation running on it"
             )
-        if not self.session.in_transaction():
+        if not self.session.sync_session.in_transaction():
             if self.transaction is not None and self.transaction.has_begun:
                 raise UnexpectedRollbackError(
                     "the transaction was ended inside the block without going through the "
@@ -366,7 +372,7 @@ class Scope:
         If the rollback fails, the connection is discarded.
         """
         self.has_uncommitted_writes = False
-        if self.session.in_transaction():
+        if self.session.sync_session.in_transaction():
             await self._roll_back_with(Session.rollback, error)
 
     async def _roll_back_with(

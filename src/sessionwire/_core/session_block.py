@@ -12,6 +12,7 @@ from sessionwire._database.runtime import Database
 from sessionwire.errors import UncommittedChangesWarning
 
 from .block import Block
+from .context import current_scope
 from .generators import early_end_error
 from .scope import Scope
 from .usage_errors import already_entered_error
@@ -27,7 +28,8 @@ class SessionBlock(Block):
         if self._was_entered:
             raise already_entered_error()
         self._was_entered = True
-        self._scope = Scope.open(self._database, ConnectionOptions())
+        enclosing = current_scope(self._database)
+        self._scope = Scope.open(self._database, ConnectionOptions(), enclosing)
         self._scope.is_bare = True
         self._frame = self._scope.push_frame()
         return self._scope.session

@@ -37,7 +37,7 @@ class CommitHooks:
         Within an operation, its end calls them.
         """
         self._waiting.clear()
-        if scope.due_hooks and not scope.is_operating:
+        if scope.due_hooks and scope.operation is None:
             await_only(scope.run_due_hooks())
 
     def _on_commit(self, session: GuardedSession) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from enum import Enum, auto
 from types import TracebackType
 from typing import cast
 
@@ -34,32 +33,13 @@ from sessionwire.errors import (
 
 from .block import Block
 from .context import current_scope, require_no_enclosing_writer
-from .definition import Propagation, TransactionDefinition
+from .definition import Action, Propagation, TransactionDefinition
 from .generators import early_end_error, is_left_early
 from .hooks import run_hooks
 from .scope import Scope
 from .transaction import Hook, Transaction
 from .usage_errors import already_entered_error, write_in_iteration_error
 
-
-class _Action(Enum):
-    JOIN = auto()
-    BEGIN = auto()
-    SAVEPOINT = auto()
-    AUTOCOMMIT = auto()
-    REJECT = auto()
-
-
-# For each mode: the action inside a transaction, and the one outside of any.
-_ACTIONS = {
-    Propagation.REQUIRED: (_Action.JOIN, _Action.BEGIN),
-    Propagation.REQUIRES_NEW: (_Action.BEGIN, _Action.BEGIN),
-    Propagation.NESTED: (_Action.SAVEPOINT, _Action.BEGIN),
-    Propagation.MANDATORY: (_Action.JOIN, _Action.REJECT),
-    Propagation.SUPPORTS: (_Action.JOIN, _Action.AUTOCOMMIT),
-    Propagation.NOT_SUPPORTED: (_Action.AUTOCOMMIT, _Action.AUTOCOMMIT),
-    Propagation.NEVER: (_Action.REJECT, _Action.AUTOCOMMIT),
-}
 _ALWAYS_NEW_SESSION = (Propagation.REQUIRES_NEW, Propagation.NOT_SUPPORTED)
 
 
@@ -77,9 +57,8 @@ class TransactionBlock(Block):
         self, database: Database, definition: TransactionDefinition, *, may_retry: bool = False
     ) -> None:
         self._database = database
-        self._propagation = definition.propagation
+        self._definition = definition
         self._options = definition.options
-        self._timeout = definition.timeout
         self._deadline: asyncio.Timeout | None = None
         self._transaction: Transaction | None = None  # rolls back if this block fails
         self._savepoint: AsyncSessionTransaction | None = None
@@ -95,24 +74,26 @@ class TransactionBlock(Block):
         self._was_entered = True
         while (current := current_scope(self._database)) is not None and not current.check_loop():
             pass
-        in_transaction = current is not None and current.transaction is not None
-        self._action = _ACTIONS[self._propagation][0 if in_transaction else 1]
+        is_inside = current is not None and current.transaction is not None
+        definition = self._definition
+        self._action = definition.action_inside if is_inside else definition.action_outside
         self._scope, self._opened_scope = self._select_scope(current)
         self._frame = self._scope.push_frame()
         if (
             not self._opened_scope
-            and self._action is not _Action.SAVEPOINT
+            and self._action is not Action.SAVEPOINT
             and not self._options.read_only
         ):
             self._scope.change_count += 1
         self._changes_before = self._scope.change_count
-        if self._action is _Action.BEGIN:
+        if self._action is Action.BEGIN:
             self._scope.transaction = Transaction(self._frame)
-            self._scope.transaction.has_begun = self._scope.session.in_transaction()
+            if not self._opened_scope:
+                self._scope.transaction.has_begun = self._scope.session.in_transaction()
         self._transaction = self._scope.transaction
-        if self._timeout is not None:
-            self._deadline = await asyncio.timeout(self._timeout).__aenter__()
-        if self._action is _Action.SAVEPOINT:
+        if definition.timeout is not None:
+            self._deadline = await asyncio.timeout(definition.timeout).__aenter__()
+        if self._action is Action.SAVEPOINT:
             try:
                 await self._set_savepoint()
             except BaseException as error:
@@ -125,15 +106,15 @@ class TransactionBlock(Block):
 
         Errors raised here leave the enclosing transaction intact.
         """
-        if self._action is _Action.REJECT:
-            if self._propagation is Propagation.NEVER:
+        if self._action is Action.REJECT:
+            if self._definition.propagation is Propagation.NEVER:
                 raise TransactionForbiddenError(
                     "Propagation.NEVER: a transaction is current; end it before this call"
                 )
             raise TransactionRequiredError(
                 "Propagation.MANDATORY: wrap the call in transaction() or @transactional"
             )
-        if current is not None and self._propagation not in _ALWAYS_NEW_SESSION:
+        if current is not None and self._definition.propagation not in _ALWAYS_NEW_SESSION:
             if (
                 current.generator is not None
                 and not self._options.read_only
@@ -148,13 +129,13 @@ class TransactionBlock(Block):
             if self._can_reuse(current):
                 self._check_compatible(current.options)
                 return current, False
-        return Scope.open(self._database, self._options_for_new_scope()), True
+        return Scope.open(self._database, self._options_for_new_scope(), current), True
 
     def _can_reuse(self, current: Scope) -> bool:
         """Tell whether this block can use the current session."""
         if current.transaction is not None:
             return True
-        if self._action is _Action.BEGIN:
+        if self._action is Action.BEGIN:
             return not current.options.autocommit and not current.options.read_only
         return not current.options.read_only or current.task is asyncio.current_task()
 
@@ -220,8 +201,9 @@ class TransactionBlock(Block):
         elif must_report:
             cause = None if transaction is None else transaction.rollback_cause
             failure = early_end_error(error, cause) or error
-        failure = await self._apply_deadline(failure)
-        if self._action is _Action.BEGIN:
+        if self._deadline is not None:
+            failure = await self._apply_deadline(self._deadline, failure)
+        if self._action is Action.BEGIN:
             failure = await self._end_transaction(failure)
         elif self._savepoint is not None and transaction is not None and not transaction.has_ended:
             failure = await self._end_savepoint(self._savepoint, transaction, failure)
@@ -237,7 +219,7 @@ class TransactionBlock(Block):
     def _loses_work(self) -> bool:
         """Tell whether only a new error would report that this block's work is lost."""
         scope = self._scope
-        if self._action is _Action.AUTOCOMMIT:
+        if self._action is Action.AUTOCOMMIT:
             return self._opened_scope and scope.has_pending_changes
         ended_with_outer_block = self._frame.scope is None and not scope.is_aborted
         return not ended_with_outer_block and (
@@ -253,8 +235,8 @@ class TransactionBlock(Block):
             raise UnexpectedRollbackError(
                 "the outer block ended before this joined block; the transaction was rolled back"
             )
-        if self._action is _Action.JOIN or (
-            self._action is _Action.AUTOCOMMIT and not self._opened_scope
+        if self._action is Action.JOIN or (
+            self._action is Action.AUTOCOMMIT and not self._opened_scope
         ):
             return
         if scope.frames[-1] is not self._frame:
@@ -272,18 +254,18 @@ class TransactionBlock(Block):
         if failed := scope.failure_since(transaction.failure_mark):
             raise unexpected_rollback(failed)
 
-    async def _apply_deadline(self, failure: BaseException | None) -> BaseException | None:
-        if self._deadline is None:
-            return failure
-        when = self._deadline.when()
+    async def _apply_deadline(
+        self, deadline: asyncio.Timeout, failure: BaseException | None
+    ) -> BaseException | None:
+        when = deadline.when()
         late = failure is None and when is not None and when <= asyncio.get_running_loop().time()
         try:
-            await self._deadline.__aexit__(type(failure) if failure else None, failure, None)
+            await deadline.__aexit__(type(failure) if failure else None, failure, None)
         except TimeoutError:
             late = True
-        if late or (self._deadline.expired() and not isinstance(failure, asyncio.CancelledError)):
+        if late or (deadline.expired() and not isinstance(failure, asyncio.CancelledError)):
             timeout = TransactionTimeoutError(
-                f"the block was not done within {self._timeout:g} s: rolled back"
+                f"the block was not done within {self._definition.timeout:g} s: rolled back"
             )
             timeout.__cause__ = failure
             return timeout
