@@ -350,18 +350,25 @@ def environment(**variables: str) -> dict[str, str]:
 
 def run(directory: Path, *arguments: str, given: str = "", **variables: str) -> str:
     """Return the output of this Python."""
-    finished = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, *arguments],
         cwd=directory,
         env=environment(**variables),
-        input=given,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         encoding="utf-8",
-        timeout=60,
-    )
-    assert finished.returncode == 0, finished.stderr or finished.stdout
-    assert "Warning" not in finished.stderr, finished.stderr
-    return finished.stdout
+        start_new_session=True,
+    ) as process:
+        try:
+            printed, errors = process.communicate(given, timeout=60)
+        except BaseException:
+            # Its children would keep the pipes open, and be waited for without end.
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == 0, errors or printed
+    assert "Warning" not in errors, errors
+    return printed
 
 
 # The commands of a page
