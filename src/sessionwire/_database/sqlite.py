@@ -17,6 +17,7 @@ from sessionwire.errors import IncompatibleTransactionError
 from .driver_errors import sqlstate
 from .options import CONNECTION_OPTIONS, ConnectionOptions
 from .sqlite_connections import BUSY_TIMEOUT, ConnectionOpening
+from .sqlite_driver import new_connection
 
 SET_BUSY_TIMEOUT = f"PRAGMA busy_timeout={BUSY_TIMEOUT * 1000:.0f};"
 FOREIGN_KEYS = re.compile(
@@ -97,7 +98,7 @@ def _adapt_dialect(dialect: Any) -> None:
     def connect_or_abort(*arguments: Any, **options: Any) -> Any:
         opening = ConnectionOpening()
         try:
-            return connect(*arguments, **options, factory=opening)
+            return connect(*arguments, **options, factory=opening, async_creator_fn=new_connection)
         except BaseException:
             opening.abort()
             raise

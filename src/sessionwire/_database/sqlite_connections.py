@@ -36,14 +36,19 @@ class _AutoClosingConnection(sqlite3.Connection):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
+        # Cursors are made in another thread than that in which this is closed.
+        self._cursors_lock = threading.Lock()
 
     def cursor(self, *arguments: Any, **options: Any) -> Any:
         cursor = super().cursor(*arguments, **options)
-        self._cursors.add(cursor)
+        with self._cursors_lock:
+            self._cursors.add(cursor)
         return cursor
 
     def close(self) -> None:
-        for cursor in list(self._cursors):
+        with self._cursors_lock:
+            cursors = list(self._cursors)
+        for cursor in cursors:
             with suppress(sqlite3.Error):
                 cursor.close()
         super().close()
