@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, cast
@@ -16,7 +17,7 @@ from sessionwire.errors import IncompatibleTransactionError
 
 from .driver_errors import sqlstate
 from .options import CONNECTION_OPTIONS, ConnectionOptions
-from .sqlite_connections import BUSY_TIMEOUT, ConnectionOpening
+from .sqlite_connections import BUSY_TIMEOUT, ConnectionOpening, SQLitePool
 from .sqlite_driver import new_connection
 
 SET_BUSY_TIMEOUT = f"PRAGMA busy_timeout={BUSY_TIMEOUT * 1000:.0f};"
@@ -121,8 +122,8 @@ def _begin(connection: Connection, lock_timeout: float) -> None:
     """Begin now; the driver would wait for the first write.
 
     A writing transaction takes the write lock at once, because one that has already
-    read cannot wait for it (SQLITE_BUSY_SNAPSHOT). It waits in short intervals, so that
-    it can be cancelled.
+    read cannot wait for it (SQLITE_BUSY_SNAPSHOT). It waits in the queue of its pool,
+    and for other processes in short intervals, so that it can be cancelled.
     """
     options = connection.get_execution_options()
     ours: ConnectionOptions = options.get(CONNECTION_OPTIONS) or ConnectionOptions(
@@ -136,17 +137,17 @@ def _begin(connection: Connection, lock_timeout: float) -> None:
         script += f"PRAGMA busy_timeout=20; BEGIN IMMEDIATE; {SET_BUSY_TIMEOUT}"
     elif not ours.autocommit:
         script += f"{SET_BUSY_TIMEOUT} BEGIN;"
-    deadline = monotonic() + lock_timeout
-    while True:
-        try:
-            if script:
-                _run(connection.connection.dbapi_connection, script)
-            connection.info[QUERY_ONLY] = ours.read_only
-            return
-        except Exception as error:
-            is_busy = sqlstate(error).startswith("SQLITE_BUSY")
-            if not is_busy or not ours.write_intent or monotonic() > deadline:
-                raise OperationalError("BEGIN", None, error) from error
+    adapted: Any = connection.connection.dbapi_connection
+    try:
+        if ours.write_intent:
+            queue = cast(SQLitePool, connection.engine.pool).write_queue
+            deadline = monotonic() + lock_timeout
+            adapted.run_async(partial(queue.begin, script=script, deadline=deadline))
+        elif script:
+            _run(adapted, script)
+    except Exception as error:
+        raise OperationalError("BEGIN", None, error) from error
+    connection.info[QUERY_ONLY] = ours.read_only
 
 
 def _driver(connection: Connection) -> Any:

@@ -15,6 +15,8 @@ from typing import Any
 from sqlalchemy import AsyncAdaptedQueuePool
 from sqlalchemy.pool.base import _ConnectionRecord  # pyright: ignore[reportPrivateUsage]
 
+from .sqlite_write_queue import WriteQueue
+
 # Seconds that a statement waits for a lock in the driver's thread, where a cancellation
 # cannot reach it.
 BUSY_TIMEOUT = 5.0
@@ -79,6 +81,10 @@ class ConnectionOpening:
 
 class SQLitePool(AsyncAdaptedQueuePool):
     """A pool that closes a connection if setting it up fails or is cancelled."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.write_queue = WriteQueue()
 
     def _create_connection(self) -> _ConnectionRecord:
         record = _ConnectionRecord(self, connect=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from collections.abc import Iterable
 from functools import partial
@@ -27,9 +28,10 @@ def new_connection(*arguments: Any, **options: Any) -> Connection:
 
 
 class Connection(aiosqlite.Connection):
-    """A connection that is not rolled back if nothing was sent since its last end."""
+    """A connection that tells when its transaction ends."""
 
     _has_ended = False  # its last transaction, and nothing was sent since
+    writer_ended: asyncio.Event | None = None  # set at the end of a transaction that writes
 
     async def _execute(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         self._has_ended = False
@@ -41,12 +43,17 @@ class Connection(aiosqlite.Connection):
 
     async def commit(self) -> None:
         await super().commit()
-        self._has_ended = True
+        self._note_end()
 
     async def rollback(self) -> None:
         if not self._has_ended:  # The pool rolls back whatever has happened.
             await super().rollback()
-            self._has_ended = True
+            self._note_end()
+
+    def _note_end(self) -> None:
+        self._has_ended = True
+        if self.writer_ended is not None:
+            self.writer_ended.set()
 
 
 class _Cursor(aiosqlite.Cursor):
