@@ -26,6 +26,7 @@ MODULES = {
     "imports": "time to import, to build a container and to wire it",
     "tpcb": "TPC-B on the tables of pgbench, beside pgbench itself",
     "growth": "1 to 2,000 tasks on a pool of 10",
+    "sqlite": "time for a write on SQLite, by one caller and by fifty",
     "isolation": "time to isolate a test from the others",
 }
 COMPARED = ("sqlalchemy", "asyncpg", "dependency-injector")
