@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.pool import QueuePool
 
-from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
+from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings, Settings
 from sessionwire.embedded import EmbeddedServer
 from sessionwire.testing._servers import disable_durability, temporary_directory
 
@@ -25,16 +25,41 @@ CONNECTED_TO = "FROM pg_stat_activity WHERE datname = "
 CONNECTED = f"SELECT query, state {CONNECTED_TO}$1"
 
 
+# What a run may do without, and the marker of the tests that cannot.
+VARIANTS = {"--no-pipeline": "pipeline_only", "--pool-of-one": "several_connections"}
+POOL_OF_ONE = {"size": 1, "max_overflow": 0, "timeout": 0.5}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--no-pipeline", action="store_true", help="let the setting `pipeline` be false by default"
+    )
+    parser.addoption(
+        "--pool-of-one",
+        action="store_true",
+        help="let a pool have one connection, unless a test sets another size",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--no-pipeline"):
         DatabaseSettings.model_fields["pipeline"].default = False
-        DatabaseSettings.model_rebuild(force=True)
+    if config.getoption("--pool-of-one"):
+        for name, value in POOL_OF_ONE.items():
+            PoolSettings.model_fields[name].default = value
+        PoolSettings.model_rebuild(force=True)
+        DatabaseSettings.model_fields["pool"].default = PoolSettings()
+    for model in (DatabaseSettings, Settings):
+        model.model_rebuild(force=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for option, name in VARIANTS.items():
+        if not config.getoption(option):
+            continue
+        for item in items:
+            if marker := item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=f"{option}: {marker.args[0]}"))
 
 
 class Postgres:
@@ -114,8 +139,11 @@ async def database_url(server: Postgres | None, tmp_path: Path) -> AsyncIterator
 
 
 @pytest.fixture
-def settings(database_url: str) -> DatabaseSettings:
-    return DatabaseSettings(url=database_url, pool=PoolSettings(size=3, max_overflow=2, timeout=10))
+def settings(database_url: str, request: pytest.FixtureRequest) -> DatabaseSettings:
+    pool = PoolSettings(size=3, max_overflow=2, timeout=10)
+    if request.config.getoption("--pool-of-one"):
+        pool = PoolSettings()
+    return DatabaseSettings(url=database_url, pool=pool)
 
 
 @pytest.fixture

@@ -154,17 +154,22 @@ class TestSettings(OnPostgres):
         return DatabaseSettings(url=database_url, pool=ONE)
 
     @pytest.mark.parametrize("end", [None, ValueError("mine")])
-    async def test_a_wrong_setting_that_no_statement_follows_is_never_sent(
-        self, manager: DatabaseSessionManager, end: Exception | None
+    async def test_a_wrong_setting_that_no_statement_follows_is_not_sent_ahead(
+        self, manager: DatabaseSessionManager, settings: DatabaseSettings, end: Exception | None
     ) -> None:
         async with manager.transaction() as session:
             pid = await session.scalar(text("SELECT pg_backend_pid()"))
-        with pytest.raises(ValueError, match="mine") if end else nullcontext():
+        result = pytest.raises(ValueError, match="mine") if end else nullcontext()
+        if not settings.pipeline:
+            result = pytest.raises(DBAPIError, match="invalid value for parameter")
+        with result:
             async with manager.transaction(settings={"statement_timeout": "never"}) as session:
                 await session.connection()
                 if end is not None:
                     raise end
         async with manager.transaction() as session:
             await session.execute(insert(Note).values(text="next"))
-            assert await session.scalar(text("SELECT pg_backend_pid()")) == pid
+            # Without the pipeline, a connection on which a transaction fails to begin is closed.
+            is_same = await session.scalar(text("SELECT pg_backend_pid()")) == pid
+            assert is_same is settings.pipeline
         assert await notes(manager) == ["next"]

@@ -439,6 +439,8 @@ def shown(value: object) -> str:
     return "none" if value is None else str(value).lower()
 
 
+@pytest.mark.pipeline_only("this option is another default than the documented one")
+@pytest.mark.several_connections("this option is another default than the documented one")
 def test_the_reference_of_settings_equals_the_models() -> None:
     documented = [[cell.replace("`", "") for cell in row] for row in SETTINGS.rows("Configuration")]
     actual = [

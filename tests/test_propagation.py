@@ -571,6 +571,7 @@ class TestReading:
         sessions = await Service().report()
         assert len({id(session) for session in sessions}) == 4
 
+    @pytest.mark.pipeline_only("a read begins a READ ONLY transaction")
     @pytest.mark.parametrize("backend", ["postgresql"])
     async def test_a_read_only_scope_sends_no_begin_and_no_commit(
         self, manager: DatabaseSessionManager, postgres: Postgres
