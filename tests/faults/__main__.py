@@ -1,4 +1,4 @@
-"""Command line: `python -m tests.faults [scenario …] [--runs N] [--seed N]`."""
+"""Command line: `python -m tests.faults [scenario …]`; `--help` lists its options."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ def main() -> int:
         return to_its_end(soak(options.seconds or 180))
     names = options.names or list(SCENARIOS)
     verdicts = to_its_end(
-        run_all(names, options.runs or len(names), options.seed, options.seconds or 1.5)
+        run_all(
+            names,
+            options.runs or len(names),
+            options.seed,
+            options.seconds or 1.5,
+            pipeline=not options.no_pipeline,
+        )
     )
     show(verdicts)
     return 1 if any(verdict.violations for verdict in verdicts) else 0
@@ -61,25 +67,31 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, help="of faults in a run (default: 1.5), or of the soak (180)"
     )
+    parser.add_argument(
+        "--no-pipeline", action="store_true", help="let the callers have `pipeline: false`"
+    )
     options = parser.parse_args()
     if unknown := sorted(set(options.names) - {*SCENARIOS, "soak"}):
         parser.error(f"there is no {', '.join(unknown)}")
     return options
 
 
-async def run_all(names: list[str], runs: int, seed: int, seconds: float) -> list[Verdict]:
+async def run_all(
+    names: list[str], runs: int, seed: int, seconds: float, *, pipeline: bool
+) -> list[Verdict]:
     verdicts: list[Verdict] = []
     async with server(tcp=True) as shared:
         for number in range(runs):
             name = names[number % len(names)]
-            verdict = await run(SCENARIOS[name], seed + number // len(names), shared, seconds)
+            seed_of_run = seed + number // len(names)
+            verdict = await run(SCENARIOS[name], seed_of_run, shared, seconds, pipeline=pipeline)
             verdicts.append(verdict)
             if verdict.violations:
                 print(verdict, file=sys.stderr)
-                print(
-                    f"  again: python -m {__package__} {name} --runs 1 --seed {verdict.seed}",
-                    file=sys.stderr,
-                )
+                again = f"{name} --runs 1 --seed {verdict.seed}"
+                if not pipeline:
+                    again += " --no-pipeline"
+                print(f"  again: python -m {__package__} {again}", file=sys.stderr)
     return verdicts
 
 

@@ -59,7 +59,9 @@ class Ground:
         return max(await self.connections(server), holding)
 
 
-async def run(scenario: Scenario, seed: int, shared: Server, seconds: float) -> Verdict:
+async def run(
+    scenario: Scenario, seed: int, shared: Server, seconds: float, *, pipeline: bool = True
+) -> Verdict:
     """Run a scenario for this long. Runs without their own server use `shared`."""
     loop = asyncio.get_running_loop()
     reports: list[str] = []
@@ -70,7 +72,7 @@ async def run(scenario: Scenario, seed: int, shared: Server, seconds: float) -> 
     logging.disable()
     try:
         async with asyncio.timeout(LONGEST):
-            verdict = await _run(scenario, seed, shared, seconds)
+            verdict = await _run(scenario, seed, shared, seconds, pipeline)
     finally:
         logging.disable(logging.NOTSET)
         loop.set_exception_handler(None)
@@ -79,7 +81,9 @@ async def run(scenario: Scenario, seed: int, shared: Server, seconds: float) -> 
     return verdict
 
 
-async def _run(scenario: Scenario, seed: int, shared: Server, seconds: float) -> Verdict:
+async def _run(
+    scenario: Scenario, seed: int, shared: Server, seconds: float, pipeline: bool
+) -> Verdict:
     verdict = Verdict(scenario.name, seed)
     counts = verdict.counts
     random = Random(f"{scenario.name}-{seed}")
@@ -95,6 +99,7 @@ async def _run(scenario: Scenario, seed: int, shared: Server, seconds: float) ->
             drain_timeout=2,
             commit_timeout=COMMIT,
             rollback_timeout=ROLLBACK,
+            pipeline=pipeline,
             application_name=APPLICATION,
         )
         container = Container(settings=LedgerSettings(database=settings))

@@ -1,4 +1,7 @@
-"""A share of the faults: `-m long` runs each scenario once, `-m slow` more seeds."""
+"""A share of the faults: `-m long` runs each scenario once, `-m slow` more seeds.
+
+Without the pipeline, `-m long` runs the scenarios on one server.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from .__main__ import main
 from .callers import Manner, witness
 from .run import run
 from .scenarios import POOL, SCENARIOS, Place, Scenario, World
+
+ON_ONE_SERVER = [name for name, one in SCENARIOS.items() if one.place is Place.SERVER]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -31,13 +36,23 @@ async def test_each_scenario_of_the_fault_suite_keeps_every_promise(
     assert not verdict.violations, str(verdict)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("scenario", ON_ONE_SERVER)
+async def test_each_scenario_on_one_server_keeps_every_promise_without_the_pipeline(
+    scenario: str, shared: Server
+) -> None:
+    verdict = await run(SCENARIOS[scenario], 1, shared, seconds=0.7, pipeline=False)
+    assert not verdict.violations, str(verdict)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("pipeline", [True, False], ids=["pipeline", "no pipeline"])
 @pytest.mark.parametrize("seed", range(2, 6))
 @pytest.mark.parametrize("scenario", SCENARIOS)
 async def test_each_scenario_keeps_every_promise_with_other_seeds(
-    scenario: str, seed: int, shared: Server
+    scenario: str, seed: int, pipeline: bool, shared: Server
 ) -> None:
-    verdict = await run(SCENARIOS[scenario], seed, shared, seconds=1.5)
+    verdict = await run(SCENARIOS[scenario], seed, shared, seconds=1.5, pipeline=pipeline)
     assert not verdict.violations, str(verdict)
 
 
