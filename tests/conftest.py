@@ -27,7 +27,8 @@ CONNECTED = f"SELECT query, state {CONNECTED_TO}$1"
 
 # What a run may do without, and the marker of the tests that cannot.
 VARIANTS = {"--no-pipeline": "pipeline_only", "--pool-of-one": "several_connections"}
-POOL_OF_ONE = {"size": 1, "max_overflow": 0, "timeout": 0.5}
+POOL_OF_ONE = {"size": 1, "max_overflow": 0}
+SHORT = 3  # seconds after which a test fails that needs a second connection
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,9 +49,14 @@ def pytest_configure(config: pytest.Config) -> None:
         for name, value in POOL_OF_ONE.items():
             PoolSettings.model_fields[name].default = value
         PoolSettings.model_rebuild(force=True)
-        DatabaseSettings.model_fields["pool"].default = PoolSettings()
+        DatabaseSettings.model_fields["pool"].default = PoolSettings(timeout=SHORT)
     for model in (DatabaseSettings, Settings):
         model.model_rebuild(force=True)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    settings = DatabaseSettings(url="sqlite://")
+    return f"defaults: pipeline={settings.pipeline}, pool: {settings.pool}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -142,7 +148,7 @@ async def database_url(server: Postgres | None, tmp_path: Path) -> AsyncIterator
 def settings(database_url: str, request: pytest.FixtureRequest) -> DatabaseSettings:
     pool = PoolSettings(size=3, max_overflow=2, timeout=10)
     if request.config.getoption("--pool-of-one"):
-        pool = PoolSettings()
+        pool = PoolSettings(timeout=SHORT)
     return DatabaseSettings(url=database_url, pool=pool)
 
 

@@ -133,6 +133,7 @@ class TestCancelledEverywhere:
 
         await self.all_or_nothing(manager, work, again_after)
 
+    @pytest.mark.several_connections("REQUIRES_NEW takes another")
     async def test_a_cancellation_around_requires_new_leaves_each_transaction_whole(
         self, manager: DatabaseSessionManager, again_after: int | None
     ) -> None:
@@ -154,6 +155,7 @@ class TestCancelledEverywhere:
         assert results[-1] == all_of_it
         assert all(written in ([], ["inner"], all_of_it) for written in results)
 
+    @pytest.mark.several_connections("each of the two blocks has its own")
     async def test_a_cancellation_in_a_read_only_scope_leaves_no_connection_behind(
         self, manager: DatabaseSessionManager, again_after: int | None
     ) -> None:

@@ -319,6 +319,7 @@ class TestPostgres(OnPostgres):
             manager.transaction.on_commit(lambda: kill(server, manager))
         assert await notes(manager) == ["kept"]
 
+    @pytest.mark.several_connections("REQUIRES_NEW takes another")
     async def test_a_serialization_failure_in_the_commit_raises_the_servers_error(
         self, manager: DatabaseSessionManager
     ) -> None:

@@ -341,7 +341,7 @@ SETTINGS = DatabaseSettings(url="sqlite://", pool=PoolSettings(size=1))
 @pytest.mark.parametrize(
     ("given", "pool"),
     [
-        ("sqlite://", 5),
+        ("sqlite://", PoolSettings().size),
         ({"url": "sqlite://", "pool": {"size": 1, "timeout": None}}, 1),
         (SETTINGS, 1),
     ],

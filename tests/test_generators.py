@@ -266,6 +266,7 @@ class TestLeftEarly:
 
 
 class TestLeftEarlyWithNothingLost:
+    @pytest.mark.several_connections("the generator has its own")
     @pytest.mark.parametrize(
         "rows",
         [
@@ -459,6 +460,7 @@ class TestWritesInsideATransaction:
             session.add(Note(text="kept"))
         assert await notes(manager) == ["kept"]
 
+    @pytest.mark.several_connections("each of the generators has its own")
     async def test_a_write_is_refused_in_a_comprehension_and_through_other_generators(
         self, manager: DatabaseSessionManager, service: Notes
     ) -> None:
@@ -615,6 +617,7 @@ class TestWritesInsideATransaction:
 
 
 class TestWritesInsideATransactionOnPostgres(OnPostgres):
+    @pytest.mark.several_connections("REQUIRES_NEW takes another")
     @pytest.mark.parametrize("propagation", [Propagation.REQUIRES_NEW, Propagation.NOT_SUPPORTED])
     async def test_a_write_is_refused_in_every_kind_of_separate_session(
         self, manager: DatabaseSessionManager, service: Notes, propagation: Propagation

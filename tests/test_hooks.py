@@ -519,6 +519,7 @@ class TestOnBegin:
             pass
         assert found == [1, 1, 1]
 
+    @pytest.mark.several_connections("REQUIRES_NEW takes another")
     @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
     async def test_an_on_begin_hook_runs_for_every_transaction_and_no_savepoint(
         self, manager: DatabaseSessionManager, is_async: bool

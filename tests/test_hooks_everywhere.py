@@ -140,7 +140,10 @@ async def a_session_on_the_engine(manager: DatabaseSessionManager) -> AsyncItera
 WAYS = [
     *(pytest.param(in_mode(mode), id=mode.name) for mode in MODES),
     *(pytest.param(in_mode(mode, read_only=True), id=f"{mode.name} read-only") for mode in MODES),
-    without_inside_a_transaction,
+    pytest.param(
+        without_inside_a_transaction,
+        marks=pytest.mark.several_connections("each of the two blocks has its own"),
+    ),
     the_connection_of_a_block,
     a_session,
     a_session_after_its_commit,
@@ -241,6 +244,7 @@ class TestEachStatementAlone:
         assert await notes(manager) == ["a", "c", "d"]
         assert checked_out(manager) == 0
 
+    @pytest.mark.several_connections("each of the two blocks has its own")
     @pytest.mark.parametrize("mode", WITHOUT)
     async def test_a_statement_in_autocommit_with_a_hook_releases_its_lock(
         self, manager: DatabaseSessionManager, mode: Propagation, begun: list[int]
@@ -307,6 +311,7 @@ class TestEachStatementAlone:
         database_of(manager).begin_hooks.clear()
         assert await notes(manager) == ["NOT_SUPPORTED", "REQUIRED", "by the engine"]
 
+    @pytest.mark.several_connections("each of the two blocks has its own")
     async def test_a_transaction_inside_autocommit_with_a_hook_is_separate(
         self, manager: DatabaseSessionManager, begun: list[int]
     ) -> None:

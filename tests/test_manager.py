@@ -222,6 +222,7 @@ class TestOpen:
 
 
 class TestClose:
+    @pytest.mark.several_connections("each of the two blocks has its own")
     async def test_close_waits_for_open_scopes_and_for_blocks_inside_them(
         self, manager: DatabaseSessionManager
     ) -> None:

@@ -309,6 +309,7 @@ class TestAfterItsLoop:
 
 
 class TestOnPostgres(OnPostgres):
+    @pytest.mark.several_connections("each of the two blocks has its own")
     async def test_the_server_learns_that_connections_of_a_former_loop_are_closed(
         self, postgres: Postgres, database_url: str
     ) -> None:

@@ -313,6 +313,7 @@ class TestPostgres(OnPostgres):
 
         return work
 
+    @pytest.mark.several_connections("two transactions conflict")
     async def test_a_serialization_failure_is_retried(
         self, manager: DatabaseSessionManager, clash: Work
     ) -> None:
@@ -321,6 +322,7 @@ class TestPostgres(OnPostgres):
         assert clerk.attempts == 2
         assert await notes(manager) == ["rival, work"]
 
+    @pytest.mark.several_connections("two transactions conflict")
     async def test_a_serialization_failure_without_retries_is_raised(
         self, manager: DatabaseSessionManager, clash: Work
     ) -> None:
@@ -330,6 +332,7 @@ class TestPostgres(OnPostgres):
         assert getattr(raised.value.orig, "sqlstate", None) == "40001"
         assert await notes(manager) == ["rival"]
 
+    @pytest.mark.several_connections("two transactions conflict")
     async def test_a_swallowed_serialization_failure_is_retried(
         self, manager: DatabaseSessionManager, clash: Work
     ) -> None:
@@ -345,6 +348,7 @@ class TestPostgres(OnPostgres):
         assert (swallowed, clerk.attempts) == ([1], 2)
         assert await notes(manager) == ["rival, work"]
 
+    @pytest.mark.several_connections("two transactions conflict")
     async def test_a_swallowed_failure_after_which_a_statement_failed_is_retried(
         self, manager: DatabaseSessionManager, clash: Work
     ) -> None:
@@ -358,6 +362,7 @@ class TestPostgres(OnPostgres):
         assert clerk.attempts == 2
         assert await notes(manager) == ["rival, work"]
 
+    @pytest.mark.several_connections("two transactions conflict")
     async def test_a_swallowed_failure_without_retries_causes_an_unexpected_rollback(
         self, manager: DatabaseSessionManager, clash: Work
     ) -> None:
@@ -369,6 +374,7 @@ class TestPostgres(OnPostgres):
             await manager.transaction.run(Clerk(manager, swallow).work, isolation="SERIALIZABLE")
         assert isinstance(raised.value.__cause__, DBAPIError)
 
+    @pytest.mark.several_connections("two transactions conflict")
     async def test_a_serialization_failure_in_a_joined_method_is_retried_by_the_outer_one(
         self, manager: DatabaseSessionManager, clash: Work
     ) -> None:
@@ -380,6 +386,7 @@ class TestPostgres(OnPostgres):
         assert (inner.attempts, outer.attempts) == (2, 2)
         assert await notes(manager) == ["rival, work"]
 
+    @pytest.mark.several_connections("two transactions conflict")
     async def test_a_serialization_failure_at_the_commit_is_retried(
         self, manager: DatabaseSessionManager
     ) -> None:
@@ -405,6 +412,7 @@ class TestPostgres(OnPostgres):
         assert ended_well == [1, 2]
         assert await notes(manager) == ["left", "right", "rival saw 2", "work saw 3"]
 
+    @pytest.mark.several_connections("two transactions conflict")
     async def test_the_victim_of_a_deadlock_is_retried(
         self, manager: DatabaseSessionManager
     ) -> None:

@@ -254,6 +254,7 @@ class TestOnPostgres(OnPostgres):
             await by_deadline(manager, session, "SELECT pg_sleep(60)")
             assert not await running(postgres, manager, "SELECT pg_sleep%")
 
+    @pytest.mark.several_connections("another transaction holds a lock")
     async def test_the_server_stops_a_write_and_a_wait_for_a_lock_in_a_savepoint(
         self, manager: DatabaseSessionManager
     ) -> None:

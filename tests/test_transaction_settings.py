@@ -101,6 +101,7 @@ class TestOfOneBlock(OnPostgres):
         async with manager.engine.connect() as connection:
             assert await tenant_of(connection) == ""
 
+    @pytest.mark.several_connections("REQUIRES_NEW takes another")
     async def test_a_block_that_joins_may_ask_for_them_and_not_for_others(
         self, manager: DatabaseSessionManager
     ) -> None:
@@ -164,6 +165,7 @@ class TestOfAManager(OnPostgres):
         async with tenants.transaction(settings={"app.tenant": "of the block"}) as session:
             assert await tenant_of(session) == "of the block"
 
+    @pytest.mark.several_connections("REQUIRES_NEW takes another")
     async def test_they_are_asked_for_at_each_begin_and_at_no_joined_block(
         self, tenants: DatabaseSessionManager, asked: list[None]
     ) -> None:
@@ -280,6 +282,7 @@ class TestOfAManager(OnPostgres):
 
 
 class TestInASandbox(OnPostgres):
+    @pytest.mark.several_connections("REQUIRES_NEW takes another")
     async def test_each_transaction_has_its_own(self, tenants: DatabaseSessionManager) -> None:
         async with sandbox(tenants):
             async with tenants.transaction(settings={"app.tenant": "a"}) as session:

@@ -132,6 +132,7 @@ async def conflicting_writer(manager: DatabaseSessionManager) -> AsyncIterator[N
         await connection.execute(text("DROP TRIGGER conflict ON account"))
 
 
+@pytest.mark.several_connections("another transaction conflicts")
 async def test_a_transfer_that_conflicts_at_every_attempt_is_refused_as_busy(
     database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

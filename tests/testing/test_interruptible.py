@@ -50,6 +50,7 @@ async def write(manager: DatabaseSessionManager) -> None:
         session.add(Note(text="written"))
 
 
+@pytest.mark.several_connections("two tasks wait for each other")
 @pytest.mark.parametrize(
     "by", ["itself", "one that awaits it", "one that gathers it", "another error"]
 )
@@ -86,6 +87,7 @@ async def test_a_deadlock_in_a_task_that_nobody_awaits_ends_the_sandbox(
     assert await notes(manager) == []
 
 
+@pytest.mark.several_connections("two tasks wait for each other")
 async def test_a_test_that_awaits_the_task_or_handles_the_error_is_not_interrupted(
     manager: DatabaseSessionManager, holding: Callable[[], Awaitable[None]]
 ) -> None:
@@ -111,6 +113,7 @@ async def test_a_test_that_awaits_the_task_or_handles_the_error_is_not_interrupt
             await asyncio.sleep(0.7)
 
 
+@pytest.mark.several_connections("two tasks wait for each other")
 async def test_an_interruption_is_a_note_on_another_error_of_the_sandbox(
     manager: DatabaseSessionManager, holding: Callable[[], Awaitable[None]]
 ) -> None:

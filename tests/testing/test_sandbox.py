@@ -365,6 +365,7 @@ async def test_tables_created_in_a_sandbox_are_gone_afterwards(
     assert await names() == before
 
 
+@pytest.mark.several_connections("REQUIRES_NEW takes another")
 async def test_requires_new_in_a_sandbox_sees_commits_and_commits_separately(
     manager: DatabaseSessionManager, inside: DatabaseSessionManager
 ) -> None:
@@ -385,6 +386,7 @@ async def test_requires_new_in_a_sandbox_sees_commits_and_commits_separately(
     assert await seen(inside) == ["a", "b", "before", "c"]
 
 
+@pytest.mark.several_connections("REQUIRES_NEW takes another")
 async def test_requires_new_inside_a_read_only_transaction_of_a_sandbox_writes_or_says_why(
     inside: DatabaseSessionManager,
 ) -> None:
@@ -404,6 +406,7 @@ async def test_requires_new_inside_a_read_only_transaction_of_a_sandbox_writes_o
     assert "b" in await seen(inside)
 
 
+@pytest.mark.several_connections("each of the two blocks has its own")
 async def test_a_sandbox_reports_a_commit_lost_with_the_enclosing_transaction(
     inside: DatabaseSessionManager, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -432,6 +435,7 @@ async def test_a_sandbox_reports_a_commit_lost_with_the_enclosing_transaction(
     assert await seen(inside) == ["before"]
 
 
+@pytest.mark.several_connections("each of the two blocks has its own")
 @pytest.mark.parametrize("propagation", [Propagation.REQUIRED, Propagation.SUPPORTS])
 async def test_the_database_refuses_a_write_in_a_read_only_scope_of_a_sandbox(
     inside: DatabaseSessionManager, propagation: Propagation
@@ -449,6 +453,7 @@ async def test_the_database_refuses_a_write_in_a_read_only_scope_of_a_sandbox(
     assert await seen(inside) == ["a", "b", "before", "c"]
 
 
+@pytest.mark.several_connections("REQUIRES_NEW takes another")
 async def test_a_reader_open_when_its_enclosing_transaction_fails_leaves_no_trace(
     inside: DatabaseSessionManager,
 ) -> None:
@@ -618,6 +623,7 @@ async def test_a_sandbox_waits_for_a_transaction_that_makes_progress(
 
 
 class TestDeadlock:
+    @pytest.mark.several_connections("a block waits for the other")
     async def test_a_deadlock_of_a_task_with_itself_is_reported_at_once(
         self, inside: DatabaseSessionManager
     ) -> None:
@@ -632,6 +638,7 @@ class TestDeadlock:
             await write(inside, "b")
         assert await seen(inside) == ["b", "before"]
 
+    @pytest.mark.several_connections("two tasks wait for each other")
     async def test_a_deadlock_of_two_tasks_is_reported_when_progress_stops(
         self, manager: DatabaseSessionManager, outside: DatabaseSessionManager
     ) -> None:
@@ -659,6 +666,7 @@ class TestDeadlock:
             await task
             await write(manager, "a")
 
+    @pytest.mark.several_connections("two tasks wait for each other")
     @pytest.mark.parametrize("how", ["awaited", "gathered", "by another"])
     async def test_a_deadlock_of_a_task_that_awaits_the_other_is_reported_soon(
         self, inside: DatabaseSessionManager, how: str
@@ -679,6 +687,7 @@ class TestDeadlock:
                     await (asyncio.gather(task, asyncio.sleep(0)) if how == "gathered" else task)
         await write(inside, "b")
 
+    @pytest.mark.several_connections("two tasks wait for each other")
     async def test_a_deadlock_of_decorated_functions_names_them(
         self, manager: DatabaseSessionManager, outside: DatabaseSessionManager
     ) -> None:
@@ -913,6 +922,7 @@ async def test_a_full_rollback_by_sqlite_ends_the_sandbox(
         assert await notes(manager) == ["before"]
 
 
+@pytest.mark.several_connections("the sandbox holds one")
 async def test_an_engine_obtained_before_the_sandbox_is_refused_inside(
     manager: DatabaseSessionManager, outside: DatabaseSessionManager
 ) -> None:
