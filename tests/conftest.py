@@ -28,7 +28,7 @@ CONNECTED = f"SELECT query, state {CONNECTED_TO}$1"
 # What a run may do without, and the marker of the tests that cannot.
 VARIANTS = {"--no-pipeline": "pipeline_only", "--pool-of-one": "several_connections"}
 POOL_OF_ONE = {"size": 1, "max_overflow": 0}
-SHORT = 3  # seconds after which a test fails that needs a second connection
+SHORT = 5  # seconds after which a test fails that needs a second connection
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
