@@ -40,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="let a pool have one connection, unless a test sets another size",
     )
+    parser.addoption("--share", metavar="K/N", help="run the K-th of N shares of the tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,6 +61,11 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if share := config.getoption("--share"):
+        number, count = map(int, share.split("/"))
+        left_out = [item for at, item in enumerate(items) if at % count != number % count]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = items[number % count :: count]
     for option, name in VARIANTS.items():
         if not config.getoption(option):
             continue

@@ -36,13 +36,14 @@ def arguments(command: str) -> list[str]:
     return shlex.split(inside)
 
 
-def run_python(*words: str) -> None:
+def run_python(*words: str) -> str:
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT / "src")}
     command = [sys.executable, *words]
     finished = subprocess.run(
         command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=120
     )
     assert finished.returncode == 0, finished.stderr or finished.stdout
+    return finished.stdout
 
 
 # Commands
@@ -76,10 +77,21 @@ def test_each_check_in_contributing_is_a_check_of_the_gate(tool: str) -> None:
         assert command.replace("ruff format", "ruff format --check") in GATE.splitlines()
 
 
-def test_contributing_and_the_gate_run_all_quick_tests_and_all_long_ones_alike() -> None:
-    for command in (".ci/env pytest", ".ci/env pytest -m long"):
-        assert command in COMMANDS
-        assert command in GATE.splitlines()
+def test_contributing_and_the_gate_run_the_quick_tests_and_the_long_ones() -> None:
+    assert {".ci/env pytest", ".ci/env pytest -m long"} <= set(COMMANDS)
+    assert {".ci/env pytest", '.ci/env pytest -m long "--share=$share"'} <= set(GATE.splitlines())
+
+
+@pytest.mark.long
+def test_the_shares_of_the_gate_leave_no_test_out_and_run_none_twice() -> None:
+    def collected(*options: str) -> list[str]:
+        listed = run_python("-m", "pytest", __file__, "--collect-only", "-q", "-n", "0", *options)
+        return [line for line in listed.splitlines() if "::" in line]
+
+    halves = collected("--share=1/2"), collected("--share=2/2")
+
+    assert all(halves)
+    assert sorted(halves[0] + halves[1]) == sorted(collected())
 
 
 @pytest.mark.long

@@ -35,7 +35,7 @@ def test_the_tests_of_transactions_pass_with_another_default(
         env=os.environ | {"PYTHONPATH": str(TESTS.parent / "src")},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=300,
     )
     assert run.returncode == 0, run.stdout
     assert f"defaults: {defaults}" in run.stdout
