@@ -227,6 +227,41 @@ class TestForms:
     ) -> None:
         assert await short("Ada", greeter=Greeter("hey")) == "hey, Ada"
 
+    async def test_asynchronous_providers_are_awaited_at_the_same_time(
+        self, container: Container
+    ) -> None:
+        both_have_begun = asyncio.Barrier(2)
+
+        async def build(greeting: str) -> Greeter:
+            await both_have_begun.wait()
+            return Greeter(greeting)
+
+        @inject
+        async def endpoint(
+            greeter: Annotated[Greeter, Provide[Container.greeter]],
+            inner: Annotated[Greeter, Provide[Container.inner.greeter]],
+        ) -> list[str]:
+            return [greeter.greeting, inner.greeting]
+
+        container.wire(modules=[__name__])
+        app = app_with(endpoint)
+        with (
+            container.greeter.override(providers.Coroutine(build, "ciao")),
+            container.inner.greeter.override(providers.Coroutine(build, "ahoy")),
+        ):
+            assert await asyncio.wait_for(get(app, "/endpoint"), 10) == ["ciao", "ahoy"]
+
+    async def test_an_awaitable_passed_to_an_endpoint_is_not_awaited(
+        self, wired: Container
+    ) -> None:
+        given: asyncio.Future[Greeter] = asyncio.Future()
+
+        @inject
+        async def endpoint(greeter: Annotated[Any, Provide[Container.greeter]]) -> bool:
+            return greeter is given
+
+        assert await endpoint(greeter=given)
+
     async def test_an_annotation_known_only_to_type_checkers_does_not_hide_others(
         self, wired: Container
     ) -> None:

@@ -7,6 +7,7 @@ parameters at all.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import warnings
@@ -74,7 +75,8 @@ def inject(function: F) -> F:
     """
     signature = _resolve_annotations(function)
     parameters = signature.parameters.values()
-    visible = [parameter for parameter in parameters if not _is_injected(parameter)]
+    markers = [_find_marker(parameter) for parameter in parameters]
+    visible = [one for one, marker in zip(parameters, markers, strict=True) if marker is None]
     if len(visible) == len(parameters):
         warnings.warn(
             f"@inject has nothing to inject into {function!r}",
@@ -84,13 +86,51 @@ def inject(function: F) -> F:
         return function
     # dependency-injector looks for its markers there.
     function.__signature__ = signature  # type: ignore[attr-defined]
-    injected: Any = (
-        _inject_async_generator(function)
-        if inspect.isasyncgenfunction(function)
-        else wiring.inject(_with_wiring_hint(function))
-    )
+    has_closing = any(isinstance(marker, cast(type, wiring.Closing)) for marker in markers)
+    injected: Any
+    if inspect.isasyncgenfunction(function):
+        injected = _inject_async_generator(function)
+    elif inspect.iscoroutinefunction(function) and not has_closing:
+        injected = _inject_coroutine(function)
+    else:
+        injected = wiring.inject(_with_wiring_hint(function))
     injected.__signature__ = signature.replace(parameters=visible)
     return cast(F, injected)
+
+
+def _inject_coroutine(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Inject into a coroutine function, with one coroutine around it.
+
+    dependency-injector would put three around it: a `Closing` marker needs them.
+    """
+
+    @wiring.inject
+    @functools.wraps(function)
+    def wired() -> None:
+        """Be found by `container.wire()`, as a function of the same module."""
+
+    # Its `injections` are the providers to which the container is wired at the time.
+    bound = wiring._patched_registry.get_callable(wired)  # pyright: ignore[reportPrivateUsage]
+
+    @functools.wraps(function)
+    async def injected(*args: Any, **values: Any) -> Any:
+        pending: list[str] = []
+        for name, provider in bound.injections.items():
+            if name not in values:
+                values[name] = provider()
+                if inspect.isawaitable(values[name]):
+                    pending.append(name)
+        if pending:
+            done = await asyncio.gather(*(values[name] for name in pending))
+            values.update(zip(pending, done, strict=True))
+        try:
+            coroutine = function(*args, **values)
+        except TypeError as error:
+            _add_wiring_hint(error)
+            raise
+        return await coroutine
+
+    return injected
 
 
 def _with_wiring_hint(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,12 +140,7 @@ def _with_wiring_hint(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         except TypeError as error:
-            # Only an error of this very call has no frame below this one.
-            if error.__traceback__ and error.__traceback__.tb_next is None:
-                error.add_note(
-                    "Nothing was injected: call container.wire(modules=[…]) with the module of "
-                    "this function, once the function is there."
-                )
+            _add_wiring_hint(error)
             raise
 
     if not inspect.iscoroutinefunction(function):
@@ -116,6 +151,15 @@ def _with_wiring_hint(function: Callable[..., Any]) -> Callable[..., Any]:
         return await call(*args, **kwargs)
 
     return call_async
+
+
+def _add_wiring_hint(error: TypeError) -> None:
+    # Only an error of the call itself has no frame below the one that called.
+    if error.__traceback__ and error.__traceback__.tb_next is None:
+        error.add_note(
+            "Nothing was injected: call container.wire(modules=[…]) with the module of "
+            "this function, once the function is there."
+        )
 
 
 def _inject_async_generator(function: Callable[..., AsyncGenerator[Any, Any]]) -> Any:
@@ -162,11 +206,12 @@ def _resolve_annotations(function: Callable[..., Any]) -> inspect.Signature:
     return signature.replace(parameters=parameters)
 
 
-def _is_injected(parameter: inspect.Parameter) -> bool:
+def _find_marker(parameter: inspect.Parameter) -> Any:
+    """Return the marker of dependency-injector on a parameter, or `None`."""
     is_annotated = get_origin(parameter.annotation) is Annotated
     candidates = get_args(parameter.annotation)[1:] if is_annotated else (parameter.default,)
-    markers = (
-        candidate.dependency if isinstance(candidate, Depends) else candidate
-        for candidate in candidates
-    )
-    return any(getattr(marker, "__IS_MARKER__", False) for marker in markers)
+    for candidate in candidates:
+        marker = candidate.dependency if isinstance(candidate, Depends) else candidate
+        if getattr(marker, "__IS_MARKER__", False):
+            return marker
+    return None
