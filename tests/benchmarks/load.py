@@ -36,11 +36,11 @@ async def drive(url: str, seconds: int) -> Found:
     options = (
         "--threads=1",
         f"--connections={CLIENTS}",
-        f"--duration={seconds}s",
+        f"--duration={seconds + 1}s",  # the clients are connected in the first one
         "--timeout=30s",
         f"--script={SCRIPT}",
     )
-    output = await output_of("wrk", *options, url)
+    output = await output_of("wrk", *options, url, "--", f"{CLIENTS}")
     (found,) = [line.split()[1:] for line in output.splitlines() if line.startswith("found ")]
     answered, wrong, broken, microseconds, p50, p99 = map(int, found)
     if wrong or broken or not answered:

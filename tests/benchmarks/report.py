@@ -29,9 +29,20 @@ class Table:
     rows: dict[str, list[float]] = field(default_factory=dict)
     base: str | None = None
     note: str = ""
+    spread: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    """By row and column, the lowest and the highest round."""
 
     def shown(self, value: float) -> str:
         return f"{value:.2f}" if self.base else f"{value:,g}"
+
+    def shown_row(self, row: str) -> list[str]:
+        values = [self.shown(value) for value in self.rows[row]]
+        if row not in self.spread or row == self.base:
+            return values
+        return [
+            f"{value}\n{self.shown(lowest)} to {self.shown(highest)}"
+            for value, (lowest, highest) in zip(values, self.spread[row], strict=True)
+        ]
 
 
 Times = dict[str, dict[str, list[float]]]
@@ -59,9 +70,9 @@ def show(tables: list[Table], console: Console) -> None:
         screen.add_column("", no_wrap=True)
         for column in table.columns:
             screen.add_column(column, justify="right")
-        for row, values in table.rows.items():
+        for row in table.rows:
             style = "dim" if row == table.base else "bold" if is_ours(row) else ""
-            screen.add_row(row, *map(table.shown, values), style=style)
+            screen.add_row(row, *table.shown_row(row), style=style)
         console.print(screen, table.note, "")
 
 

@@ -81,12 +81,15 @@ async def run(
                     list(map(float.__truediv__, one, found[BY_HAND]))
                 )
     for name in running:
-        table.rows[label(name)] = [median(column) for column in zip(*ratios[name], strict=True)]
+        columns = list(zip(*ratios[name], strict=True))
+        table.rows[label(name)] = [median(column) for column in columns]
+        table.spread[label(name)] = [(min(column), max(column)) for column in columns]
     table.note = (
         f"{CLIENTS} clients, a pool of {POOL['pool_size']}, one worker of "
         f"uvicorn {version('uvicorn')}, FastAPI {version('fastapi')}, "
-        f"SQLAlchemy {version('sqlalchemy')}; medians of {rounds} rounds, all answers right; "
-        "each has called gc.freeze(); processor time is the server's own, for each request."
+        f"SQLAlchemy {version('sqlalchemy')}; medians of {rounds} rounds (lowest to highest), "
+        "all answers right; the clients are connected before the load; each has called "
+        "gc.freeze(); processor time is the server's own, for each request."
     )
     for name, reason in missing.items():
         table.note += f" Not measured: {label(name)}: {reason}."
