@@ -23,6 +23,7 @@ from sessionwire.embedded import EmbeddedServer
 from sessionwire.errors import ConfigurationError
 from sessionwire.settings import DatabaseSettings
 
+from .fair_queue import FairQueue
 from .options import ConnectionOptions
 from .pipeline import Pipeline, Statement
 from .transaction_settings import ahead_of_each
@@ -191,6 +192,8 @@ def _ping(driver: Any, timeout: float) -> None:
 
 class PostgreSQLPool(AsyncAdaptedQueuePool):
     """A pool whose places become free only when their connection is closed."""
+
+    _queue_class = FairQueue
 
     def _do_get(self) -> ConnectionPoolEntry:
         if sys.version_info >= (3, 12):

@@ -1,0 +1,76 @@
+"""A pool serves those that wait for a connection in turn, and none twice before another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from sqlalchemy import select
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
+
+from .postgres import OnPostgres
+
+
+@pytest.fixture
+async def manager(database_url: str) -> AsyncIterator[DatabaseSessionManager]:
+    """Yield a manager whose pool has one connection, already open."""
+    pool = PoolSettings(size=1, max_overflow=0, timeout=30)
+    async with DatabaseSessionManager(DatabaseSettings(url=database_url, pool=pool)) as manager:
+        async with manager.session() as session:
+            await session.scalar(select(1))
+        yield manager
+
+
+class TestOrder(OnPostgres):
+    async def test_a_task_that_comes_later_does_not_overtake_those_that_wait(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        served: list[int] = []
+
+        async def use(number: int) -> None:
+            async with manager.connect() as connection:
+                served.append(number)
+                await connection.scalar(select(1))
+
+        tasks: list[asyncio.Task[None]] = []
+        for number in range(200):
+            tasks.append(asyncio.create_task(use(number)))
+            # One comes in each iteration of the event loop, so one comes when a
+            # connection is given back and the task that waits for it has not run yet.
+            await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+        assert served == sorted(served)
+
+    async def test_a_task_that_is_cancelled_in_its_turn_passes_the_connection_on(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        async def use() -> int | None:
+            async with manager.session() as session:
+                return await session.scalar(select(1))
+
+        async with manager.connect() as connection:
+            first, second = asyncio.create_task(use()), asyncio.create_task(use())
+            # Nothing but the pool can let them wait longer than a round trip.
+            await connection.scalar(select(1))
+            await connection.scalar(select(1))
+        # The block has given the connection to the first task, which has not run since.
+        first.cancel()
+        assert await second == 1
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert await use() == 1
+
+    async def test_a_task_that_waits_too_long_loses_its_turn(self, database_url: str) -> None:
+        pool = PoolSettings(size=1, max_overflow=0, timeout=0.1)
+        settings = DatabaseSettings(url=database_url, pool=pool)
+        async with DatabaseSessionManager(settings) as manager:
+            async with manager.connect() as connection:
+                await connection.scalar(select(1))
+                with pytest.raises(PoolTimeoutError):
+                    async with manager.session() as session:
+                        await session.scalar(select(1))
+            async with manager.session() as session:
+                assert await session.scalar(select(1)) == 1
