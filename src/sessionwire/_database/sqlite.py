@@ -18,7 +18,6 @@ from sessionwire.errors import IncompatibleTransactionError
 from .driver_errors import sqlstate
 from .options import CONNECTION_OPTIONS, ConnectionOptions
 from .sqlite_connections import BUSY_TIMEOUT, ConnectionOpening, SQLitePool
-from .sqlite_driver import new_connection
 
 SET_BUSY_TIMEOUT = f"PRAGMA busy_timeout={BUSY_TIMEOUT * 1000:.0f};"
 FOREIGN_KEYS = re.compile(
@@ -89,6 +88,8 @@ def configure_engine(engine: Engine, *, lock_timeout: float) -> None:
 
 
 def _adapt_dialect(dialect: Any) -> None:
+    from .sqlite_driver import new_connection  # aiosqlite is not needed on PostgreSQL
+
     connect, commit = dialect.connect, dialect.do_commit
 
     def set_isolation_level(connection: Any, level: Any) -> None:

@@ -6,9 +6,12 @@ import asyncio
 import sqlite3
 from contextlib import suppress
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from .driver_errors import sqlstate
-from .sqlite_driver import Connection
+
+if TYPE_CHECKING:
+    from .sqlite_driver import Connection
 
 # Seconds between two looks at the writer ahead, whose end may have gone unnoticed.
 LOOK_INTERVAL = 0.02
