@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from sessionwire._database.driver_errors import sqlstate
 from sessionwire._database.options import CONNECTION_OPTIONS
-from sessionwire._database.sql_text import TRANSACTION_CONTROL, is_dml
+from sessionwire._database.sql_text import is_dml, transaction_control
 from sessionwire._error_reports import explain_pending_rollback, unexpected_rollback
 from sessionwire.errors import UnexpectedRollbackError
 
@@ -38,7 +38,7 @@ READ_ONLY = ("25006", "SQLITE_READONLY")
 DISCARDING = ("close", "reset", "invalidate")
 
 
-IsWrite = Callable[..., bool]  # takes the session and the arguments
+IsWrite = Callable[["GuardedSession", Any], bool]  # takes the session and the first argument
 
 
 def _as_operation(
@@ -69,7 +69,8 @@ def _as_operation(
         if is_outermost:
             scope.begin_operation(current)
         try:
-            if is_write is None or not is_write(self, *args, **options):
+            subject = args[0] if args else options.get("statement")
+            if is_write is None or not is_write(self, subject):
                 return call(self, *args, **options)
             _take_write_lock(self)
             result = call(self, *args, **options)
@@ -104,20 +105,16 @@ def _handle_failure(session: GuardedSession, error: Exception) -> None:
     _add_hints(scope, error)
 
 
-def _executes_write(
-    session: GuardedSession, statement: Executable, *_: object, **__: object
-) -> bool:
+def _executes_write(session: GuardedSession, statement: Executable) -> bool:
     if not isinstance(statement, TextClause):
         return statement.is_dml
     # The block would take the work of a COMMIT or ROLLBACK as text for committed.
-    if session.scope.transaction is not None and (
-        control := TRANSACTION_CONTROL.match(statement.text)
-    ):
-        raise managed_transaction_error(f"text('{control[1].upper()}')")
+    if session.scope.transaction is not None and (verb := transaction_control(statement.text)):
+        raise managed_transaction_error(f"text('{verb}')")
     return is_dml(statement.text)
 
 
-def _always_writes(*_: object, **__: object) -> bool:
+def _always_writes(_session: GuardedSession, _objects: Any) -> bool:
     return True
 
 

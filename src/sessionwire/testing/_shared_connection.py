@@ -12,7 +12,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from sessionwire._database.begin_hooks import BeginHooks
 from sessionwire._database.options import WITHOUT_HOOKS
-from sessionwire._database.sql_text import TRANSACTION_CONTROL, is_dml
+from sessionwire._database.sql_text import is_dml, transaction_control
 from sessionwire._database.sqlite import foreign_keys_switch
 from sessionwire._database.sqlite_connections import interrupt_for
 from sessionwire._database.transaction_settings import SENT_AHEAD
@@ -178,7 +178,7 @@ class SharedConnection:
             )
 
     def _check_allowed(self, statement: str) -> None:
-        if TRANSACTION_CONTROL.match(statement):
+        if transaction_control(statement):
             raise SandboxError(
                 f"{statement!r} would end the sandbox itself: use SQLAlchemy's begin(), commit() "
                 "and rollback()"
