@@ -10,8 +10,11 @@ from sessionwire._database.runtime import Database
 class Block:
     """What is entered with `async with`, once."""
 
-    _database: Database
-    _was_entered = False
+    __slots__ = ("_database", "_was_entered")
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._was_entered = False
 
     if not TYPE_CHECKING:  # to which it has no such methods
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from sessionwire._error_reports import chain_errors
@@ -50,7 +50,7 @@ def _name(function: Any) -> str:
 
 
 async def run_hooks(
-    hooks: list[Callable[[], object]], failure: BaseException | None
+    hooks: Sequence[Callable[[], object]], failure: BaseException | None
 ) -> BaseException | None:
     """Call them all; the first error is what the block raises, the others are notes on it."""
     for hook in hooks:

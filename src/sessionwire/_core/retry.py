@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from sessionwire._database.runtime import Database
@@ -39,7 +39,7 @@ async def run_with_retries(
     if current_scope(database) is not None:
         attempts = 1
     # Of the failed attempt: they run if no other one begins.
-    postponed_hooks: list[Hook] = []
+    postponed_hooks: Sequence[Hook] = ()
     attempt = 0
     while True:
         attempt += 1
@@ -49,7 +49,7 @@ async def run_with_retries(
                 longest = min(MAX_BACKOFF, INITIAL_BACKOFF * 2.0 ** min(attempt - 1, 20))
                 await asyncio.sleep(random.uniform(0, longest))
             async with block:
-                postponed_hooks = []
+                postponed_hooks = ()
                 return await function()
         except BaseException as error:
             if block.will_retry:

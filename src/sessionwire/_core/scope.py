@@ -39,6 +39,28 @@ from .usage_errors import concurrent_use_error, other_loop_error
 class Scope:
     """An open session with the frames of the blocks that use it, the outermost first."""
 
+    # Many may wait for a connection at once, and slots take less memory.
+    __slots__ = (
+        "_loop",
+        "_operation_finished",
+        "_process",
+        "change_count",
+        "database",
+        "due_hooks",
+        "frames",
+        "generator",
+        "has_uncommitted_writes",
+        "is_aborted",
+        "is_bare",
+        "last_operation_error",
+        "operation",
+        "options",
+        "session",
+        "task",
+        "transaction",
+        "transaction_connection",
+    )
+
     def __init__(
         self, database: Database, session: AsyncSession, options: ConnectionOptions
     ) -> None:
@@ -54,7 +76,7 @@ class Scope:
         self.has_uncommitted_writes = False
         self.is_bare = False  # opened by session(), whose commits are the caller's
         # Of such a commit, to be called once no operation is running.
-        self.due_hooks: list[Hook] = []
+        self.due_hooks: tuple[Hook, ...] = ()
         self.change_count = 0  # of writes, and of joined blocks that may have written
         # The generator that opened this scope inside another block, and is iterated over.
         self.generator: FrameType | None = None
@@ -396,9 +418,9 @@ class Scope:
 
     # Hooks of a bare session
 
-    def take_due_hooks(self) -> list[Hook]:
+    def take_due_hooks(self) -> tuple[Hook, ...]:
         """Return those that a commit has made due, once."""
-        due, self.due_hooks = self.due_hooks, []
+        due, self.due_hooks = self.due_hooks, ()
         return due
 
     async def run_due_hooks(self) -> None:

@@ -8,7 +8,6 @@ from types import TracebackType
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sessionwire._database.options import ConnectionOptions
-from sessionwire._database.runtime import Database
 from sessionwire.errors import UncommittedChangesWarning
 
 from .block import Block
@@ -20,9 +19,6 @@ from .usage_errors import already_entered_error
 
 class SessionBlock(Block):
     """`async with manager.session()`: a session that commits nothing by itself."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
 
     async def __aenter__(self) -> AsyncSession:
         if self._was_entered:

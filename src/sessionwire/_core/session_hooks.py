@@ -42,7 +42,7 @@ class CommitHooks:
 
     def _on_commit(self, session: GuardedSession) -> None:
         if not session.in_nested_transaction():
-            session.scope.due_hooks += [hook for hook, _ in self._waiting]
+            session.scope.due_hooks += tuple(hook for hook, _ in self._waiting)
             self._waiting.clear()
 
     def _on_rollback(self, _session: GuardedSession, rolled_back: SessionTransaction) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import cast
@@ -53,10 +54,27 @@ class TransactionBlock(Block):
             Hooks of such an end are left in `postponed_hooks`.
     """
 
+    # Many may wait for a connection at once, and slots take less memory.
+    __slots__ = (
+        "_action",
+        "_changes_before",
+        "_deadline",
+        "_definition",
+        "_frame",
+        "_may_retry",
+        "_opened_scope",
+        "_options",
+        "_savepoint",
+        "_scope",
+        "_transaction",
+        "postponed_hooks",
+        "will_retry",
+    )
+
     def __init__(
         self, database: Database, definition: TransactionDefinition, *, may_retry: bool = False
     ) -> None:
-        self._database = database
+        super().__init__(database)
         self._definition = definition
         self._options = definition.options
         self._deadline: asyncio.Timeout | None = None
@@ -64,7 +82,7 @@ class TransactionBlock(Block):
         self._savepoint: AsyncSessionTransaction | None = None
         self._may_retry = may_retry
         self.will_retry = False
-        self.postponed_hooks: list[Hook] = []  # due, unless the next attempt begins
+        self.postponed_hooks: Sequence[Hook] = ()  # due, unless the next attempt begins
 
     # Begin
 
