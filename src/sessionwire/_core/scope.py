@@ -123,7 +123,7 @@ class Scope:
         rolls_back = self.has_uncommitted_writes and not self.options.autocommit
         is_closed = False
         try:
-            if self.session.sync_session.in_transaction():
+            if self.session.sync_session.in_transaction() and not self._releases_at_once:
                 await self._roll_back_with(Session.rollback if rolls_back else Session.close, error)
                 is_closed = not rolls_back
         finally:
@@ -131,6 +131,17 @@ class Scope:
                 Session.close(self.session.sync_session)
             self.database.release(self)
             del self.session  # break the cycle between session and scope, so both are freed at once
+
+    @property
+    def _releases_at_once(self) -> bool:
+        """Whether its session can be closed without waiting for anything."""
+        return (
+            self.options.autocommit
+            and self.operation is None
+            and not self.is_aborted
+            and not self.session.sync_session.in_nested_transaction()
+            and self.database.engines.releases_at_once(self.options)
+        )
 
     def abort(self) -> None:
         """End it from outside: nothing of it commits any more."""

@@ -33,10 +33,9 @@ from .begin_hooks import BeginHooks
 from .driver_errors import install_disconnect_listener
 from .failed_statements import install_failure_listener, record_savepoints
 from .options import CONNECTION_OPTIONS, ConnectionOptions
+from .postgresql_pool import EXPIRES_AT, PostgreSQLPool
 from .savepoints import install_cancellation_listener
 
-# In the info of a connection: the end of its lifetime, by the monotonic clock.
-EXPIRES_AT = "sessionwire_expires_at"
 LIFETIME_JITTER = 0.2  # of the lifetime
 POOL_CLOSE_WAIT = 0.25  # seconds that a pool waits for a connection to be closed
 
@@ -66,7 +65,7 @@ class DatabaseEngines:
         self._url = url
         self._settings = settings
         self._begin_hooks = begin_hooks
-        self.is_closed = False  # set by the manager's close(): nothing commits any more
+        self.is_closed = False  # by the manager's close(): nothing commits any more
         self._is_disposing = False
         self._connections: set[AdaptedConnection] = set()
         self._records: weakref.WeakSet[Any] = weakref.WeakSet()  # all places of the pool
@@ -95,6 +94,21 @@ class DatabaseEngines:
         """
         if self._is_asyncpg:
             postgresql.set_up(connection, options, settings)
+
+    def releases_at_once(self, options: ConnectionOptions) -> bool:
+        """Tell whether a connection goes back to the pool without anything to wait for.
+
+        That is so if no transaction is to be ended, no connection has to be closed
+        because the pool is full, and no listener of a user has to be called.
+        """
+        pool = self.primary.sync_engine.pool
+        return (
+            options.autocommit
+            and not options.transaction_per_statement
+            and self.sends_ahead
+            and cast(PostgreSQLPool, pool).overflow() <= 0
+            and not (pool.dispatch.checkin or pool.dispatch.reset)
+        )
 
     def includes(self, engine: Engine) -> bool:
         """Return whether `engine` is one of these; they share a pool."""
@@ -154,7 +168,8 @@ class DatabaseEngines:
             engine = self._create_engine(self._url)
         sync_engine = engine.sync_engine
         event.listen(sync_engine, "connect", self._on_connect)
-        event.listen(sync_engine, "checkout", self._on_checkout)
+        if not isinstance(sync_engine.pool, PostgreSQLPool):  # It looks itself.
+            event.listen(sync_engine, "checkout", _check_lifetime)
         event.listen(sync_engine, "close", self._on_close)
         install_disconnect_listener(sync_engine)
         self._begin_hooks.watch(sync_engine)
@@ -189,7 +204,7 @@ class DatabaseEngines:
 
     def _build_postgresql(self) -> AsyncEngine:
         url, connect_args = postgresql.split_url(self._url, self._settings)
-        pool = postgresql.PostgreSQLPool
+        pool = PostgreSQLPool
         engine = self._create_engine(url, connect_args=connect_args, poolclass=pool)
         dialect: Any = engine.dialect
         # SQLAlchemy waits for two seconds or forever. If it is cancelled meanwhile, it
@@ -222,20 +237,19 @@ class DatabaseEngines:
         jitter = random.uniform(1 - LIFETIME_JITTER, 1)
         record.info[EXPIRES_AT] = monotonic() + lifetime * jitter
 
-    def _on_checkout(
-        self, _connection: AdaptedConnection, record: ConnectionPoolEntry, _proxy: Any
-    ) -> None:
-        if self.is_closed:
-            # The connection may have been made during the close, and nobody would
-            # close it later. If its checkout fails, the pool closes it.
-            raise NotInitializedError("the manager was closed while this waited for a connection")
-        if monotonic() > record.info[EXPIRES_AT]:
-            raise DisconnectionError("this connection has reached pool.max_lifetime")
-
     def _on_close(self, connection: AdaptedConnection, _record: Any) -> None:
         self._connections.discard(connection)
 
     # Abort and dispose
+
+    def refuse_checkouts(self) -> None:
+        """Let nobody get a connection any more, not even a task that waits for one.
+
+        It may be made during the close, and nobody would close it later. If its
+        checkout fails, the pool closes it.
+        """
+        self.is_closed = True
+        event.listen(self.primary.sync_engine, "checkout", _refuse_checkout)
 
     def abort(self, dbapi_connection: Any) -> None:
         """Abort a connection without waiting.
@@ -308,6 +322,17 @@ class DatabaseEngines:
                 postgresql.abandon(driver, is_forked=is_forked)
         self._connections, self.cleanup_tasks = set(), set()
         self._cleanups = weakref.WeakKeyDictionary()
+
+
+def _check_lifetime(
+    _connection: AdaptedConnection, record: ConnectionPoolEntry, _proxy: Any
+) -> None:
+    if monotonic() > record.info[EXPIRES_AT]:
+        raise DisconnectionError("this connection has reached pool.max_lifetime")
+
+
+def _refuse_checkout(*_: object) -> None:
+    raise NotInitializedError("the manager was closed while this waited for a connection")
 
 
 async def _wait_briefly(cleanup: asyncio.Future[Any]) -> None:

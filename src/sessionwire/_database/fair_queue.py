@@ -4,49 +4,93 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import Any
+from contextlib import suppress
 
 from sqlalchemy.pool import ConnectionPoolEntry
-from sqlalchemy.util import memoized_property
-from sqlalchemy.util.queue import AsyncAdaptedQueue
+from sqlalchemy.util import await_only
+from sqlalchemy.util.queue import Empty, Full, QueueCommon
+
+Turn = asyncio.Future[ConnectionPoolEntry]
 
 
-class FairQueue(AsyncAdaptedQueue[ConnectionPoolEntry]):
+class FairQueue(QueueCommon[ConnectionPoolEntry]):
     """Hand each connection to the task that has waited longest.
 
     asyncio's own queues only wake that task. Until it runs, another one may take the
-    connection, and it waits again, behind all others.
+    connection, and it waits again, behind all others. The connection that was used last
+    is handed out first.
     """
 
-    @memoized_property
-    def _queue(self) -> Any:
-        return _HandingQueue(self.maxsize)
+    def __init__(self, maxsize: int = 0, use_lifo: bool = True) -> None:
+        self.maxsize = maxsize
+        self.use_lifo = use_lifo
+        self._idle: list[ConnectionPoolEntry] = []  # empty while a task waits
+        self._waiting: deque[Turn] = deque()
 
+    def empty(self) -> bool:
+        return not self._idle
 
-class _HandingQueue(asyncio.LifoQueue[ConnectionPoolEntry]):
-    """A queue that has items only while no task waits for one."""
+    def full(self) -> bool:
+        return 0 < self.maxsize <= len(self._idle)
 
-    def __init__(self, maxsize: int) -> None:
-        super().__init__(maxsize)
-        self._waiting: deque[asyncio.Future[ConnectionPoolEntry]] = deque()
+    def qsize(self) -> int:
+        return len(self._idle)
 
-    async def get(self) -> ConnectionPoolEntry:
-        if not self.empty():
-            return self.get_nowait()
-        turn: asyncio.Future[ConnectionPoolEntry] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        try:
-            return await turn
-        except asyncio.CancelledError:
-            # The cancellation may come between the turn and the task's next step.
-            if turn.done() and not turn.cancelled():
-                self.put_nowait(turn.result())
-            raise
+    def get(self, block: bool = True, timeout: float | None = None) -> ConnectionPoolEntry:
+        """Take a connection.
 
-    def put_nowait(self, item: ConnectionPoolEntry) -> None:
+        Args:
+            block: Wait for one if there is none, in SQLAlchemy's greenlet.
+            timeout: Seconds to wait.
+
+        Raises:
+            Empty: There is none, or none came in time.
+        """
+        if self._idle:
+            return self._idle.pop()
+        if not block:
+            raise Empty
+        return await_only(self._wait(timeout))
+
+    def get_nowait(self) -> ConnectionPoolEntry:
+        return self.get(block=False)
+
+    def put(
+        self, item: ConnectionPoolEntry, block: bool = True, timeout: float | None = None
+    ) -> None:
+        """Give a connection back. Raises `Full`, without waiting."""
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
                 turn.set_result(item)
                 return
-        super().put_nowait(item)
+        if self.full():
+            raise Full
+        self._idle.append(item)
+
+    def put_nowait(self, item: ConnectionPoolEntry) -> None:
+        self.put(item)
+
+    async def _wait(self, timeout: float | None) -> ConnectionPoolEntry:
+        loop = asyncio.get_running_loop()
+        turn: Turn = loop.create_future()
+        self._waiting.append(turn)
+        timer = None if timeout is None else loop.call_later(timeout, _give_up, turn)
+        try:
+            return await turn
+        except BaseException:
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
+                # A cancellation came between the turn and the task's next step.
+                self.put(turn.result())
+            else:
+                with suppress(ValueError):
+                    self._waiting.remove(turn)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+
+def _give_up(turn: Turn) -> None:
+    if not turn.done():
+        turn.set_exception(Empty())

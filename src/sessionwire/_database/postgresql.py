@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -14,18 +12,16 @@ from urllib.parse import urlencode
 
 from sqlalchemy import URL, AdaptedConnection, Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import DisconnectionError
-from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
-from sqlalchemy.util import await_only
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from sessionwire._config.url_parameters import LIBPQ_KEYS, typed_arguments
 from sessionwire.embedded import EmbeddedServer
 from sessionwire.errors import ConfigurationError
 from sessionwire.settings import DatabaseSettings
 
-from .fair_queue import FairQueue
 from .options import ConnectionOptions
 from .pipeline import Pipeline, Statement
+from .postgresql_pool import GET_CLEANUP, LAST_USED, Cleanup, PostgreSQLPool
 from .transaction_settings import ahead_of_each
 
 # The driver's names. The server treats the first two levels alike, and the driver knows
@@ -38,13 +34,6 @@ ISOLATION_LEVELS = {
 }
 # What keeps a statement from writing, if sent ahead of it.
 READ_ONLY: tuple[Statement, ...] = (("SET transaction_read_only = on",),)
-# In the info of a connection: when it was last used, by the monotonic clock.
-LAST_USED = "sessionwire_last_used"
-# In the info of a place in the pool: a function that returns the task which closes the
-# connection, or None.
-GET_CLEANUP = "sessionwire_get_cleanup"
-
-Cleanup = asyncio.Future[Any]
 
 
 def split_url(url: URL, settings: DatabaseSettings) -> tuple[URL, dict[str, Any]]:
@@ -103,6 +92,9 @@ def configure_engine(
         adapted.autocommit = True  # SQLAlchemy asks for the version, and needs no transaction.
         return adapted
 
+    pool = cast(PostgreSQLPool, engine.pool)
+    pool.ping_after, pool.ping_timeout = settings.pool.ping_after, settings.connect_timeout
+
     # `insert` puts this ahead of listeners that may fail.
     @event.listens_for(engine, "connect", insert=True)
     def on_connect(connection: AdaptedConnection, record: ConnectionPoolEntry) -> None:
@@ -126,29 +118,6 @@ def configure_engine(
         if pipeline is not None and pipeline.failed and not pipeline.unanswered:
             failed = pipeline.failed[0]
             error.add_note(f"it was sent after {failed!r}, which failed, and did not run")
-
-    @event.listens_for(engine, "checkout")
-    def check_liveness(
-        connection: AdaptedConnection, record: ConnectionPoolEntry, _proxy: Any
-    ) -> None:
-        driver: Any = connection.driver_connection
-        if driver.is_closed():
-            raise DisconnectionError("the server closed this connection")
-        if monotonic() - record.info[LAST_USED] > settings.pool.ping_after:
-            _ping(driver, settings.connect_timeout)
-
-    @event.listens_for(engine, "checkin")
-    def on_checkin(connection: AdaptedConnection | None, record: ConnectionPoolEntry) -> None:
-        record.info[LAST_USED] = monotonic()
-        # The next user must not find a transaction, not even one that a statement
-        # began.
-        driver: Any = connection and connection.driver_connection
-        if driver is None or driver.is_closed():
-            return
-        adapted: Any = connection
-        adapted.autocommit = adapted.readonly = False
-        if not driver.end_use():
-            record.invalidate()
 
 
 def set_up(connection: Connection, options: ConnectionOptions, settings: Mapping[str, str]) -> None:
@@ -175,57 +144,6 @@ def _connect_error(dbapi: Any, error: Exception) -> Exception:
     wrapped: Any = dbapi.OperationalError(f"could not connect: {type(reason).__name__}: {reason}")
     wrapped.pgcode = wrapped.sqlstate = getattr(reason, "sqlstate", None)
     return cast(Exception, wrapped)
-
-
-def _ping(driver: Any, timeout: float) -> None:
-    """Ping the server with one message; SQLAlchemy's own ping takes three.
-
-    Raises:
-        DisconnectionError: No answer came. The pool then takes another connection.
-    """
-    try:
-        await_only(driver.execute("SELECT 1", timeout=timeout))
-    except Exception as error:
-        driver.terminate()
-        raise DisconnectionError("the server does not answer on this connection") from error
-
-
-class PostgreSQLPool(AsyncAdaptedQueuePool):
-    """A pool whose places become free only when their connection is closed."""
-
-    _queue_class = FairQueue
-
-    def _do_get(self) -> ConnectionPoolEntry:
-        if sys.version_info >= (3, 12):
-            return super()._do_get()
-        task = asyncio.current_task()
-        cancellations = task.cancelling() if task else 0
-        record = super()._do_get()
-        if task and task.cancelling() > cancellations:
-            # Before Python 3.12, asyncio.wait_for() swallows a cancellation that
-            # arrives together with the connection.
-            self._do_return_conn(record)
-            raise asyncio.CancelledError
-        return record
-
-    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        if self._overflow > 0 and self._pool.full():
-            record.close()
-        cleanup = _take_cleanup(record) if record.dbapi_connection is None else None
-        if cleanup is None or cleanup.done():
-            super()._do_return_conn(record)
-        else:
-            cleanup.add_done_callback(partial(self._return_late, record))
-
-    def _return_late(self, record: ConnectionPoolEntry, _cleanup: Cleanup) -> None:
-        super()._do_return_conn(record)
-
-
-def _take_cleanup(record: ConnectionPoolEntry) -> Cleanup | None:
-    place: Any = record.record_info
-    get_cleanup = place.pop(GET_CLEANUP, None)
-    cleanup: Cleanup | None = get_cleanup and get_cleanup()
-    return cleanup
 
 
 # Connections of the parent process. Their finalizers would disturb it.

@@ -218,7 +218,7 @@ class Database:
             try:
                 await self._drain(self._open_units.difference(enclosing))
             finally:
-                engines.is_closed = True
+                engines.refuse_checkouts()
                 for unit in self._open_units:
                     unit.abort()
                 await self._dispose(engines, reset=True)

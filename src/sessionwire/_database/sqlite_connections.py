@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import AsyncAdaptedQueuePool
 from sqlalchemy.pool.base import _ConnectionRecord  # pyright: ignore[reportPrivateUsage]
 
+from .fair_queue import FairQueue
 from .sqlite_write_queue import WriteQueue
 
 # Seconds that a statement waits for a lock in the driver's thread, where a cancellation
@@ -81,6 +82,8 @@ class ConnectionOpening:
 
 class SQLitePool(AsyncAdaptedQueuePool):
     """A pool that closes a connection if setting it up fails or is cancelled."""
+
+    _queue_class = FairQueue
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

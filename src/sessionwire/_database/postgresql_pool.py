@@ -1,0 +1,116 @@
+"""`PostgreSQLPool`: hands out connections that live, in turn, and takes them back clean."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from time import monotonic
+from typing import Any, Self, cast
+
+from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
+from sqlalchemy.util import await_only
+
+from .fair_queue import FairQueue
+
+Cleanup = asyncio.Future[Any]
+
+# In the info of a connection, by the monotonic clock: the end of its lifetime, and when
+# it was last used.
+EXPIRES_AT = "sessionwire_expires_at"
+LAST_USED = "sessionwire_last_used"
+# In the info of a place in the pool: a function that returns the task which closes the
+# connection, or None.
+GET_CLEANUP = "sessionwire_get_cleanup"
+
+
+class PostgreSQLPool(AsyncAdaptedQueuePool):
+    """A pool of connections of asyncpg.
+
+    A place becomes free only when its connection is closed. Listeners of the pool would
+    do for the rest, but SQLAlchemy takes a longer way for a pool that has some.
+    """
+
+    _queue_class = FairQueue
+    ping_after = float("inf")  # seconds that a connection may idle before it is asked
+    ping_timeout = 0.0  # seconds
+
+    def recreate(self) -> Self:
+        pool = cast(Self, super().recreate())
+        pool.ping_after, pool.ping_timeout = self.ping_after, self.ping_timeout
+        return pool
+
+    # Hand out
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        record = super()._do_get()
+        if record.dbapi_connection is None:
+            return record
+        try:
+            if defect := self._find_defect(record):
+                record.invalidate(DisconnectionError(defect))  # SQLAlchemy opens another one.
+        except BaseException as error:
+            try:
+                record.invalidate(error)
+            finally:
+                self._do_return_conn(record)
+            raise
+        return record
+
+    def _find_defect(self, record: ConnectionPoolEntry) -> str | None:
+        """Return why a connection can't be used, or None."""
+        info, now, adapted = record.info, monotonic(), record.dbapi_connection
+        driver: Any = adapted and adapted.driver_connection
+        if now > info[EXPIRES_AT]:
+            return "this connection has reached pool.max_lifetime"
+        if driver.is_closed():
+            return "the server closed this connection"
+        if now - info[LAST_USED] > self.ping_after and not _answers(driver, self.ping_timeout):
+            return "the server does not answer on this connection"
+        return None
+
+    # Take back
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        if record.dbapi_connection is not None:
+            _end_use(record, record.dbapi_connection)
+        if self._overflow > 0 and self._pool.full():
+            record.close()
+        cleanup = _take_cleanup(record) if record.dbapi_connection is None else None
+        if cleanup is None or cleanup.done():
+            super()._do_return_conn(record)
+        else:
+            cleanup.add_done_callback(partial(self._return_late, record))
+
+    def _return_late(self, record: ConnectionPoolEntry, _cleanup: Cleanup) -> None:
+        super()._do_return_conn(record)
+
+
+def _answers(driver: Any, timeout: float) -> bool:
+    """Ping the server with one message; SQLAlchemy's own ping takes three."""
+    try:
+        await_only(driver.execute("SELECT 1", timeout=timeout))
+    except Exception:
+        driver.terminate()
+        return False
+    return True
+
+
+def _end_use(record: ConnectionPoolEntry, adapted: Any) -> None:
+    """Reset a connection. Discard it if it is in a transaction.
+
+    The next user must not find one, not even one that a statement began.
+    """
+    record.info[LAST_USED] = monotonic()
+    driver = adapted.driver_connection
+    if not driver.is_closed():
+        adapted.autocommit = adapted.readonly = False
+        if not driver.end_use():
+            record.invalidate()
+
+
+def _take_cleanup(record: ConnectionPoolEntry) -> Cleanup | None:
+    place: Any = record.record_info
+    get_cleanup: Callable[[], Cleanup | None] | None = place.pop(GET_CLEANUP, None)
+    return get_cleanup and get_cleanup()
