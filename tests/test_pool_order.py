@@ -1,15 +1,16 @@
-"""A pool serves those that wait for a connection in turn, and none twice before another."""
+"""A pool serves those that wait for a connection in turn, and takes connections back."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import event, func, select, text
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
+from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings, Propagation
 
 from .postgres import OnPostgres
 
@@ -74,3 +75,50 @@ class TestOrder(OnPostgres):
                         await session.scalar(select(1))
             async with manager.session() as session:
                 assert await session.scalar(select(1)) == 1
+
+
+class TestReturn(OnPostgres):
+    async def test_a_listener_that_sends_something_at_the_end_of_a_read_is_waited_for(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        found: list[Any] = []
+
+        @event.listens_for(manager.engine.sync_engine, "reset")
+        def ask(connection: Any, _record: object, _state: object) -> None:
+            cursor = connection.cursor()
+            cursor.execute("SELECT pg_backend_pid()")
+            found.append(cursor.fetchone()[0])
+
+        async def read() -> Any:
+            async with manager.transaction(Propagation.SUPPORTS, read_only=True) as session:
+                return await session.scalar(select(func.pg_backend_pid()))
+
+        assert [await read(), await read()] == found
+        assert found[0] == found[1]
+
+    async def test_the_surplus_connection_of_a_read_is_closed_and_the_other_is_kept(
+        self, database_url: str
+    ) -> None:
+        pool = PoolSettings(size=1, max_overflow=1)
+        settings = DatabaseSettings(url=database_url, pool=pool)
+        async with DatabaseSessionManager(settings) as manager:
+
+            async def read(begun: asyncio.Barrier) -> int | None:
+                async with manager.transaction(Propagation.SUPPORTS, read_only=True) as session:
+                    backend: int | None = await session.scalar(select(func.pg_backend_pid()))
+                    await begun.wait()
+                    return backend
+
+            barrier = asyncio.Barrier(2)
+            used = set(await asyncio.gather(read(barrier), read(barrier)))
+            assert len(used) == 2
+            here = text("SELECT pid FROM pg_stat_activity WHERE datname = current_database()")
+
+            async def backends() -> set[int]:
+                async with manager.connect() as connection:
+                    return set(await connection.scalars(here))
+
+            async with asyncio.timeout(5):
+                while len(left := await backends()) > 1:
+                    await asyncio.sleep(0.01)
+            assert left < used

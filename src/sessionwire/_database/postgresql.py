@@ -1,4 +1,4 @@
-"""PostgreSQL through asyncpg: connect arguments, pool, liveness, corrected commits."""
+"""PostgreSQL through asyncpg: connect arguments, errors, and the options of a transaction."""
 
 from __future__ import annotations
 
