@@ -37,8 +37,9 @@ NO_TRANSACTION = "25P01"  # SQLSTATE no_active_sql_transaction
 READ_ONLY = ("25006", "SQLITE_READONLY")
 DISCARDING = ("close", "reset", "invalidate")
 
-
-IsWrite = Callable[["GuardedSession", Any], bool]  # takes the session and the first argument
+# Tells of a call, by the session and its first argument, whether it writes past the
+# unit of work, so that no flush is noticed.
+IsWrite = Callable[["GuardedSession", Any], bool]
 
 
 def _as_operation(
@@ -53,8 +54,7 @@ def _as_operation(
     Args:
         name: The method of `Session`.
         sends_sql: The method always sends SQL.
-        is_write: Tells of a call whether it writes past the unit of work, so that no
-            flush is noticed.
+        is_write: Whether a call writes; None if no call does.
     """
     call: Callable[..., Any] = getattr(Session, name)
 
@@ -69,8 +69,7 @@ def _as_operation(
         if is_outermost:
             scope.begin_operation(current)
         try:
-            subject = args[0] if args else options.get("statement")
-            if is_write is None or not is_write(self, subject):
+            if not (is_write and is_write(self, args[0] if args else options.get("statement"))):
                 return call(self, *args, **options)
             _take_write_lock(self)
             result = call(self, *args, **options)
@@ -90,12 +89,11 @@ def _as_operation(
 def _handle_failure(session: GuardedSession, error: Exception) -> None:
     """Note that an operation has failed, and explain its error."""
     scope = session.scope
-    first = scope.failure_since(0)
     if isinstance(error, PendingRollbackError):  # it only reports an earlier failure
-        explain_pending_rollback(error, first)
+        explain_pending_rollback(error, scope.failure_since(0))
     else:
         scope.last_operation_error = error
-        first = scope.failure_since(0)
+    first = scope.failure_since(0)
     if isinstance(error, InvalidRequestError) and isinstance(first, UnexpectedRollbackError):
         # SQLAlchemy would advise to call rollback().
         raise unexpected_rollback(first) from first
