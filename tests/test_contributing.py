@@ -88,10 +88,10 @@ def test_the_shares_of_the_gate_leave_no_test_out_and_run_none_twice() -> None:
         listed = run_python("-m", "pytest", __file__, "--collect-only", "-q", "-n", "0", *options)
         return [line for line in listed.splitlines() if "::" in line]
 
-    halves = collected("--share=1/2"), collected("--share=2/2")
+    shares = [collected(f"--share={number}/3") for number in (1, 2, 3)]
 
-    assert all(halves)
-    assert sorted(halves[0] + halves[1]) == sorted(collected())
+    assert all(shares)
+    assert sorted(test for share in shares for test in share) == sorted(collected())
 
 
 @pytest.mark.long
