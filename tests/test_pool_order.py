@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event, func, select, text
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings, Propagation
 
@@ -63,18 +62,6 @@ class TestOrder(OnPostgres):
         with pytest.raises(asyncio.CancelledError):
             await first
         assert await use() == 1
-
-    async def test_a_task_that_waits_too_long_loses_its_turn(self, database_url: str) -> None:
-        pool = PoolSettings(size=1, max_overflow=0, timeout=0.1)
-        settings = DatabaseSettings(url=database_url, pool=pool)
-        async with DatabaseSessionManager(settings) as manager:
-            async with manager.connect() as connection:
-                await connection.scalar(select(1))
-                with pytest.raises(PoolTimeoutError):
-                    async with manager.session() as session:
-                        await session.scalar(select(1))
-            async with manager.session() as session:
-                assert await session.scalar(select(1)) == 1
 
 
 class TestReturn(OnPostgres):

@@ -104,12 +104,14 @@ def _handle_failure(session: GuardedSession, error: Exception) -> None:
 
 
 def _executes_write(session: GuardedSession, statement: Executable) -> bool:
-    if not isinstance(statement, TextClause):
-        return statement.is_dml
     # The block would take the work of a COMMIT or ROLLBACK as text for committed.
-    if session.scope.transaction is not None and (verb := transaction_control(statement.text)):
+    if (
+        isinstance(statement, TextClause)
+        and session.scope.transaction is not None
+        and (verb := transaction_control(statement.text))
+    ):
         raise managed_transaction_error(f"text('{verb}')")
-    return is_dml(statement.text)
+    return _is_write(statement)
 
 
 def _always_writes(_session: GuardedSession, _objects: Any) -> bool:
