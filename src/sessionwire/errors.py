@@ -161,7 +161,18 @@ class CommitOutcomeUnknownError(TransactionError):
     """The commit was sent, and no answer came: nobody can tell whether it took effect.
 
     Look in the database before repeating the work.
+
+    Attributes:
+        transaction_id: PostgreSQL's id of the transaction, or None if it is not known.
+        reason: Why the outcome could not be settled.
     """
+
+    def __init__(
+        self, message: str, *, transaction_id: int | None = None, reason: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.transaction_id = transaction_id
+        self.reason = reason
 
 
 class SandboxError(SessionwireError):

@@ -116,6 +116,12 @@ class DatabaseSettings(_Model):
     commit_timeout: float = Field(
         10, gt=0, description="how long to wait for the answer to a commit"
     )
+    resolve_commits: bool = Field(
+        True,
+        description=(
+            "look up the outcome of a commit whose answer was lost; needs the pipeline; PostgreSQL"
+        ),
+    )
     rollback_timeout: float = Field(
         5, gt=0, description="how long to wait for a rollback before closing the connection"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import socket as socket_options
 from typing import Any
@@ -11,6 +12,8 @@ import asyncpg
 from sessionwire.errors import CommitOutcomeUnknownError, UnexpectedRollbackError
 
 from .asyncpg_protocol import BEGIN, Protocol
+from .commit_resolver import QUESTION, CommitResolver, transaction_id_in, unknown_outcome
+from .driver_errors import is_answer_lost, is_outcome_unknown
 from .pipeline import Pipeline, Statement
 from .transaction_settings import SENT_AHEAD
 
@@ -21,6 +24,8 @@ UNREAD = ("SAVEPOINT ", "RELEASE SAVEPOINT ", SENT_AHEAD)
 class Connection(asyncpg.Connection):
     """A connection of asyncpg with a pipeline, and without three defects.
 
+    If the answer to a COMMIT is lost, its outcome is looked up.
+
     A COMMIT that the server answers with ROLLBACK raises; asyncpg reports success. So
     does a COMMIT whose wait for a synchronous standby was cancelled; the server only
     warns of that. A failed BEGIN is forgotten; asyncpg notes the transaction before
@@ -29,9 +34,11 @@ class Connection(asyncpg.Connection):
 
     _protocol: Any
     _listeners: Any
+    _loop: asyncio.AbstractEventLoop
     _time_and_log: Any
     tcp_timeout = 0.0  # seconds
     has_pipeline = True
+    resolver: CommitResolver | None = None
 
     def __init__(self, protocol: Any, transport: Any, *others: Any) -> None:
         self.pipeline = Pipeline(protocol, transport)
@@ -76,6 +83,7 @@ class Connection(asyncpg.Connection):
                 self._protocol.begin(query)
             return "BEGIN"
         self._protocol.end_implicit_transaction()
+        self._protocol.may_have_written = False  # Nothing can be asked at its COMMIT.
         try:
             status = str(await super().execute(query, timeout=timeout))
         except BaseException as error:
@@ -88,7 +96,7 @@ class Connection(asyncpg.Connection):
     async def _commit(self, timeout: float | None) -> str:
         if self._protocol.forget_begin():
             return "COMMIT"
-        status = str(await super().execute("COMMIT;", timeout=timeout))
+        status = await self._send_commit(timeout)
         refused, self._protocol.refused_begin = self._protocol.refused_begin, None
         if refused:
             raise UnexpectedRollbackError(f"nothing was committed, because {refused!r} had failed")
@@ -98,6 +106,32 @@ class Connection(asyncpg.Connection):
                 "failed: let errors leave the block, or use Propagation.NESTED"
             )
         return status
+
+    async def _send_commit(self, timeout: float | None) -> str:
+        """Send the COMMIT. If its answer is lost, look up its outcome."""
+        resolver, protocol = self.resolver, self._protocol
+        may_ask = protocol.may_have_written and self.can_send_ahead
+        if resolver is None or not (resolver.is_on and may_ask):
+            return str(await super().execute("COMMIT;", timeout=timeout))
+        self.pipeline.ask(QUESTION)
+        # It closes the connection, and cancels nothing in the server.
+        giving_up = self._loop.call_later(resolver.patience, self.terminate)
+        try:
+            return str(await super().execute("COMMIT;", timeout=timeout))
+        except CommitOutcomeUnknownError as error:
+            error.transaction_id = transaction_id_in(self.pipeline.row)
+            raise
+        except asyncpg.PostgresError as error:
+            if is_outcome_unknown(error):
+                raise unknown_outcome("the server doesn't know it", self.pipeline.row) from error
+            if not is_answer_lost(error):
+                raise
+            await resolver.settle(
+                self.pipeline.row, error, giving_up.when(), only_read=protocol.has_only_read
+            )
+            return "COMMIT"
+        finally:
+            giving_up.cancel()
 
     async def prepare(self, query: str, **options: Any) -> Any:
         if query.startswith(UNREAD) and self.can_send_ahead and self.is_in_transaction():

@@ -11,6 +11,7 @@ import asyncpg
 from asyncpg.protocol import NO_TIMEOUT
 
 from .pipeline import Pipeline
+from .sql_text import surely_reads
 
 # The BEGIN of asyncpg. A script of a user may begin like that.
 BEGIN = re.compile(r"BEGIN[A-Z ]*;")
@@ -32,6 +33,8 @@ class Protocol:
         self.ahead_of_each: tuple[tuple[str, ...], ...] = ()
         self.refused_begin: str | None = None  # that failed, until the transaction ends
         self._has_begun = False  # a transaction, and asyncpg does not know of it yet
+        # In this transaction: it is not READ ONLY; and no statement but reads was sent.
+        self.may_have_written = self.has_only_read = False
         # A statement was prepared in an implicit transaction, which ends at a Sync.
         self._is_set_up = False
         self._is_busy = False  # The answer to a message is outstanding.
@@ -46,6 +49,7 @@ class Protocol:
         """Hold a BEGIN, and what the statements in the transaction need."""
         self.end_implicit_transaction()
         self._has_begun, self._pipeline.failed = True, ()
+        self.may_have_written, self.has_only_read = "READ ONLY" not in sql, True
         self._pipeline.hold(sql)
         self.hold_ahead_of_each()
 
@@ -126,6 +130,8 @@ class Protocol:
     ) -> Awaitable[Any]:
         if self.ahead_of_each:
             self._set_up(state)
+        if self.has_only_read:
+            self.has_only_read = surely_reads(state.query)
         send = self._protocol.bind_execute
         return self._send(send, state, args, portal_name, limit, return_extra, timeout)
 
@@ -136,6 +142,7 @@ class Protocol:
         # transaction.
         await self.settle(timeout)
         self._set_up(state)
+        self.has_only_read = False
 
         def bind_execute_many(timeout: float | None) -> Awaitable[Any]:
             many: Awaitable[Any] = self._protocol.bind_execute_many(
@@ -146,6 +153,7 @@ class Protocol:
         return await self._send(bind_execute_many, timeout, at_once=True)
 
     def bind(self, *args: Any) -> Awaitable[Any]:
+        self.has_only_read = False
         return self._send(self._protocol.bind, *args)
 
     def execute(self, *args: Any) -> Awaitable[Any]:
@@ -176,6 +184,7 @@ class Protocol:
         if self._pipeline.held:
             await self.settle(args[-1])
         self._set_up()
+        self.has_only_read = False
         return await self._send(send, *args, ends_in_sync=False)
 
     async def _send(

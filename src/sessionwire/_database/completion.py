@@ -15,12 +15,8 @@ from sessionwire._error_reports import summarize
 from sessionwire._shield import run_shielded
 from sessionwire.errors import CommitOutcomeUnknownError
 
-from .driver_errors import sqlstate
+from .driver_errors import is_answer_lost, is_outcome_unknown
 
-# SQLSTATEs statement_completion_unknown and transaction_resolution_unknown.
-OUTCOME_UNKNOWN_SQLSTATES = ("40003", "08007")
-# SQLSTATE idle_in_transaction_session_timeout: the server had not read the COMMIT.
-ENDED_WHILE_IDLE = "25P03"
 NO_ANSWER = "no answer came in time"
 logger = logging.getLogger("sessionwire")
 
@@ -99,7 +95,8 @@ def _outcome_unknown_error(error: BaseException | None) -> CommitOutcomeUnknownE
         return None
     unknown = CommitOutcomeUnknownError(
         f"the COMMIT was sent, but {reason}: look in the database whether it was carried out "
-        "before you run the transaction again"
+        "before you run the transaction again",
+        reason=reason,
     )
     unknown.__cause__ = error
     return unknown
@@ -108,22 +105,16 @@ def _outcome_unknown_error(error: BaseException | None) -> CommitOutcomeUnknownE
 def _reason_for_doubt(error: BaseException | None) -> str | None:
     """Return why a commit may have been carried out despite an error, or None.
 
-    On an `InterfaceError` the COMMIT was never sent. An answer of severity ERROR is a
-    refusal, except for two SQLSTATEs which say that the server does not know. An answer
-    of severity FATAL may follow a commit that was carried out (see "Message Formats" in
-    PostgreSQL's documentation, field V).
+    On an `InterfaceError` the COMMIT was never sent.
     """
     if not isinstance(error, DBAPIError):
         return None
     cause = (error.orig and error.orig.__cause__) or error.orig
     if isinstance(error, InterfaceError) or isinstance(cause, sqlite3.Error):
         return None
-    # The second one is the server's last message before the connection was lost.
-    states = {sqlstate(cause), sqlstate(cause.__cause__ if cause is not None else None)}
-    if not states.isdisjoint(OUTCOME_UNKNOWN_SQLSTATES):
+    if is_outcome_unknown(cause):
         return "the server doesn't know its outcome"
-    severity = getattr(cause, "severity_en", None) or getattr(cause, "severity", None)
-    is_lost = severity != "ERROR" if hasattr(cause, "sqlstate") else error.connection_invalidated
-    if is_lost and ENDED_WHILE_IDLE not in states:
+    knows_server = hasattr(cause, "sqlstate")
+    if is_answer_lost(cause) if knows_server else error.connection_invalidated:
         return "the connection was lost before its answer came"
     return None

@@ -19,6 +19,10 @@ IN_FAILED_TRANSACTION = "25P02"
 INTERNAL_ERROR = "XX000"
 READ_ONLY_TRANSACTION = "25006"
 TOO_MANY_CONNECTIONS = "53300"
+# statement_completion_unknown and transaction_resolution_unknown
+OUTCOME_UNKNOWN_SQLSTATES = ("40003", "08007")
+# idle_in_transaction_session_timeout: the server had not read the COMMIT.
+ENDED_WHILE_IDLE = "25P03"
 # Serialization failure, deadlock, no lock in time; the server starts, stops or is full.
 RETRYABLE_CODES = ("40001", "40P01", "SQLITE_BUSY", "57P03", TOO_MANY_CONNECTIONS)
 # The errors of asyncpg after a migration. After the first SQLAlchemy prepares its plans
@@ -33,6 +37,30 @@ def sqlstate(error: BaseException | None) -> str:
     """
     raised = getattr(error, "orig", None) or error
     return getattr(raised, "sqlstate", None) or getattr(raised, "sqlite_errorname", None) or ""
+
+
+def is_outcome_unknown(error: BaseException | None) -> bool:
+    """Tell whether the server itself says that it does not know the outcome of a commit."""
+    return not _states(error).isdisjoint(OUTCOME_UNKNOWN_SQLSTATES)
+
+
+def is_answer_lost(error: BaseException | None) -> bool:
+    """Tell whether the driver's error leaves open if a commit was carried out.
+
+    An answer of severity ERROR is a refusal. One of severity FATAL may follow a commit
+    that was carried out (see "Message Formats" in PostgreSQL's documentation, field V).
+    """
+    severity = getattr(error, "severity_en", None) or getattr(error, "severity", None)
+    return (
+        hasattr(error, "sqlstate")
+        and severity != "ERROR"
+        and ENDED_WHILE_IDLE not in _states(error)
+    )
+
+
+def _states(error: BaseException | None) -> set[str]:
+    """Return the SQLSTATEs of an error and of the server's last message before it."""
+    return {sqlstate(error), sqlstate(error and error.__cause__)}
 
 
 def is_retryable(error: BaseException | None) -> bool:

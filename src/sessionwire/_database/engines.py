@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import URL, AdaptedConnection, Connection, Engine, event, make_url
 from sqlalchemy.exc import DisconnectionError
@@ -36,6 +36,9 @@ from .options import CONNECTION_OPTIONS, ConnectionOptions
 from .postgresql_pool import EXPIRES_AT, PostgreSQLPool
 from .savepoints import install_cancellation_listener
 
+if TYPE_CHECKING:
+    from .commit_resolver import CommitResolver
+
 LIFETIME_JITTER = 0.2  # of the lifetime
 POOL_CLOSE_WAIT = 0.25  # seconds that a pool waits for a connection to be closed
 
@@ -49,6 +52,8 @@ class DatabaseEngines:
         settings: The settings of the database.
         begin_hooks: The hooks of `on_begin`, which more may be added to later.
     """
+
+    resolver: CommitResolver | None = None
 
     def __init__(self, settings: DatabaseSettings, begin_hooks: BeginHooks) -> None:
         url = make_url(settings.url)
@@ -210,10 +215,22 @@ class DatabaseEngines:
         # SQLAlchemy waits for two seconds or forever. If it is cancelled meanwhile, it
         # leaves the statement running in the server.
         dialect.do_close = dialect.do_terminate = self._close_for_pool
+        if self._settings.resolve_commits and self._settings.pipeline:
+            from .commit_resolver import CommitResolver  # asyncpg is not needed on SQLite
+
+            self.resolver = CommitResolver(
+                self._connect_beside_pool, self._settings.commit_timeout, lambda: None
+            )
         postgresql.configure_engine(
-            engine.sync_engine, self._settings, self.server, self._cleanup_of
+            engine.sync_engine, self._settings, self.server, self._cleanup_of, self.resolver
         )
         return engine
+
+    def _connect_beside_pool(self) -> Any:
+        if self.is_closed:
+            raise NotInitializedError("the manager was closed meanwhile")
+        pool: Any = self.primary.sync_engine.pool
+        return pool._invoke_creator(None)
 
     def _create_engine(self, url: URL, **options: Any) -> AsyncEngine:
         pool = self._settings.pool
@@ -320,6 +337,8 @@ class DatabaseEngines:
                 sqlite_connections.abandon(driver, is_forked=is_forked, is_idle=is_idle)
             elif hasattr(driver, "_transport"):  # asyncpg's
                 postgresql.abandon(driver, is_forked=is_forked)
+        if self.resolver is not None:
+            self.resolver.abandon()
         self._connections, self.cleanup_tasks = set(), set()
         self._cleanups = weakref.WeakKeyDictionary()
 

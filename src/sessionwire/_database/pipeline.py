@@ -21,11 +21,13 @@ from itertools import takewhile
 from typing import Any
 
 Statement = tuple[str, ...]  # its text and its arguments
+DATA_ROW = b"D"
 ERROR = b"E"
 ANSWERED = b"CZ"  # CommandComplete, ReadyForQuery
 # ParameterStatus, NoticeResponse and NotificationResponse: the server sends them of its
 # own accord, and all of them are asyncpg's.
 OF_ASYNCPG = b"SNA"
+ENDING = ("FATAL", "PANIC")  # severities of errors that end the connection
 SYNC = b"S\x00\x00\x00\x04"
 END = ("Sync",)  # stands among the statements for a Sync of our own
 HEADER = struct.Struct("!cI")
@@ -52,6 +54,7 @@ class Pipeline(asyncio.Protocol):
         # The statement that was answered with an error, and those that were skipped.
         self.failed: tuple[str, ...] = ()
         self.error_fields: dict[str, str] = {}  # of its error, if nobody was waiting for it
+        self.row: bytes | None = None  # the DataRow that has come last
         self._received = b""  # from the first message on that is not handled yet
         self._ends_in_sync = True
         transport.set_protocol(self)
@@ -59,6 +62,11 @@ class Pipeline(asyncio.Protocol):
     def hold(self, *statement: str) -> None:
         """Hold a statement with its arguments until the next message is sent."""
         self.held.append(statement)
+
+    def ask(self, query: str) -> None:
+        """Hold a query for one row. Its failure does not concern the next message."""
+        self.row = None
+        self.held += (query,), END
 
     def release(self, *, ends_in_sync: bool = True, at_once: bool = False) -> None:
         """Write what is held, together with the next message.
@@ -104,6 +112,8 @@ class Pipeline(asyncio.Protocol):
                 unanswered.popleft()
             elif kind in OF_ASYNCPG:
                 others += data[start:end]
+            elif kind == DATA_ROW:
+                self.row = data[start + HEADER.size : end]
             elif kind == ERROR and not self._has_failed(data[start + HEADER.size : end]):
                 break  # It is the answer to what follows.
             start = end
@@ -116,12 +126,16 @@ class Pipeline(asyncio.Protocol):
 
     def _has_failed(self, content: bytes) -> bool:
         """Note that a statement has failed. Return whether nobody waits for its error."""
+        fields = _error_fields(content)
+        if fields.get("V") in ENDING:
+            self.unanswered.clear()
+            return False
         is_ended = END in self.unanswered
         self.failed = tuple(sql for sql, *_ in takewhile(lambda each: each != END, self.unanswered))
         for _ in self.failed:
             self.unanswered.popleft()
         if is_ended:
-            self.error_fields = _error_fields(content)
+            self.error_fields = fields
         elif not self._ends_in_sync:
             self._transport.write(SYNC)
         return is_ended
@@ -143,6 +157,8 @@ class Pipeline(asyncio.Protocol):
 @functools.lru_cache
 def _messages_of(statement: Statement) -> bytes:
     """Return Parse, Bind and Execute of an unnamed statement with its arguments."""
+    if statement == END:
+        return SYNC
     sql, *arguments = (part.encode() for part in statement)
     lengths = b"".join(struct.pack("!I", len(each)) + each for each in arguments)
     parse = b"\x00" + sql + b"\x00\x00\x00"
@@ -159,6 +175,18 @@ def _usual_answer_to(statement: Statement) -> bytes:
     """
     tag = statement[0].split(maxsplit=1)[0].rstrip(";").encode()
     return _message(b"1", b"") + _message(b"2", b"") + _message(b"C", tag + b"\x00")
+
+
+def values_in(row: bytes) -> list[str | None]:
+    """Return the values of a DataRow, as text."""
+    values: list[str | None] = []
+    at = 2  # behind their number
+    while at < len(row):
+        (length,) = struct.unpack_from("!i", row, at)
+        at += 4
+        values.append(None if length < 0 else row[at : at + length].decode())
+        at += max(length, 0)
+    return values
 
 
 def _error_fields(content: bytes) -> dict[str, str]:

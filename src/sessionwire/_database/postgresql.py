@@ -7,7 +7,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlencode
 
 from sqlalchemy import URL, AdaptedConnection, Connection, Engine, event
@@ -23,6 +23,9 @@ from .options import ConnectionOptions
 from .pipeline import Pipeline, Statement
 from .postgresql_pool import GET_CLEANUP, LAST_USED, Cleanup, PostgreSQLPool
 from .transaction_settings import ahead_of_each
+
+if TYPE_CHECKING:
+    from .commit_resolver import CommitResolver
 
 # The driver's names. The server treats the first two levels alike, and the driver knows
 # only the second.
@@ -70,6 +73,7 @@ def configure_engine(
     settings: DatabaseSettings,
     server: EmbeddedServer | None,
     cleanup_of: Callable[[Any], Cleanup | None],
+    resolver: CommitResolver | None,
 ) -> None:
     """Set up an engine's connections.
 
@@ -78,6 +82,7 @@ def configure_engine(
         settings: The settings of its database.
         server: The embedded server to connect to, if the URL names one.
         cleanup_of: Returns the task that closes a driver's connection, or None.
+        resolver: What looks up the outcomes of commits, if that is wanted.
     """
 
     @event.listens_for(engine, "do_connect")
@@ -99,8 +104,10 @@ def configure_engine(
     @event.listens_for(engine, "connect", insert=True)
     def on_connect(connection: AdaptedConnection, record: ConnectionPoolEntry) -> None:
         record.info[LAST_USED] = monotonic()
+        driver: Any = connection.driver_connection
+        driver.resolver = resolver
         place: Any = record.record_info
-        place[GET_CLEANUP] = partial(cleanup_of, connection.driver_connection)
+        place[GET_CLEANUP] = partial(cleanup_of, driver)
 
     # SQLAlchemy's listener, which asks, comes before this one.
     @event.listens_for(engine, "connect")

@@ -231,6 +231,8 @@ class Database:
         try:
             async with asyncio.timeout(timeout), engine.connect() as connection:
                 await connection.execute(text("SELECT 1"))
+                if engines.resolver is not None:
+                    await engines.resolver.prove(connection)
         except Exception as error:
             root_cause: BaseException = error
             while root_cause.__cause__ is not None:

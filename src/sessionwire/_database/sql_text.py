@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 DML_VERBS = ("INSERT", "UPDATE", "DELETE", "MERGE", "REPLACE", "TRUNCATE", "COPY")
@@ -12,6 +13,15 @@ _TRANSACTION_CONTROL = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 
+# What may stand before a parenthesis and surely writes nothing.
+_HARMLESS = (
+    "abs|all|and|any|array_agg|as|avg|by|cast|ceil|char|coalesce|concat|count|date_part|date_trunc"
+    "|distinct|else|exists|extract|filter|floor|from|greatest|group|in|join|json_agg|jsonb_agg"
+    "|least|length|lower|max|min|not|now|nullif|numeric|on|or|over|partition|rank|round|row_number"
+    "|select|string_agg|sum|then|trim|upper|using|values|varchar|when|where|with"
+)
+_OTHER_CALL = re.compile(rf'(?<![\w"$.])(?!(?:{_HARMLESS})\s*\()[\w"$.]+\s*\(', re.IGNORECASE)
+
 
 def transaction_control(sql: str) -> str | None:
     """Return the verb of a statement that begins or ends a transaction, or None."""
@@ -21,3 +31,12 @@ def transaction_control(sql: str) -> str | None:
 
 def is_dml(sql: str) -> bool:
     return sql.lstrip()[:LONGEST_VERB].upper().startswith(DML_VERBS)
+
+
+@functools.lru_cache(maxsize=1024)
+def surely_reads(sql: str) -> bool:
+    """Tell whether a statement writes nothing, not even during COMMIT.
+
+    It is a SELECT that calls no function but well-known ones.
+    """
+    return sql.lstrip()[:6].upper() == "SELECT" and not _OTHER_CALL.search(sql)
