@@ -108,11 +108,9 @@ async def new_manager(
     pipeline: bool = True,
     session_settings: Callable[[], dict[str, str]] | None = None,
 ) -> AsyncIterator[DatabaseSessionManager]:
-    manager = DatabaseSessionManager(session_settings=session_settings)
-    # open() would connect, and the others have not connected either.
-    manager.init(DatabaseSettings(url=url, pool=pool, pipeline=pipeline))
-    yield manager
-    await manager.close()
+    settings = DatabaseSettings(url=url, pool=pool, pipeline=pipeline)
+    async with DatabaseSessionManager(settings, session_settings=session_settings) as manager:
+        yield manager
 
 
 @asynccontextmanager

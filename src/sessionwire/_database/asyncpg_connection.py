@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import socket as socket_options
 from typing import Any
@@ -34,7 +33,6 @@ class Connection(asyncpg.Connection):
 
     _protocol: Any
     _listeners: Any
-    _loop: asyncio.AbstractEventLoop
     _time_and_log: Any
     tcp_timeout = 0.0  # seconds
     has_pipeline = True
@@ -94,10 +92,11 @@ class Connection(asyncpg.Connection):
         return status
 
     async def _commit(self, timeout: float | None) -> str:
-        if self._protocol.forget_begin():
+        protocol = self._protocol
+        if protocol.forget_begin():
             return "COMMIT"
         status = await self._send_commit(timeout)
-        refused, self._protocol.refused_begin = self._protocol.refused_begin, None
+        refused, protocol.refused_begin = protocol.refused_begin, None
         if refused:
             raise UnexpectedRollbackError(f"nothing was committed, because {refused!r} had failed")
         if status == "ROLLBACK":
@@ -114,8 +113,7 @@ class Connection(asyncpg.Connection):
         if resolver is None or not (resolver.is_on and may_ask):
             return str(await super().execute("COMMIT;", timeout=timeout))
         self.pipeline.ask(QUESTION)
-        # It closes the connection, and cancels nothing in the server.
-        giving_up = self._loop.call_later(resolver.patience, self.terminate)
+        given_up_at = resolver.watch(self)
         try:
             return str(await super().execute("COMMIT;", timeout=timeout))
         except CommitOutcomeUnknownError as error:
@@ -127,11 +125,11 @@ class Connection(asyncpg.Connection):
             if not is_answer_lost(error):
                 raise
             await resolver.settle(
-                self.pipeline.row, error, giving_up.when(), only_read=protocol.has_only_read
+                self.pipeline.row, error, given_up_at, only_read=protocol.has_only_read
             )
             return "COMMIT"
         finally:
-            giving_up.cancel()
+            resolver.unwatch(self)
 
     async def prepare(self, query: str, **options: Any) -> Any:
         if query.startswith(UNREAD) and self.can_send_ahead and self.is_in_transaction():

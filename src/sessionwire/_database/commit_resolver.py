@@ -117,6 +117,10 @@ class CommitResolver:
         self._commit_timeout = commit_timeout
         self._on_settled = on_settled
         self.system_identifier: str | None = None
+        # The connections that wait for the answer to a COMMIT, and how long they may, by
+        # the clock of the event loop: the earliest first. One timer serves them all.
+        self._waiting: dict[Any, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
         self._connection: Any = None
         self._users = 0
         self._turn = asyncio.Lock()
@@ -136,20 +140,49 @@ class CommitResolver:
         """Whether `open()` has found that outcomes can be looked up."""
         return self.system_identifier is not None
 
-    @property
-    def patience(self) -> float:
-        """The seconds to wait for the answer to a COMMIT."""
-        return self._commit_timeout * ANSWER_SHARE
+    # Wait for the answer
+
+    def watch(self, connection: Any) -> float:
+        """Terminate a connection if the answer to its COMMIT does not come in time.
+
+        Nothing is cancelled in the server. Returns the time, of the event loop's clock.
+        """
+        loop = asyncio.get_running_loop()
+        until = self._waiting[connection] = loop.time() + self._commit_timeout * ANSWER_SHARE
+        if self._timer is None:
+            self._timer = loop.call_at(until, self._terminate_late_ones, loop)
+        return until
+
+    def unwatch(self, connection: Any) -> None:
+        self._waiting.pop(connection, None)
+
+    def _terminate_late_ones(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        for connection, until in list(self._waiting.items()):
+            if until > loop.time():
+                self._timer = loop.call_at(until, self._terminate_late_ones, loop)
+                break
+            connection.terminate()
+
+    def close(self) -> None:
+        """Forget what belongs to an event loop that is left."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._users, self._connection = None, 0, None
+        self._waiting.clear()
+
+    # Look up
 
     async def settle(
-        self, row: bytes | None, lost: Exception, given_up: float, *, only_read: bool
+        self, row: bytes | None, lost: Exception, given_up_at: float, *, only_read: bool
     ) -> None:
         """Return if a transaction was committed, whose answer was lost.
 
         Args:
             row: The answer to `QUESTION`, if it has arrived.
             lost: The error by which the answer was lost.
-            given_up: The time of the event loop at which `patience` ends.
+            given_up_at: The time at which waiting for the answer ends, of the event
+                loop's clock.
             only_read: Its statements have surely written nothing.
 
         Raises:
@@ -165,7 +198,7 @@ class CommitResolver:
             self._tell("which only read, was nothing to commit")
             return
         question = Question(transaction_id, *map(str, others))
-        until = given_up + self._commit_timeout * (LOOK_UP_SHARE - ANSWER_SHARE)
+        until = given_up_at + self._commit_timeout * (LOOK_UP_SHARE - ANSWER_SHARE)
         # A task of its own, because it uses timeouts, which cancel their task.
         look_up = asyncio.ensure_future(self._look_up(question, until))
         shielding_tasks.add(look_up)
@@ -247,10 +280,6 @@ class CommitResolver:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.driver_connection.terminate()
-
-    def abandon(self) -> None:
-        """Forget the look-ups of an event loop that is closed, or of a parent process."""
-        self._users, self._connection = 0, None
 
 
 def unknown_outcome(reason: str, row: bytes | None) -> CommitOutcomeUnknownError:
