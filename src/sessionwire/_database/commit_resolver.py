@@ -70,7 +70,7 @@ FROM pg_control_system(), pg_control_checkpoint()"""
 # standby is left alone: its end would show the commit before it is replicated.
 END_BACKEND = """\
 SELECT CASE WHEN wait_event = 'SyncRep' THEN true ELSE NOT pg_terminate_backend(pid) END
-FROM pg_stat_activity JOIN pg_database ON pg_database.oid = datid
+FROM pg_stat_activity
 WHERE backend_xid = $1::text::xid8::xid AND datname = current_database()
 AND backend_start <= $2::text::timestamptz"""
 # A small commit, which is answered once it is replicated.
