@@ -31,19 +31,25 @@ class Proxy:
         # The messages, since this was set to 0, that wait for an answer: round trips.
         self.round_trips = 0
         self.clients: set[ClientConnection] = set()
+        self.leads_to = ""  # the directory of the server's socket; may change meanwhile
         self._delay = delay
         self._carriers: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def open(self, socket_directory: str) -> AsyncIterator[int]:
         """Yield the port of 127.0.0.1 that leads to this server."""
+        self.leads_to = socket_directory
 
         async def connect(
             from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter
         ) -> None:
-            from_server, to_server = await asyncio.open_unix_connection(
-                f"{socket_directory}/.s.PGSQL.5432"
-            )
+            try:
+                from_server, to_server = await asyncio.open_unix_connection(
+                    f"{self.leads_to}/.s.PGSQL.5432"
+                )
+            except OSError:  # The server is away.
+                to_client.transport.abort()
+                return
             client = ClientConnection(to_server, to_client)
             self.clients.add(client)
             self._start(self._carry_requests(from_client, client))
