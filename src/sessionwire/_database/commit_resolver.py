@@ -47,7 +47,9 @@ WHERE proname = 'pg_logical_emit_message')
 FROM pg_control_system(), pg_control_checkpoint()"""
 # The status of a transaction, or the reason why the server can't tell, and whether it
 # has synchronous standbys. A crash may lose what was written last. If the server's first
-# checkpoint after it does not know an id, the id may have been given to another one.
+# checkpoint after it does not know an id, the id may have been given to another one. A
+# crash is told by the server's statistics, which begin anew. The time of a checkpoint is
+# in whole seconds.
 LOOK_UP = """\
 SELECT CASE
 WHEN pg_is_in_recovery()
@@ -59,6 +61,7 @@ THEN 'another server has taken over'
 WHEN pg_current_wal_insert_lsn() < $2::text::pg_lsn
 THEN 'the server does not have all that it had written'
 WHEN checkpoint_time >= date_trunc('second', $5::text::timestamptz)
+AND pg_stat_get_bgwriter_stat_reset_time() >= $5::text::timestamptz
 AND (split_part(next_xid, ':', 1)::numeric * 4294967296 + split_part(next_xid, ':', 2)::numeric)
 <= $1::text::numeric
 THEN 'the server was restarted, and may have given the id to another transaction'
