@@ -45,15 +45,16 @@ CASE WHEN NOT pg_is_in_recovery() THEN pg_walfile_name(pg_current_wal_insert_lsn
 (SELECT bool_or(has_function_privilege(oid, 'EXECUTE')) FROM pg_proc
 WHERE proname = 'pg_logical_emit_message')
 FROM pg_control_system(), pg_control_checkpoint()"""
+IN_RECOVERY = "the server is in recovery"
 # The status of a transaction, or the reason why the server can't tell, and whether it
 # has synchronous standbys. A crash may lose what was written last. If the server's first
 # checkpoint after it does not know an id, the id may have been given to another one. A
 # crash is told by the server's statistics, which begin anew. The time of a checkpoint is
 # in whole seconds.
-LOOK_UP = """\
+LOOK_UP = f"""\
 SELECT CASE
 WHEN pg_is_in_recovery()
-THEN 'the server is in recovery'
+THEN '{IN_RECOVERY}'
 WHEN system_identifier::text <> $4::text
 THEN 'another database system answers'
 WHEN left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) <> left($3::text, 8)
@@ -239,13 +240,17 @@ class CommitResolver:
                                 reason = WAITING
                                 await self._ask(CONFIRM)
                             return True, ""
-                        if status != "in progress":
+                        if status == "in progress":
+                            found = await self._ask(
+                                END_BACKEND, question.transaction_id, question.asked_at
+                            )
+                            reason = WAITING if found and found[0] else IN_PROGRESS
+                        else:
                             reason = status or "the server does not know its id any more"
-                            break
-                        found = await self._ask(
-                            END_BACKEND, question.transaction_id, question.asked_at
-                        )
-                        reason = WAITING if found and found[0] else IN_PROGRESS
+                            if status != IN_RECOVERY:
+                                break
+                            # The primary may come back, at another host of the URL.
+                            self._drop_connection()
                     except CommitOutcomeUnknownError as error:  # from CONFIRM
                         reason = str(error)
                         break
