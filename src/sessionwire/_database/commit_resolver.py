@@ -103,10 +103,47 @@ class Question(NamedTuple):
     asked_at: str
 
 
+class SharedConnection:
+    """A connection beside the pool, which is opened when it is needed.
+
+    Args:
+        connect: Opens it, in SQLAlchemy's greenlet.
+    """
+
+    def __init__(self, connect: Callable[[], Any]) -> None:
+        self._connect = connect
+        self._connection: Any = None
+        self._turn = asyncio.Lock()
+
+    async def ask(self, sql: str, *arguments: str | None) -> Any:
+        """Return the row that answers, once those who came before have theirs."""
+        async with self._turn:
+            try:
+                return await greenlet_spawn(self._fetch, sql, arguments)
+            except BaseException:
+                self.drop()
+                raise
+
+    def _fetch(self, sql: str, arguments: tuple[str | None, ...]) -> Any:
+        if self._connection is None:
+            self._connection = self._connect()
+        cursor = self._connection.cursor()
+        cursor.execute(sql, arguments)
+        row = cursor.fetchone()
+        cursor.close()
+        return row
+
+    def drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.driver_connection.terminate()
+
+
 class CommitResolver:
     """Look up outcomes of commits, for all connections of an engine.
 
-    Look-ups share one connection beside the pool, which is open only meanwhile.
+    Look-ups share one connection beside the pool, which is open only meanwhile. Commits
+    that wait for a synchronous standby share another one, to hold up no look-up.
 
     Args:
         connect: Opens a connection, in SQLAlchemy's greenlet.
@@ -125,9 +162,8 @@ class CommitResolver:
         # the clock of the event loop: the earliest first. One timer serves them all.
         self._waiting: dict[Any, float] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._connection: Any = None
         self._users = 0
-        self._turn = asyncio.Lock()
+        self._asking, self._confirming = SharedConnection(connect), SharedConnection(connect)
 
     async def prove(self, connection: AsyncConnection) -> None:
         """Find out whether the server lets outcomes be looked up."""
@@ -168,12 +204,17 @@ class CommitResolver:
                 break
             connection.terminate()
 
-    def close(self) -> None:
-        """Forget what belongs to an event loop that is left."""
+    def stop_watching(self) -> None:
+        """Stop the timer: the connections are closed."""
         if self._timer is not None:
             self._timer.cancel()
-        self._timer, self._users, self._connection = None, 0, None
+        self._timer = None
         self._waiting.clear()
+
+    def abandon(self) -> None:
+        """Forget what belongs to an event loop that is closed, or to a parent process."""
+        self.stop_watching()
+        self._users = 0
 
     # Look up
 
@@ -224,13 +265,15 @@ class CommitResolver:
         """Return whether it was committed, or None and the reason why that is not known."""
         reason, pause = "the server could not be asked in time", FIRST_PAUSE
         if not self._users:
-            self._turn = asyncio.Lock()  # Another event loop may have used the last one.
+            # Another event loop may have used the last ones.
+            self._asking = SharedConnection(self._connect)
+            self._confirming = SharedConnection(self._connect)
         self._users += 1
         try:
             async with asyncio.timeout_at(until):
                 while True:
                     try:
-                        status, is_replicated = await self._ask(
+                        status, is_replicated = await self._asking.ask(
                             LOOK_UP, *question[:3], self.system_identifier, question.asked_at
                         )
                         if status == "aborted":
@@ -238,10 +281,10 @@ class CommitResolver:
                         if status == "committed":
                             if is_replicated:
                                 reason = WAITING
-                                await self._ask(CONFIRM)
+                                await self._confirming.ask(CONFIRM)
                             return True, ""
                         if status == "in progress":
-                            found = await self._ask(
+                            found = await self._asking.ask(
                                 END_BACKEND, question.transaction_id, question.asked_at
                             )
                             reason = WAITING if found and found[0] else IN_PROGRESS
@@ -250,7 +293,7 @@ class CommitResolver:
                             if status != IN_RECOVERY:
                                 break
                             # The primary may come back, at another host of the URL.
-                            self._drop_connection()
+                            self._asking.drop()
                     except CommitOutcomeUnknownError as error:  # from CONFIRM
                         reason = str(error)
                         break
@@ -264,30 +307,9 @@ class CommitResolver:
         finally:
             self._users -= 1
             if not self._users:
-                self._drop_connection()
+                self._asking.drop()
+                self._confirming.drop()
         return None, reason
-
-    async def _ask(self, sql: str, *arguments: str | None) -> Any:
-        async with self._turn:
-            try:
-                return await greenlet_spawn(self._fetch, sql, arguments)
-            except BaseException:
-                self._drop_connection()
-                raise
-
-    def _fetch(self, sql: str, arguments: tuple[str | None, ...]) -> Any:
-        if self._connection is None:
-            self._connection = self._connect()
-        cursor = self._connection.cursor()
-        cursor.execute(sql, arguments)
-        row = cursor.fetchone()
-        cursor.close()
-        return row
-
-    def _drop_connection(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.driver_connection.terminate()
 
 
 def unknown_outcome(reason: str, row: bytes | None) -> CommitOutcomeUnknownError:

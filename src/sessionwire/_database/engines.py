@@ -315,7 +315,7 @@ class DatabaseEngines:
         self._is_disposing = True  # The connections are closed at once, not one by one.
         await self.primary.dispose()
         if self.resolver is not None:
-            self.resolver.close()
+            self.resolver.stop_watching()
         await asyncio.gather(*self.cleanup_tasks, return_exceptions=True)
         if self._temporary_file:
             sqlite.delete_database_files(self._temporary_file)
@@ -340,7 +340,7 @@ class DatabaseEngines:
             elif hasattr(driver, "_transport"):  # asyncpg's
                 postgresql.abandon(driver, is_forked=is_forked)
         if self.resolver is not None:
-            self.resolver.close()
+            self.resolver.abandon()
         self._connections, self.cleanup_tasks = set(), set()
         self._cleanups = weakref.WeakKeyDictionary()
 
