@@ -25,6 +25,7 @@ NAMES = [
     "DatabaseContainer",
     "DatabaseSessionManager",
     "DatabaseSettings",
+    "Holder",
     "ImplicitIOError",
     "IncompatibleTransactionError",
     "Lifespan",
@@ -38,6 +39,7 @@ NAMES = [
     "ScopeOwnsTransactionError",
     "SessionwireError",
     "Settings",
+    "Status",
     "TransactionError",
     "TransactionForbiddenError",
     "TransactionManager",
@@ -157,6 +159,15 @@ def test_sessionwire_can_be_imported_without_any_framework_or_driver() -> None:
 
 def test_dir_of_a_manager_shows_only_what_users_call() -> None:
     public = {name for name in dir(DatabaseSessionManager("sqlite://")) if not name.startswith("_")}
-    of_its_life = {"init", "open", "close", "is_initialized", "is_open", "settings", "engine"}
+    of_its_life = {
+        "init",
+        "open",
+        "close",
+        "is_initialized",
+        "is_open",
+        "settings",
+        "engine",
+        "status",
+    }
     of_its_use = {"session", "connect", "transaction", "create_all", "drop_all", "metadata"}
     assert public == of_its_life | of_its_use

@@ -32,6 +32,7 @@ from .errors import (
 from .manager import DatabaseSessionManager, sessionmanager
 from .session import CurrentSession
 from .settings import DatabaseSettings, PoolSettings, Settings
+from .status import Holder, Status
 from .transaction import TransactionManager
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ __all__ = [
     "DatabaseContainer",
     "DatabaseSessionManager",
     "DatabaseSettings",
+    "Holder",
     "ImplicitIOError",
     "IncompatibleTransactionError",
     "Lifespan",
@@ -65,6 +67,7 @@ __all__ = [
     "ScopeOwnsTransactionError",
     "SessionwireError",
     "Settings",
+    "Status",
     "TransactionError",
     "TransactionForbiddenError",
     "TransactionManager",

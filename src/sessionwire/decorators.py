@@ -18,6 +18,7 @@ from ._core.definition import (
 )
 from ._core.retry import run_with_retries
 from ._core.transaction_block import TransactionBlock
+from ._database.call_sites import site_of
 from ._database.runtime import database_of
 from .transaction import TransactionManager
 
@@ -144,17 +145,19 @@ def _decorate(
         hint = _not_a_coroutine_function_hint(name, function)
         raise TypeError(f"{name} takes a coroutine function: {hint}")
     find_manager = _manager_resolver(name, function, of)
+    call_site = site_of(function)
 
     @functools.wraps(function)
     async def run_once(*args: Any, **kwargs: Any) -> Any:
-        async with TransactionBlock(database_of(find_manager(args, kwargs)), definition):
+        database = database_of(find_manager(args, kwargs))
+        async with TransactionBlock(database, definition, call_site):
             return await function(*args, **kwargs)
 
     @functools.wraps(function)
     async def run_repeatedly(*args: Any, **kwargs: Any) -> Any:
         database = database_of(find_manager(args, kwargs))
         call = partial(function, *args, **kwargs)
-        return await run_with_retries(database, definition, attempts, call)
+        return await run_with_retries(database, definition, attempts, call, call_site)
 
     return run_once if attempts == 1 else run_repeatedly
 

@@ -14,9 +14,11 @@ from ._core.connection_block import connection_block
 from ._core.context import enclosing_scopes
 from ._core.hooks import to_call
 from ._core.session_block import SessionBlock
+from ._database.call_sites import calling_site
 from ._database.runtime import Database
 from .base import Base
 from .settings import DatabaseSettings, as_settings
+from .status import Status
 from .transaction import TransactionManager
 
 SCHEMA_LOCK = int.from_bytes(b"sessionw")  # the key of the advisory lock, 8315179226536832631
@@ -139,6 +141,14 @@ class DatabaseSessionManager:
         """Whether `open()` has succeeded, and `close()` was not called since."""
         return self._database.is_open
 
+    def status(self) -> Status:
+        """Return what is open, who holds the connections, and totals.
+
+        The totals count since the manager was made, also over `close()`. Before `init()`
+        and after `close()` nothing is open. Does no I/O.
+        """
+        return self._database.status()
+
     # Use
 
     def session(self) -> AbstractAsyncContextManager[AsyncSession]:
@@ -155,7 +165,7 @@ class DatabaseSessionManager:
                 await session.commit()
             ```
         """
-        return SessionBlock(self._database)
+        return SessionBlock(self._database, calling_site())
 
     def connect(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Open an `AsyncConnection` in a transaction.
@@ -164,7 +174,7 @@ class DatabaseSessionManager:
         Leaving the block raises `UnexpectedRollbackError` if a statement had failed and
         its error was caught, and `CommitOutcomeUnknownError`.
         """
-        return connection_block(self._database)
+        return connection_block(self._database, calling_site())
 
     async def create_all(self, connection: AsyncConnection) -> None:
         """Create the missing tables of `metadata`.

@@ -94,6 +94,11 @@ class PoolSettings(_Model):
         gt=0,
         description="age at which a connection is replaced, some a little earlier; none: never",
     )
+    warn_held_after: float | None = Field(
+        None,
+        gt=0,
+        description="time after which it is logged who holds a connection; none: never",
+    )
 
 
 class DatabaseSettings(_Model):

@@ -15,6 +15,7 @@ from ._core.session_hooks import call_after_commit
 from ._core.transaction import Hook, Transaction
 from ._core.transaction_block import TransactionBlock
 from ._database.begin_hooks import BeginHook
+from ._database.call_sites import calling_site, site_of
 from ._database.runtime import database_of
 from .errors import TransactionRequiredError
 
@@ -78,7 +79,7 @@ class TransactionManager:
                 session.add(Order(item="tea"))
             ```
         """
-        return TransactionBlock(self._database, define(propagation, **options))
+        return TransactionBlock(self._database, define(propagation, **options), calling_site())
 
     if not TYPE_CHECKING:  # to which it has no such methods
 
@@ -226,6 +227,7 @@ class TransactionManager:
         """
         to_call(function, "run()", *args)
         call = partial(function, *args)
+        definition = define(propagation, **options)
         return await run_with_retries(
-            self._database, define(propagation, **options), attempts(retries), call
+            self._database, definition, attempts(retries), call, site_of(function) or calling_site()
         )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sessionwire._database.call_sites import CallSite
 from sessionwire._database.runtime import Database
 
 
 class Block:
     """What is entered with `async with`, once."""
 
-    __slots__ = ("_database", "_was_entered")
+    __slots__ = ("_call_site", "_database", "_was_entered")
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, call_site: CallSite | None) -> None:
         self._database = database
+        self._call_site = call_site
         self._was_entered = False
 
     if not TYPE_CHECKING:  # to which it has no such methods

@@ -8,8 +8,9 @@ from contextlib import asynccontextmanager
 from typing import Any, cast
 
 from sqlalchemy import Connection, event
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncTransaction
 
+from sessionwire._database.call_sites import CallSite
 from sessionwire._database.completion import close_or_invalidate, finish_commit, finish_rollback
 from sessionwire._database.failed_statements import failure_log
 from sessionwire._database.options import ConnectionOptions
@@ -29,15 +30,19 @@ from .generators import early_end_error
 class _ConnectionUnit:
     """The connection of one `connect()` block, as the database knows it."""
 
-    def __init__(self, connection: AsyncConnection) -> None:
+    def __init__(self, connection: AsyncConnection, call_site: CallSite | None) -> None:
         self.connection = connection
+        self.call_site = call_site
         self.task = asyncio.current_task()
         self.is_aborted = False
         self.has_written = False
 
     @property
-    def engine(self) -> AsyncEngine:
-        return self.connection.engine
+    def transaction_connection(self) -> Connection | None:
+        return self.connection.sync_connection
+
+    def is_connecting(self, task: asyncio.Task[Any] | None, greenlet: object) -> bool:
+        return self.connection.sync_connection is None and self.task is task
 
     def abort(self) -> None:
         self.is_aborted = True
@@ -47,7 +52,9 @@ class _ConnectionUnit:
 
 
 @asynccontextmanager
-async def connection_block(database: Database) -> AsyncGenerator[AsyncConnection]:
+async def connection_block(
+    database: Database, call_site: CallSite | None
+) -> AsyncGenerator[AsyncConnection]:
     """`async with manager.connect()`: a connection in a transaction, which the block ends.
 
     A generator, which asyncio closes if its block is dropped or its event loop shut down.
@@ -56,9 +63,12 @@ async def connection_block(database: Database) -> AsyncGenerator[AsyncConnection
     require_no_enclosing_writer(database)
     loop, options = running_loop(), ConnectionOptions(write_intent=True)
     connection = engines.engine_for(options).connect()
-    unit = _ConnectionUnit(connection)
+    unit = _ConnectionUnit(connection, call_site)
     database.add(unit)
+    transaction: AsyncTransaction | None = None
     failure: BaseException | None = None
+    end_failure: BaseException | None = None  # No error that only passes through.
+    is_ending = False
     try:
         await connection
         log = failure_log(cast(Connection, connection.sync_connection))
@@ -73,6 +83,7 @@ async def connection_block(database: Database) -> AsyncGenerator[AsyncConnection
             await connection.run_sync(database.set_up_transaction, options)
             event.listen(connection.sync_connection, "after_cursor_execute", unit.record_write)
             yield connection
+            is_ending = True
             if running_loop() is not loop:
                 raise database.ownership_error()
             if unit.is_aborted:
@@ -83,15 +94,20 @@ async def connection_block(database: Database) -> AsyncGenerator[AsyncConnection
         except GeneratorExit as closing:
             failure = closing
             if unit.has_written and (lost := early_end_error(closing)):
-                failure = lost
+                failure = end_failure = lost
                 raise lost from None
             raise
         except BaseException as error:
             failure = error
+            if is_ending:
+                is_cancelled = isinstance(error, asyncio.CancelledError)
+                end_failure = error.__cause__ if is_cancelled else error
             explain_pending_rollback(error, failures[0] if failures else None)
             raise
         finally:
             if running_loop() is loop:  # otherwise it is another process's, or its loop is closed
+                if transaction is not None:
+                    database.totals.count_end(end_failure, rolls_back=not is_ending)
                 work = close_or_invalidate(connection)
                 await finish_rollback(work, database.settings.rollback_timeout, failure)
     finally:

@@ -7,6 +7,7 @@ It runs one operation at a time, and only its block commits. Lazy loads,
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -134,10 +135,19 @@ def _as_transaction_control(name: str) -> Callable[..., Any]:
         if scope.transaction is not None and not options.get("nested"):
             raise managed_transaction_error(f"{name}()")
         if name == "commit" and scope.frames and (failure := scope.failure_since(0)):
+            unexpected = unexpected_rollback(failure)
+            scope.count_end(unexpected)
             rollback(self)
             scope.has_uncommitted_writes = False
-            raise unexpected_rollback(failure)
-        result = call(self, *args, **options)
+            raise unexpected
+        if name in DISCARDING and scope.has_uncommitted_writes:
+            scope.count_end(None, rolls_back=True)
+        try:
+            result = call(self, *args, **options)
+        except BaseException as error:
+            if name == "commit":
+                scope.count_end(error)
+            raise
         if name != "begin":
             scope.has_uncommitted_writes = False
         if self.commit_hooks is not None and name not in ("begin", "prepare"):
@@ -300,7 +310,9 @@ def _on_before_commit(session: GuardedSession) -> None:
         return
     if scope.transaction is None:
         if failure := scope.failure_since(0):
-            raise unexpected_rollback(failure)
+            unexpected = unexpected_rollback(failure)
+            scope.count_end(unexpected)
+            raise unexpected
     elif not scope.transaction.is_ending:
         raise managed_transaction_error("commit()")
 
@@ -309,6 +321,14 @@ def _on_before_commit(session: GuardedSession) -> None:
 def _on_commit(session: GuardedSession) -> None:
     if not session.in_nested_transaction():
         session.scope.has_uncommitted_writes = False
+        session.scope.count_end(None)
+
+
+@event.listens_for(GuardedSession, "after_soft_rollback")
+def _on_rollback(session: GuardedSession, transaction: SessionTransaction) -> None:
+    if transaction.parent is None:
+        # `async with session.begin()` rolls back while it handles the error of a commit.
+        session.scope.count_end(sys.exception(), rolls_back=True)
 
 
 @event.listens_for(GuardedSession, "after_begin")
@@ -319,6 +339,7 @@ def _on_begin(
     scope.transaction_connection = connection
     if transaction.nested:
         return
+    scope.is_uncounted = scope.is_bare
     if scope.transaction is not None and not scope.options.autocommit:
         scope.transaction.has_begun = True
     scope.database.set_up_transaction(connection, scope.options)

@@ -8,6 +8,7 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
+from sessionwire._database.call_sites import CallSite
 from sessionwire._database.runtime import Database
 from sessionwire._error_reports import summarize
 
@@ -31,6 +32,7 @@ async def run_with_retries(
     definition: TransactionDefinition,
     attempts: int,
     function: Callable[[], Awaitable[R]],
+    call_site: CallSite | None,
 ) -> R:
     """Run the function in a block, up to `attempts` times.
 
@@ -43,7 +45,7 @@ async def run_with_retries(
     attempt = 0
     while True:
         attempt += 1
-        block = TransactionBlock(database, definition, may_retry=attempt < attempts)
+        block = TransactionBlock(database, definition, call_site, may_retry=attempt < attempts)
         try:
             if attempt > 1:
                 longest = min(MAX_BACKOFF, INITIAL_BACKOFF * 2.0 ** min(attempt - 1, 20))
@@ -52,7 +54,8 @@ async def run_with_retries(
                 postponed_hooks = ()
                 return await function()
         except BaseException as error:
-            if block.will_retry:
+            if block.retry_reason:
+                database.totals.retries[block.retry_reason] += 1
                 postponed_hooks = block.postponed_hooks
                 logger.info("attempt %d of %d failed: %s", attempt, attempts, summarize(error))
                 continue

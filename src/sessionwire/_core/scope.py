@@ -6,15 +6,16 @@ import asyncio
 import os
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 from greenlet import getcurrent
 from sqlalchemy import Connection
 from sqlalchemy.exc import PendingRollbackError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
+from sessionwire._database.call_sites import CallSite
 from sessionwire._database.completion import finish_commit, finish_rollback
 from sessionwire._database.failed_statements import failures_of
 from sessionwire._database.options import ConnectionOptions
@@ -44,6 +45,7 @@ class Scope:
         "_loop",
         "_operation_finished",
         "_process",
+        "call_site",
         "change_count",
         "database",
         "due_hooks",
@@ -52,6 +54,7 @@ class Scope:
         "has_uncommitted_writes",
         "is_aborted",
         "is_bare",
+        "is_uncounted",
         "last_operation_error",
         "operation",
         "options",
@@ -62,11 +65,16 @@ class Scope:
     )
 
     def __init__(
-        self, database: Database, session: AsyncSession, options: ConnectionOptions
+        self,
+        database: Database,
+        session: AsyncSession,
+        options: ConnectionOptions,
+        call_site: CallSite | None,
     ) -> None:
         self.database = database
         self.session = session
         self.options = options
+        self.call_site = call_site  # of the block that opened it
         self._loop = asyncio.get_running_loop()
         self.task = asyncio.current_task(self._loop)
         self.frames: list[Frame] = []
@@ -75,6 +83,7 @@ class Scope:
         self.last_operation_error: Exception | None = None
         self.has_uncommitted_writes = False
         self.is_bare = False  # opened by session(), whose commits are the caller's
+        self.is_uncounted = False  # It is bare, and the end of its transaction will be counted.
         # Of such a commit, to be called once no operation is running.
         self.due_hooks: tuple[Hook, ...] = ()
         self.change_count = 0  # of writes, and of joined blocks that may have written
@@ -88,13 +97,20 @@ class Scope:
     # Opening and closing
 
     @classmethod
-    def open(cls, database: Database, options: ConnectionOptions, enclosing: Scope | None) -> Scope:
+    def open(
+        cls,
+        database: Database,
+        options: ConnectionOptions,
+        enclosing: Scope | None,
+        call_site: CallSite | None,
+    ) -> Scope:
         """Open a scope with a session of its own.
 
         Args:
             database: The database.
             options: The options of its connection.
             enclosing: The scope around it, which a closing database still serves.
+            call_site: Where its block was opened.
 
         Raises:
             NotInitializedError: The database is not initialized, or is closing.
@@ -104,7 +120,7 @@ class Scope:
         session = AsyncSession(
             engines.engine_for(options), sync_session_class=GuardedSession, expire_on_commit=False
         )
-        scope = cls(database, session, options)
+        scope = cls(database, session, options, call_site)
         guarded_session: Any = session.sync_session
         guarded_session.scope = scope
         database.add(scope)
@@ -312,9 +328,9 @@ class Scope:
         finally:
             self.end_operation()
 
-    @property
-    def engine(self) -> AsyncEngine:
-        return cast(AsyncEngine, self.session.bind)
+    def is_connecting(self, task: asyncio.Task[Any] | None, greenlet: object) -> bool:
+        """Whether its operation takes a connection in this greenlet."""
+        return self.operation is greenlet
 
     # State of the transaction
 
@@ -420,6 +436,12 @@ class Scope:
 
         work = self.run_exclusively(roll_back_or_invalidate)
         await finish_rollback(work, self.database.settings.rollback_timeout, error)
+
+    def count_end(self, failure: BaseException | None, *, rolls_back: bool = False) -> None:
+        """Count the end of a bare session's transaction once, see `Totals.count_end()`."""
+        if self.is_uncounted and self.transaction is None:
+            self.is_uncounted = False
+            self.database.totals.count_end(failure, rolls_back=rolls_back)
 
     def end_savepoints(self, *, inside: Transaction) -> None:
         """End the open savepoints of a transaction: it is the innermost again."""

@@ -25,7 +25,7 @@ class SessionBlock(Block):
             raise already_entered_error()
         self._was_entered = True
         enclosing = current_scope(self._database)
-        self._scope = Scope.open(self._database, ConnectionOptions(), enclosing)
+        self._scope = Scope.open(self._database, ConnectionOptions(), enclosing, self._call_site)
         self._scope.is_bare = True
         self._frame = self._scope.push_frame()
         return self._scope.session

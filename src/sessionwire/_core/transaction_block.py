@@ -14,8 +14,9 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.orm import SessionTransaction
 
+from sessionwire._database.call_sites import CallSite
 from sessionwire._database.completion import finish_rollback
-from sessionwire._database.driver_errors import is_retryable, root_cause
+from sessionwire._database.driver_errors import retry_reason, root_cause
 from sessionwire._database.options import ConnectionOptions
 from sessionwire._database.runtime import Database
 from sessionwire._error_reports import (
@@ -50,6 +51,7 @@ class TransactionBlock(Block):
     Args:
         database: The database of the transaction.
         definition: What the block asks for.
+        call_site: Where it was opened.
         may_retry: The caller repeats the block after an error that a retry may mend.
             Hooks of such an end are left in `postponed_hooks`.
     """
@@ -68,20 +70,26 @@ class TransactionBlock(Block):
         "_scope",
         "_transaction",
         "postponed_hooks",
-        "will_retry",
+        "retry_reason",
     )
 
     def __init__(
-        self, database: Database, definition: TransactionDefinition, *, may_retry: bool = False
+        self,
+        database: Database,
+        definition: TransactionDefinition,
+        call_site: CallSite | None,
+        *,
+        may_retry: bool = False,
     ) -> None:
-        super().__init__(database)
+        super().__init__(database, call_site)
         self._definition = definition
         self._options = definition.options
         self._deadline: asyncio.Timeout | None = None
         self._transaction: Transaction | None = None  # rolls back if this block fails
         self._savepoint: AsyncSessionTransaction | None = None
         self._may_retry = may_retry
-        self.will_retry = False
+        # Why the caller repeats the block; None if it does not.
+        self.retry_reason: str | None = None
         self.postponed_hooks: Sequence[Hook] = ()  # due, unless the next attempt begins
 
     # Begin
@@ -147,7 +155,8 @@ class TransactionBlock(Block):
             if self._can_reuse(current):
                 self._check_compatible(current.options)
                 return current, False
-        return Scope.open(self._database, self._options_for_new_scope(), current), True
+        options = self._options_for_new_scope()
+        return Scope.open(self._database, options, current, self._call_site), True
 
     def _can_reuse(self, current: Scope) -> bool:
         """Tell whether this block can use the current session."""
@@ -222,7 +231,7 @@ class TransactionBlock(Block):
         if self._deadline is not None:
             failure = await self._apply_deadline(self._deadline, failure)
         if self._action is Action.BEGIN:
-            failure = await self._end_transaction(failure)
+            failure = await self._end_transaction(failure, error)
         elif self._savepoint is not None and transaction is not None and not transaction.has_ended:
             failure = await self._end_savepoint(self._savepoint, transaction, failure)
         elif self._opened_scope:
@@ -322,7 +331,9 @@ class TransactionBlock(Block):
             scope.pop_frame(self._frame, including_nested=True)
         return failure
 
-    async def _end_transaction(self, failure: BaseException | None) -> BaseException | None:
+    async def _end_transaction(
+        self, failure: BaseException | None, raised_inside: BaseException | None
+    ) -> BaseException | None:
         scope, transaction = self._scope, self._transaction
         assert transaction is not None
         first_cause = failure and root_cause(failure, scope.failure_since(0))
@@ -340,6 +351,11 @@ class TransactionBlock(Block):
                 )
         if transaction_error is not None or transaction.rollback_requested:
             transaction.mark_rolled_back()
+        scope.is_uncounted = False  # It is counted here.
+        self._database.totals.count_end(
+            None if transaction_error is raised_inside else transaction_error,
+            rolls_back=transaction.rolled_back,
+        )
         scope.transaction = None
         try:
             if self._opened_scope:
@@ -351,8 +367,9 @@ class TransactionBlock(Block):
         hooks = transaction.take_due_hooks()
         if isinstance(transaction_error, CommitOutcomeUnknownError):
             return failure
-        self.will_retry = self._may_retry and first_cause is not None and is_retryable(first_cause)
-        if self.will_retry:
+        if self._may_retry:
+            self.retry_reason = retry_reason(first_cause)
+        if self.retry_reason:
             self.postponed_hooks = hooks
             return failure
         hooks = [*scope.take_due_hooks(), *hooks]

@@ -35,6 +35,7 @@ class Protocol:
         self._has_begun = False  # a transaction, and asyncpg does not know of it yet
         # In this transaction: it is not READ ONLY; and no statement but reads was sent.
         self.may_have_written = self.has_only_read = False
+        self.last_statement: str | None = None  # of the user who has the connection
         # A statement was prepared in an implicit transaction, which ends at a Sync.
         self._is_set_up = False
         self._is_busy = False  # The answer to a message is outstanding.
@@ -113,6 +114,7 @@ class Protocol:
         return self._send_simple(self._protocol.copy_out, *args)
 
     async def prepare(self, *args: Any, **options: Any) -> Any:
+        self.last_statement = args[1]
         self._set_up()  # It may need the search_path.
         prepare = partial(self._protocol.prepare, **options)
         state = await self._send(prepare, *args, tells_asyncpg=False)
@@ -128,6 +130,7 @@ class Protocol:
         return_extra: bool,
         timeout: float | None,
     ) -> Awaitable[Any]:
+        self.last_statement = state.query
         if self.ahead_of_each:
             self._set_up(state)
         if self.has_only_read:
@@ -138,6 +141,7 @@ class Protocol:
     async def bind_execute_many(
         self, state: Any, args: Any, *, timeout: float | None, **options: Any
     ) -> Any:
+        self.last_statement = state.query
         # After a client's error asyncpg sends a ROLLBACK, unless it knows of a
         # transaction.
         await self.settle(timeout)
@@ -154,6 +158,7 @@ class Protocol:
 
     def bind(self, *args: Any) -> Awaitable[Any]:
         self.has_only_read = False
+        self.last_statement = args[0].query
         return self._send(self._protocol.bind, *args)
 
     def execute(self, *args: Any) -> Awaitable[Any]:
@@ -181,6 +186,8 @@ class Protocol:
 
         Nothing tells PgBouncer that it was skipped. So what is held is settled before.
         """
+        if not BEGIN.fullmatch(args[0]):
+            self.last_statement = args[0]
         if self._pipeline.held:
             await self.settle(args[-1])
         self._set_up()

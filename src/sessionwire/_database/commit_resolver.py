@@ -22,6 +22,7 @@ from sessionwire._shield import shielding_tasks
 from sessionwire.errors import CommitOutcomeUnknownError
 
 from .pipeline import values_in
+from .totals import Totals
 
 # The share of commit_timeout for the answer to the COMMIT, and that until the outcome
 # must be known. The rest is for the task that waits.
@@ -148,15 +149,13 @@ class CommitResolver:
     Args:
         connect: Opens a connection, in SQLAlchemy's greenlet.
         commit_timeout: Seconds for a commit, with the look-up.
-        on_settled: Is called for each commit whose outcome was found.
+        totals: The counters of the manager.
     """
 
-    def __init__(
-        self, connect: Callable[[], Any], commit_timeout: float, on_settled: Callable[[], object]
-    ) -> None:
+    def __init__(self, connect: Callable[[], Any], commit_timeout: float, totals: Totals) -> None:
         self._connect = connect
         self._commit_timeout = commit_timeout
-        self._on_settled = on_settled
+        self._totals = totals
         self.system_identifier: str | None = None
         # The connections that wait for the answer to a COMMIT, and how long they may, by
         # the clock of the event loop: the earliest first. One timer serves them all.
@@ -258,7 +257,7 @@ class CommitResolver:
         self._tell(f"{transaction_id} was committed")
 
     def _tell(self, outcome: str) -> None:
-        self._on_settled()
+        self._totals.settled += 1
         logger.warning("the answer to a COMMIT was lost, and looked up: transaction %s", outcome)
 
     async def _look_up(self, question: Question, until: float) -> tuple[bool | None, str]:

@@ -23,8 +23,16 @@ TOO_MANY_CONNECTIONS = "53300"
 OUTCOME_UNKNOWN_SQLSTATES = ("40003", "08007")
 # idle_in_transaction_session_timeout: the server had not read the COMMIT.
 ENDED_WHILE_IDLE = "25P03"
-# Serialization failure, deadlock, no lock in time; the server starts, stops or is full.
-RETRYABLE_CODES = ("40001", "40P01", "SQLITE_BUSY", "57P03", TOO_MANY_CONNECTIONS)
+# The attribute of a driver's error that says that no connection was made.
+NOT_CONNECTED = "sessionwire_not_connected"
+# The beginnings of the codes of errors that a retry may mend, and the reasons.
+RETRYABLE_CODES = {
+    "40001": "serialization_failure",
+    "40P01": "deadlock",
+    "SQLITE_BUSY": "busy",
+    "57P03": "server_unavailable",  # It starts, or stops.
+    TOO_MANY_CONNECTIONS: "too_many_connections",
+}
 # The errors of asyncpg after a migration. After the first SQLAlchemy prepares its plans
 # anew; after the second it would keep them, so the connection has to go.
 OUTDATED_PLAN, OUTDATED_TYPE = "InvalidCachedStatementError", "OutdatedSchemaCacheError"
@@ -75,11 +83,16 @@ def is_retryable(error: BaseException | None) -> bool:
     Args:
         error: An error that left a block of this library, or an error of the database.
     """
+    return retry_reason(error) is not None
+
+
+def retry_reason(error: BaseException | None) -> str | None:
+    """Return why a retry may succeed, in a word, or None if `is_retryable()` is false."""
     errors = list(_with_causes(error, set()))
     final = CommitOutcomeUnknownError, TransactionTimeoutError
     if any(isinstance(each, final) for each in errors):
-        return False
-    return any(_is_temporary(each) for each in errors)
+        return None
+    return next(filter(None, map(_reason_to_retry, errors)), None)
 
 
 def _with_causes(error: BaseException | None, seen: set[int]) -> Iterator[Exception]:
@@ -93,17 +106,24 @@ def _with_causes(error: BaseException | None, seen: set[int]) -> Iterator[Except
         error = error.__cause__
 
 
-def _is_temporary(error: Exception) -> bool:
-    if sqlstate(error).startswith(RETRYABLE_CODES):
-        return True
+def _reason_to_retry(error: Exception) -> str | None:
+    code = sqlstate(error)
+    for beginning, reason in RETRYABLE_CODES.items():
+        if code.startswith(beginning):
+            return reason
     if not isinstance(error, DBAPIError):
-        return False
-    is_outdated = type(error.orig and error.orig.__cause__).__name__ == OUTDATED_PLAN or (
+        return None
+    if type(error.orig and error.orig.__cause__).__name__ == OUTDATED_PLAN or (
         # The server has no SQLSTATE for a type that is gone. It does not translate
         # internal errors, so their text can be compared.
-        sqlstate(error) == INTERNAL_ERROR and "cache lookup failed for type" in str(error.orig)
-    )
-    return error.connection_invalidated or is_outdated
+        code == INTERNAL_ERROR and "cache lookup failed for type" in str(error.orig)
+    ):
+        return "outdated_plan"
+    if not error.connection_invalidated:
+        return None
+    if code == READ_ONLY_TRANSACTION:
+        return "read_only"
+    return "server_unavailable" if hasattr(error.orig, NOT_CONNECTED) else "connection_lost"
 
 
 def root_cause(error: BaseException | None, first: BaseException | None) -> BaseException | None:

@@ -9,7 +9,7 @@ import random
 import tempfile
 import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import URL, AdaptedConnection, Connection, Engine, event, make_url
-from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_only
@@ -30,11 +29,14 @@ from sessionwire.settings import DatabaseSettings
 
 from . import postgresql, sqlite, sqlite_connections
 from .begin_hooks import BeginHooks
+from .connection_pool import ConnectionPool
 from .driver_errors import install_disconnect_listener
 from .failed_statements import install_failure_listener, record_savepoints
+from .holders import Holders, Unit
 from .options import CONNECTION_OPTIONS, ConnectionOptions
-from .postgresql_pool import EXPIRES_AT, PostgreSQLPool
+from .postgresql_pool import EXPIRES_AT, LifetimeOver, PostgreSQLPool
 from .savepoints import install_cancellation_listener
+from .totals import Totals
 
 if TYPE_CHECKING:
     from .commit_resolver import CommitResolver
@@ -51,11 +53,19 @@ class DatabaseEngines:
     Args:
         settings: The settings of the database.
         begin_hooks: The hooks of `on_begin`, which more may be added to later.
+        units: The units that are open, at any time.
+        totals: The counters of the manager.
     """
 
     resolver: CommitResolver | None = None
 
-    def __init__(self, settings: DatabaseSettings, begin_hooks: BeginHooks) -> None:
+    def __init__(
+        self,
+        settings: DatabaseSettings,
+        begin_hooks: BeginHooks,
+        units: Collection[Unit],
+        totals: Totals,
+    ) -> None:
         url = make_url(settings.url)
         self.server: EmbeddedServer | None = None
         if url.drivername == "embedded":
@@ -70,6 +80,7 @@ class DatabaseEngines:
         self._url = url
         self._settings = settings
         self._begin_hooks = begin_hooks
+        self.units, self.totals = units, totals
         self.is_closed = False  # by the manager's close(): nothing commits any more
         self._is_disposing = False
         self._connections: set[AdaptedConnection] = set()
@@ -80,12 +91,18 @@ class DatabaseEngines:
         self.cleanup_tasks: set[asyncio.Future[Any]] = set()  # those that are running
         self.is_sqlite = url.get_backend_name() == "sqlite"
         self.primary = self._build_engine()
+        self.holders = Holders(units, totals, settings.pool.warn_held_after, _last_statement)
+        self.pool.watch(self.holders, totals)
         self._is_asyncpg = self.primary.dialect.driver == "asyncpg"
         # Statements can be sent ahead of others.
         self.sends_ahead = settings.pipeline and self._is_asyncpg
         # A read-only connection is kept from writing without a transaction.
         self.refuses_writes_in_autocommit = self.is_sqlite or self.sends_ahead
         self._variants: dict[ConnectionOptions, AsyncEngine] = {}
+
+    @property
+    def pool(self) -> ConnectionPool:
+        return cast(ConnectionPool, self.primary.sync_engine.pool)
 
     def set_up(
         self, connection: Connection, options: ConnectionOptions, settings: Mapping[str, str]
@@ -106,12 +123,12 @@ class DatabaseEngines:
         That is so if no transaction is to be ended, no connection has to be closed
         because the pool is full, and no listener of a user has to be called.
         """
-        pool = self.primary.sync_engine.pool
+        pool = self.pool
         return (
             options.autocommit
             and not options.transaction_per_statement
             and self.sends_ahead
-            and cast(PostgreSQLPool, pool).overflow() <= 0
+            and pool.overflow() <= 0
             and not (pool.dispatch.checkin or pool.dispatch.reset)
         )
 
@@ -170,11 +187,12 @@ class DatabaseEngines:
         elif self._url.drivername == "postgresql+asyncpg":
             engine = self._build_postgresql()
         else:
-            engine = self._create_engine(self._url)
+            engine = self._create_engine(self._url, poolclass=ConnectionPool)
         sync_engine = engine.sync_engine
         event.listen(sync_engine, "connect", self._on_connect)
         if not isinstance(sync_engine.pool, PostgreSQLPool):  # It looks itself.
             event.listen(sync_engine, "checkout", _check_lifetime)
+        event.listen(sync_engine, "invalidate", self._on_invalidate)
         event.listen(sync_engine, "close", self._on_close)
         install_disconnect_listener(sync_engine)
         self._begin_hooks.watch(sync_engine)
@@ -219,7 +237,7 @@ class DatabaseEngines:
             from .commit_resolver import CommitResolver  # asyncpg is not needed on SQLite
 
             self.resolver = CommitResolver(
-                self._connect_beside_pool, self._settings.commit_timeout, lambda: None
+                self._connect_beside_pool, self._settings.commit_timeout, self.totals
             )
         postgresql.configure_engine(
             engine.sync_engine, self._settings, self.server, self._cleanup_of, self.resolver
@@ -229,7 +247,8 @@ class DatabaseEngines:
     def _connect_beside_pool(self) -> Any:
         if self.is_closed:
             raise NotInitializedError("the manager was closed meanwhile")
-        pool: Any = self.primary.sync_engine.pool
+        self.totals.made += 1
+        pool: Any = self.pool
         return pool._invoke_creator(None)
 
     def _create_engine(self, url: URL, **options: Any) -> AsyncEngine:
@@ -247,12 +266,21 @@ class DatabaseEngines:
     # Listen to the pool
 
     def _on_connect(self, connection: AdaptedConnection, record: ConnectionPoolEntry) -> None:
+        self.totals.made += 1
         self._connections.add(connection)
         self._records.add(record)
         lifetime = self._settings.pool.max_lifetime or float("inf")
         # Without jitter, a pool that was filled at once would be renewed at once.
         jitter = random.uniform(1 - LIFETIME_JITTER, 1)
         record.info[EXPIRES_AT] = monotonic() + lifetime * jitter
+
+    def _on_invalidate(
+        self, connection: AdaptedConnection, _record: Any, error: BaseException | None
+    ) -> None:
+        if isinstance(error, LifetimeOver):
+            self.totals.replaced += 1
+        elif isinstance(error, Exception) and connection.driver_connection not in self._cleanups:
+            self.totals.lost += 1
 
     def _on_close(self, connection: AdaptedConnection, _record: Any) -> None:
         self._connections.discard(connection)
@@ -313,6 +341,7 @@ class DatabaseEngines:
     async def dispose(self) -> None:
         """Close the pool and delete a temporary file."""
         self._is_disposing = True  # The connections are closed at once, not one by one.
+        self.holders.stop()
         await self.primary.dispose()
         if self.resolver is not None:
             self.resolver.stop_watching()
@@ -327,6 +356,7 @@ class DatabaseEngines:
             is_forked: They belong to the parent process; otherwise their event loop is
                 closed.
         """
+        self.holders.forget()
         in_use = [record.driver_connection for record in self._records if record.in_use]
         for record in self._records:
             record.fairy_ref = None  # Otherwise the garbage collector would release it.
@@ -349,11 +379,17 @@ def _check_lifetime(
     _connection: AdaptedConnection, record: ConnectionPoolEntry, _proxy: Any
 ) -> None:
     if monotonic() > record.info[EXPIRES_AT]:
-        raise DisconnectionError("this connection has reached pool.max_lifetime")
+        raise LifetimeOver
 
 
 def _refuse_checkout(*_: object) -> None:
     raise NotInitializedError("the manager was closed while this waited for a connection")
+
+
+def _last_statement(connection: Any) -> str | None:
+    driver = connection.driver_connection
+    # asyncpg's protocol knows it; of other drivers than ours nobody does.
+    return getattr(getattr(driver, "_protocol", driver), "last_statement", None)
 
 
 async def _wait_briefly(cleanup: asyncio.Future[Any]) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from contextlib import suppress
+from time import monotonic
 
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_only
 from sqlalchemy.util.queue import Empty, Full, QueueCommon
+
+from .totals import Totals
 
 Turn = asyncio.Future[ConnectionPoolEntry]
 
@@ -20,6 +23,8 @@ class FairQueue(QueueCommon[ConnectionPoolEntry]):
     connection, and it waits again, behind all others. The connection that was used last
     is handed out first.
     """
+
+    totals: Totals | None = None
 
     def __init__(self, maxsize: int = 0, use_lifo: bool = True) -> None:
         self.maxsize = maxsize
@@ -35,6 +40,10 @@ class FairQueue(QueueCommon[ConnectionPoolEntry]):
 
     def qsize(self) -> int:
         return len(self._idle)
+
+    @property
+    def waiting(self) -> int:
+        return sum(not turn.done() for turn in self._waiting)
 
     def get(self, block: bool = True, timeout: float | None = None) -> ConnectionPoolEntry:
         """Take a connection.
@@ -76,6 +85,7 @@ class FairQueue(QueueCommon[ConnectionPoolEntry]):
         turn: Turn = loop.create_future()
         self._waiting.append(turn)
         timer = None if timeout is None else loop.call_later(timeout, _give_up, turn)
+        since = monotonic()
         try:
             return await turn
         except BaseException:
@@ -89,6 +99,8 @@ class FairQueue(QueueCommon[ConnectionPoolEntry]):
         finally:
             if timer is not None:
                 timer.cancel()
+            if self.totals is not None:
+                self.totals.waited_for += monotonic() - since
 
 
 def _give_up(turn: Turn) -> None:

@@ -19,6 +19,7 @@ from sessionwire.embedded import EmbeddedServer
 from sessionwire.errors import ConfigurationError
 from sessionwire.settings import DatabaseSettings
 
+from .driver_errors import NOT_CONNECTED
 from .options import ConnectionOptions
 from .pipeline import Pipeline, Statement
 from .postgresql_pool import GET_CLEANUP, LAST_USED, Cleanup, PostgreSQLPool
@@ -150,6 +151,7 @@ def _connect_error(dbapi: Any, error: Exception) -> Exception:
     reason = error.__cause__ or error
     wrapped: Any = dbapi.OperationalError(f"could not connect: {type(reason).__name__}: {reason}")
     wrapped.pgcode = wrapped.sqlstate = getattr(reason, "sqlstate", None)
+    setattr(wrapped, NOT_CONNECTED, True)
     return cast(Exception, wrapped)
 
 

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 from time import monotonic
-from typing import Any, Self, cast
+from typing import Any, Self
 
 from sqlalchemy.exc import DisconnectionError
-from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_only
 
-from .fair_queue import FairQueue
+from .connection_pool import ConnectionPool
 
 Cleanup = asyncio.Future[Any]
 
@@ -25,19 +25,25 @@ LAST_USED = "sessionwire_last_used"
 GET_CLEANUP = "sessionwire_get_cleanup"
 
 
-class PostgreSQLPool(AsyncAdaptedQueuePool):
+class LifetimeOver(DisconnectionError):
+    """A connection has reached `pool.max_lifetime`, and another one replaces it."""
+
+    def __init__(self) -> None:
+        super().__init__("this connection has reached pool.max_lifetime")
+
+
+class PostgreSQLPool(ConnectionPool):
     """A pool of connections of asyncpg.
 
     A place becomes free only when its connection is closed. Listeners of the pool would
     do for the rest, but SQLAlchemy takes a longer way for a pool that has some.
     """
 
-    _queue_class = FairQueue
     ping_after = float("inf")  # seconds that a connection may idle before it is asked
     ping_timeout = 0.0  # seconds
 
     def recreate(self) -> Self:
-        pool = cast(Self, super().recreate())
+        pool = super().recreate()
         pool.ping_after, pool.ping_timeout = self.ping_after, self.ping_timeout
         return pool
 
@@ -49,7 +55,7 @@ class PostgreSQLPool(AsyncAdaptedQueuePool):
             return record
         try:
             if defect := self._find_defect(record):
-                record.invalidate(DisconnectionError(defect))  # SQLAlchemy opens another one.
+                record.invalidate(defect)  # SQLAlchemy opens another one.
         except BaseException as error:
             try:
                 record.invalidate(error)
@@ -58,33 +64,33 @@ class PostgreSQLPool(AsyncAdaptedQueuePool):
             raise
         return record
 
-    def _find_defect(self, record: ConnectionPoolEntry) -> str | None:
+    def _find_defect(self, record: ConnectionPoolEntry) -> DisconnectionError | None:
         """Return why a connection can't be used, or None."""
         info, now, adapted = record.info, monotonic(), record.dbapi_connection
         driver: Any = adapted and adapted.driver_connection
         if now > info[EXPIRES_AT]:
-            return "this connection has reached pool.max_lifetime"
+            return LifetimeOver()
         if driver.is_closed():
-            return "the server closed this connection"
+            return DisconnectionError("the server closed this connection")
         if now - info[LAST_USED] > self.ping_after and not _answers(driver, self.ping_timeout):
-            return "the server does not answer on this connection"
+            return DisconnectionError("the server does not answer on this connection")
         return None
 
     # Take back
 
-    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+    def _take_back(self, record: ConnectionPoolEntry) -> None:
         if record.dbapi_connection is not None:
             _end_use(record, record.dbapi_connection)
         if self._overflow > 0 and self._pool.full():
             record.close()
         cleanup = _take_cleanup(record) if record.dbapi_connection is None else None
         if cleanup is None or cleanup.done():
-            super()._do_return_conn(record)
+            super()._take_back(record)
         else:
             cleanup.add_done_callback(partial(self._return_late, record))
 
     def _return_late(self, record: ConnectionPoolEntry, _cleanup: Cleanup) -> None:
-        super()._do_return_conn(record)
+        super()._take_back(record)
 
 
 def _answers(driver: Any, timeout: float) -> bool:
@@ -106,6 +112,7 @@ def _end_use(record: ConnectionPoolEntry, adapted: Any) -> None:
     driver = adapted.driver_connection
     if not driver.is_closed():
         adapted.autocommit = adapted.readonly = False
+        driver._protocol.last_statement = None
         if not driver.end_use():
             record.invalidate()
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from sqlalchemy import Connection, make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -23,30 +23,19 @@ from sessionwire.errors import (
     OwnershipError,
 )
 from sessionwire.settings import DatabaseSettings
+from sessionwire.status import PoolStatus, Status
 
 from .begin_hooks import BeginHooks
 from .engines import DatabaseEngines
+from .holders import Unit
 from .options import CONNECTION_OPTIONS, WITHOUT_HOOKS, ConnectionOptions
+from .totals import Totals
 from .transaction_settings import SettingsSource, TransactionSettings
 
 NOT_INITIALIZED_HINT = (
     "call init(url) or await open() first, or start the container with Lifespan; "
     "after close() open it anew"
 )
-
-
-class Unit(Protocol):
-    """The user of a connection until its release: a scope, or a `connect()` block."""
-
-    task: asyncio.Task[Any] | None
-
-    @property
-    def engine(self) -> AsyncEngine:
-        """The engine of its connection."""
-        ...
-
-    def abort(self) -> None:
-        """Let nothing of it commit any more; its connection is being closed."""
 
 
 class Database:
@@ -65,12 +54,16 @@ class Database:
         # None until they are given; the properties below raise then.
         self.constructor_settings = self.given_settings = settings
         self.current_engines: DatabaseEngines | None = None
+        self.totals = Totals()
+        self._open_units: set[Unit] = set()
         self.make_engines: Callable[[DatabaseSettings], DatabaseEngines] = partial(
-            DatabaseEngines, begin_hooks=self.begin_hooks
+            DatabaseEngines,
+            begin_hooks=self.begin_hooks,
+            units=self._open_units,
+            totals=self.totals,
         )
         self._is_closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._open_units: set[Unit] = set()
         self._unit_released: asyncio.Event | None = None
 
     def __deepcopy__(self, memo: object) -> Self:
@@ -159,6 +152,21 @@ class Database:
             frozenset()
             if self.current_engines is None
             else frozenset(self.current_engines.cleanup_tasks)
+        )
+
+    def status(self) -> Status:
+        """Return what is open, who holds the connections, and the totals. Does no I/O."""
+        if self._is_abandoned:
+            self._abandon()
+        engines, totals = self.current_engines, self.totals
+        return Status(
+            is_open=self.is_open,
+            open_scopes=len(self._open_units),
+            pool=PoolStatus() if engines is None else engines.pool.status_now(),
+            transactions=totals.transactions,
+            retries=dict(totals.retries),
+            connections=totals.connections,
+            holders=() if engines is None else engines.holders.list_all(),
         )
 
     # Opening and closing
@@ -271,7 +279,7 @@ class Database:
             if reset:
                 self.current_engines = None
                 self.is_open = self._is_closing = False
-                self._open_units = set()
+                self._open_units.clear()
             if not self._open_units:
                 self._loop = None  # nothing is left that is bound to it
             if engines.server:
@@ -346,7 +354,7 @@ class Database:
             unit.abort()
         if self._is_closing:  # and will not get further
             self.current_engines = None
-        self._open_units = set()
+        self._open_units.clear()
         self.is_open = self._is_closing = False
         self._unit_released = self._loop = None
 

@@ -12,10 +12,10 @@ from threading import Thread
 from time import monotonic
 from typing import Any
 
-from sqlalchemy import AsyncAdaptedQueuePool
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.pool.base import _ConnectionRecord  # pyright: ignore[reportPrivateUsage]
 
-from .fair_queue import FairQueue
+from .connection_pool import ConnectionPool
 from .sqlite_write_queue import WriteQueue
 
 # Seconds that a statement waits for a lock in the driver's thread, where a cancellation
@@ -80,10 +80,8 @@ class ConnectionOpening:
                 self._connection.close()
 
 
-class SQLitePool(AsyncAdaptedQueuePool):
+class SQLitePool(ConnectionPool):
     """A pool that closes a connection if setting it up fails or is cancelled."""
-
-    _queue_class = FairQueue
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -97,6 +95,12 @@ class SQLitePool(AsyncAdaptedQueuePool):
             record.invalidate(error)
             raise
         return record
+
+    def _take_back(self, record: ConnectionPoolEntry) -> None:
+        driver: Any = record.driver_connection
+        if driver is not None:
+            driver.last_statement = None
+        super()._take_back(record)
 
 
 async def interrupt_for(

@@ -11,6 +11,8 @@ from typing import Any, cast
 import aiosqlite
 from aiosqlite.context import contextmanager
 
+from .sql_text import transaction_control
+
 ROWS_AT_ONCE = 64  # that iterating over a cursor fetches; aiosqlite's own default
 
 
@@ -32,6 +34,7 @@ class Connection(aiosqlite.Connection):
 
     _has_ended = False  # its last transaction, and nothing was sent since
     writer_ended: asyncio.Event | None = None  # set at the end of a transaction that writes
+    last_statement: str | None = None  # of the user who has the connection
 
     async def _execute(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         self._has_ended = False
@@ -63,9 +66,18 @@ class _Cursor(aiosqlite.Cursor):
 
     async def execute(self, sql: str, parameters: Iterable[Any] | None = None) -> aiosqlite.Cursor:
         self._may_have_rows = True
+        self._note(sql)
         await super().execute(sql, parameters)
         self._may_have_rows = self._cursor.description is not None
         return self
+
+    async def executemany(self, sql: str, parameters: Iterable[Iterable[Any]]) -> aiosqlite.Cursor:
+        self._note(sql)
+        return await super().executemany(sql, parameters)
+
+    def _note(self, sql: str) -> None:
+        if not transaction_control(sql):
+            cast(Connection, self._conn).last_statement = sql
 
     async def fetchall(self) -> Iterable[sqlite3.Row]:
         rows = await super().fetchall()

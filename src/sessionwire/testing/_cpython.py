@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import sqlite3
-from types import FrameType
 from typing import Any
 
 
@@ -31,11 +30,6 @@ def has_unretrieved_error(task: asyncio.Task[Any]) -> bool:
     asyncio logs such an error when the task is freed.
     """
     return bool(getattr(task, "_log_traceback", False))
-
-
-def runs_a_callback(frame: FrameType) -> bool:
-    """Return whether `frame` is the event loop's call of a callback."""
-    return frame.f_code is asyncio.Handle._run.__code__
 
 
 def close_unfinished_cursors(driver: Any) -> None:

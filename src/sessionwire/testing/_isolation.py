@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from dependency_injector import containers
 
+from sessionwire._database.engines import DatabaseEngines
 from sessionwire._database.runtime import database_of
 from sessionwire.lifespan import Lifespan, managers_of
 
-from ._leaks import LeakDetector, WatchedEngines
+from ._leaks import LeakDetector
 from ._plugin_options import option
 from ._substitution import substitute_engines
 from .sandbox import sandbox
@@ -66,6 +67,11 @@ async def _start_on_own_databases(
         with ExitStack() as stack:
             for manager in managers:
                 stack.enter_context(
-                    substitute_engines(database_of(manager), partial(WatchedEngines, detector))
+                    substitute_engines(database_of(manager), partial(_watched, detector))
                 )
             yield detector
+
+
+def _watched(detector: LeakDetector, engines: DatabaseEngines) -> DatabaseEngines:
+    detector.watch_pool(engines.pool)
+    return engines

@@ -6,17 +6,12 @@ import asyncio
 from typing import Any, cast
 
 from sqlalchemy import Pool, PoolProxiedConnection, event
-from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from sessionwire._database.engines import DatabaseEngines
-from sessionwire._database.options import ConnectionOptions
+from sessionwire._database.call_sites import describe_task, line_of, running_line
 from sessionwire._database.runtime import database_of
 from sessionwire._shield import shielding_tasks
 from sessionwire.manager import DatabaseSessionManager
-
-from ._borrowers import BORROWER, Borrower, borrower_of
-from ._call_sites import UNKNOWN_CALL_SITE, call_site, describe_task
 
 CANCELLATION_TIMEOUT = 5.0  # seconds for a cancelled task to end
 TASK_GRACE = 0.5  # seconds for tasks that are about to end
@@ -96,10 +91,9 @@ class LeakDetector:
         blocks: list[str] = []
         for database, before in self._units_before.items():
             for unit in database.open_units - before:
-                borrower = borrower_of(unit)
-                line = borrower.call_site if borrower else UNKNOWN_CALL_SITE
                 blocks.append(
-                    f"a session or connection was left open: the block that began at {line}"
+                    "a session or connection was left open: the block that began at "
+                    f"{line_of(unit.call_site)}"
                 )
                 unit.abort()
                 database.release(unit)
@@ -112,22 +106,10 @@ class LeakDetector:
     def _on_checkout(
         self, _: object, record: ConnectionPoolEntry, connection: PoolProxiedConnection
     ) -> None:
-        self._checked_out[record] = connection, call_site()
+        self._checked_out[record] = connection, running_line()
 
     def _on_checkin(self, _: object, record: ConnectionPoolEntry) -> None:
         self._checked_out.pop(record, None)
-
-
-class WatchedEngines(DatabaseEngines):
-    """A manager's own engines, which also record the borrowers of connections."""
-
-    def __init__(self, detector: LeakDetector, real: DatabaseEngines) -> None:
-        # all state is shared, so that closing these engines closes the real ones
-        self.__dict__ = real.__dict__
-        detector.watch_pool(real.primary.pool)
-
-    def engine_for(self, options: ConnectionOptions) -> AsyncEngine:
-        return super().engine_for(options).execution_options(**{BORROWER: Borrower()})
 
 
 def _is_infrastructure(task: Task) -> bool:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 from copy import copy
 from functools import partial
 from typing import Any, cast
 
-from sqlalchemy import AsyncAdaptedQueuePool, Connection, Engine, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sessionwire._core.context import enclosing_scopes
+from sessionwire._database.call_sites import line_of, running_line
+from sessionwire._database.connection_pool import ConnectionPool
 from sessionwire._database.driver_errors import install_disconnect_listener
 from sessionwire._database.engines import DatabaseEngines
 from sessionwire._database.failed_statements import install_failure_listener
+from sessionwire._database.holders import Holders
 from sessionwire._database.options import CONNECTION_OPTIONS, ConnectionOptions
 from sessionwire._database.runtime import Database
 from sessionwire._database.savepoints import install_cancellation_listener
 from sessionwire.errors import SandboxError
 
-from ._borrowers import BORROWER, Borrower, borrower_of
 from ._leaks import LeakDetector
 from ._shared_connection import SharedConnection
 
@@ -36,20 +39,25 @@ class SandboxEngines(DatabaseEngines):
         self.server = None  # closing the manager must not stop the server
         self.is_closed = False
         self.cleanup_tasks = shared.cleanup_tasks
+        self.units, self.totals = real.units, real.totals
         self._database = database
         self._shared = shared
         self.dialect: Any = (
             real.dialect if isinstance(real, SandboxEngines) else real.primary.dialect
         )
         self.primary = AsyncEngine(self._build_sandbox_engine(real.primary.sync_engine))
+        warn_after = database.settings.pool.warn_held_after
+        self.holders = Holders(self.units, self.totals, warn_after, _last_statement)
+        self.pool.watch(self.holders, self.totals)
         self.is_sqlite = self.dialect.name == "sqlite"
         self.sends_ahead, self.refuses_writes_in_autocommit = False, True
         detector.watch_pool(self.primary.pool)
         shared.block_checkouts(real.primary.pool)
 
     def engine_for(self, options: ConnectionOptions) -> AsyncEngine:
-        ours = {CONNECTION_OPTIONS: options, BORROWER: self._borrower()}
-        return self.primary.execution_options(**{**options.copy_execution_options(), **ours})
+        return self.primary.execution_options(
+            **{**options.copy_execution_options(), CONNECTION_OPTIONS: options}
+        )
 
     def _build_sandbox_engine(self, real: Engine) -> Engine:
         shared = self._shared
@@ -64,7 +72,7 @@ class SandboxEngines(DatabaseEngines):
             setattr(dialect, name, _do_nothing)
         dialect.do_close = dialect.do_terminate = shared.abort
         settings = self._database.settings.pool
-        pool = AsyncAdaptedQueuePool(
+        pool = ConnectionPool(
             cast(Any, shared.connect),
             pool_size=settings.size,
             max_overflow=settings.max_overflow,
@@ -75,6 +83,7 @@ class SandboxEngines(DatabaseEngines):
         engine = Engine(pool, dialect, real.url)
         event.listen(engine, "begin", self._on_begin)
         event.listen(engine, "checkout", shared.on_checkout)
+        event.listen(engine, "checkin", shared.on_checkin)
         install_disconnect_listener(engine)
         self._database.begin_hooks.watch(engine)
         install_failure_listener(engine)
@@ -88,10 +97,10 @@ class SandboxEngines(DatabaseEngines):
             autocommit=options.get("isolation_level") == "AUTOCOMMIT",
             read_only=options.get("postgresql_readonly", False),
         )
-        virtual.borrower = options.get(BORROWER) or self._borrower()
-
-    def _borrower(self) -> Borrower:
-        return Borrower(frozenset(borrower_of(scope) for scope in enclosing_scopes(self._database)))
+        unit = virtual.unit = self.holders.unit_of(virtual)
+        virtual.enclosing = enclosing_scopes(self._database)
+        virtual.task = asyncio.current_task() if unit is None else unit.task
+        virtual.line = running_line() if unit is None else line_of(unit.call_site)
 
     def set_up(self, *_: object, **__: object) -> None:
         """Leave it to `_on_begin()`."""
@@ -107,8 +116,13 @@ class SandboxEngines(DatabaseEngines):
         await self._shared.wait_for_cleanup()
 
     async def dispose(self) -> None:
+        self.holders.stop()
         await self.primary.dispose()
         await self._shared.wait_for_cleanup()
+
+
+def _last_statement(virtual: Any) -> str | None:
+    return cast("str | None", virtual.last_statement)
 
 
 def _do_nothing(*_: object) -> None: ...

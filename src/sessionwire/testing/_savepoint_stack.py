@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from sessionwire._database.call_sites import UNKNOWN_LINE
 from sessionwire._database.driver_errors import IN_FAILED_TRANSACTION, sqlstate
+from sessionwire._database.holders import Unit
 from sessionwire._database.options import ConnectionOptions
 from sessionwire._shield import run_shielded
 from sessionwire.errors import SandboxError
-
-from ._borrowers import Borrower
 
 logger = logging.getLogger("sessionwire")
 SAVEPOINT_TIMEOUT = 30.0  # seconds to set, release or roll back a savepoint
@@ -27,7 +27,8 @@ class VirtualConnection:
         self._real = real
         # of its last transaction
         self.options = ConnectionOptions()
-        self.borrower: Borrower
+        self.line = UNKNOWN_LINE  # that began it
+        self.forget_user()
         # the task that executes something on it now
         self.running_task: asyncio.Task[Any] | None = None
         # whether its transaction is being rolled back in the background
@@ -37,9 +38,16 @@ class VirtualConnection:
         self.last_used = 0.0
         self.has_written = False
         # the transactions that were committed inside its own
-        self.committed_call_sites: list[str] = []
+        self.committed_lines: list[str] = []
         # the values that its settings had before it
         self.former_settings: dict[str, str] = {}
+
+    def forget_user(self) -> None:
+        """Let go of the code that has the connection."""
+        self.unit: Unit | None = None  # None: it is of a connection of `manager.engine`
+        self.enclosing: Set[object] = frozenset()  # inside whose transactions it may begin
+        self.task: asyncio.Task[Any] | None = None
+        self.last_statement: str | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -74,7 +82,7 @@ class SavepointStack:
         access_mode = self._access_mode_on_enter(virtual)
         enclosing = self._enclosing(virtual)
         self.open.append(virtual)
-        virtual.has_written, virtual.committed_call_sites = False, []
+        virtual.has_written, virtual.committed_lines = False, []
         virtual.former_settings = {}
         try:
             self._send(virtual, f"SAVEPOINT {self._name(virtual)}", *access_mode)
@@ -84,7 +92,7 @@ class SavepointStack:
             if enclosing is not None and sqlstate(error) == IN_FAILED_TRANSACTION:
                 raise SandboxError(
                     f"a statement failed in the enclosing transaction, which was begun at "
-                    f"{enclosing.borrower.call_site}; roll it back before starting another one: "
+                    f"{enclosing.line}; roll it back before starting another one: "
                     "in a sandbox both share one connection"
                 ) from error
             raise
@@ -101,9 +109,9 @@ class SavepointStack:
             then=lambda: self.open.remove(virtual),
         )
         if enclosing is not None:
-            enclosing.committed_call_sites += virtual.committed_call_sites
+            enclosing.committed_lines += virtual.committed_lines
             if virtual.has_written:
-                enclosing.committed_call_sites.append(virtual.borrower.call_site)
+                enclosing.committed_lines.append(virtual.line)
 
     def roll_back(self, virtual: VirtualConnection) -> None:
         """Roll back its transaction, and those that are open inside it."""
@@ -116,12 +124,12 @@ class SavepointStack:
         for inner in nested:
             inner.rolled_back_by_outer = True
             self.open.remove(inner)
-        if virtual.committed_call_sites:
+        if virtual.committed_lines:
             logger.warning(
                 "what was committed at %s is rolled back together with the enclosing transaction, "
                 "which was begun at %s: in a sandbox both share one connection",
-                ", ".join(virtual.committed_call_sites),
-                virtual.borrower.call_site,
+                ", ".join(virtual.committed_lines),
+                virtual.line,
             )
         name = self._name(virtual)
         try:

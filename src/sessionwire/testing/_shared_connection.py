@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Pool, PoolProxiedConnection, event
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from sessionwire._database.begin_hooks import BeginHooks
+from sessionwire._database.call_sites import describe_task
 from sessionwire._database.options import WITHOUT_HOOKS
 from sessionwire._database.sql_text import is_dml, transaction_control
 from sessionwire._database.sqlite import foreign_keys_switch
@@ -18,7 +19,6 @@ from sessionwire._database.sqlite_connections import interrupt_for
 from sessionwire._database.transaction_settings import SENT_AHEAD
 from sessionwire.errors import SandboxError
 
-from ._call_sites import describe_task
 from ._cpython import close_unfinished_cursors, is_waiting_for
 from ._interruptible import interrupt_if_unretrieved
 from ._savepoint_stack import SavepointStack, VirtualConnection
@@ -73,7 +73,7 @@ class SharedConnection:
     def _can_proceed(self, virtual: VirtualConnection) -> bool:
         if virtual.rolled_back_by_outer:
             raise SandboxError(
-                f"the transaction that was begun at {virtual.borrower.call_site} was rolled back "
+                f"the transaction that was begun at {virtual.line} was rolled back "
                 "together with the enclosing transaction: in a sandbox both share one connection"
             )
         if not self._savepoints.open:
@@ -81,10 +81,7 @@ class SharedConnection:
         innermost = self._savepoints.open[-1]
         if innermost is virtual:
             return innermost.is_idle
-        may_nest = (
-            virtual not in self._savepoints.open
-            and innermost.borrower in virtual.borrower.enclosing
-        )
+        may_nest = virtual not in self._savepoints.open and innermost.unit in virtual.enclosing
         return innermost.is_idle and may_nest
 
     async def _wait_for_turn(self, virtual: VirtualConnection) -> None:
@@ -100,9 +97,9 @@ class SharedConnection:
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
         if not holder.is_idle:
             return ""
-        if holder.borrower.task is task:
+        if holder.task is task:
             return "which this very task has left open"
-        if is_waiting_for(holder.borrower.task, task):
+        if is_waiting_for(holder.task, task):
             return "which waits for this task"
         if loop.time() >= holder.last_used + self._patience:
             return f"in which nothing has happened for {self._patience:g} s"
@@ -140,6 +137,7 @@ class SharedConnection:
         statement: str = arguments[1]
         virtual = _virtual(connection.connection)
         self._check_allowed(statement)
+        virtual.last_statement = statement
         in_autocommit = virtual not in self._savepoints.open and not virtual.rolled_back_by_outer
         if in_autocommit:
             self._begin(virtual)
@@ -245,6 +243,10 @@ class SharedConnection:
         # a transaction that failed to commit may have left it set
         _virtual(connection).rolled_back_by_outer = False
 
+    def on_checkin(self, virtual: VirtualConnection | None, _: object) -> None:
+        if virtual is not None:
+            virtual.forget_user()
+
     def block_checkouts(self, pool: Pool) -> None:
         """Refuse the pool's connections: changes on them would not be rolled back."""
         self._blocked_pools.add(pool)
@@ -269,12 +271,12 @@ def _virtual(connection: PoolProxiedConnection) -> VirtualConnection:
 def _deadlock_error(
     virtual: VirtualConnection, holder: VirtualConnection, reason: str
 ) -> SandboxError:
-    task = holder.borrower.task
+    task = holder.task
     held_by = "" if task is None else f" by task {describe_task(task)}"
     return SandboxError(
         "a deadlock on the sandbox's one connection: "
-        f"what was opened at {virtual.borrower.call_site} waits for the transaction "
-        f"that was opened at {holder.borrower.call_site}{held_by}, {reason}. "
+        f"what was opened at {virtual.line} waits for the transaction "
+        f"that was opened at {holder.line}{held_by}, {reason}. "
         "Transactions that must run concurrently need a real database: "
         "use DatabaseTemplate, or sessionwire_isolation = database."
     )

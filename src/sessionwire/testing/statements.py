@@ -15,11 +15,10 @@ from typing import Any
 from dependency_injector import containers
 from sqlalchemy import Connection, Engine, event
 
+from sessionwire._database.call_sites import running_line
 from sessionwire._database.runtime import database_of
 from sessionwire.lifespan import managers_of
 from sessionwire.manager import DatabaseSessionManager
-
-from ._call_sites import call_site
 
 UNCOUNTED = ("BEGIN", "COMMIT", "ROLLBACK", "SAVEPOINT", "RELEASE")
 MAX_WIDTH = 200  # characters of a statement in a message
@@ -65,7 +64,7 @@ def count_statements(
         if not sql.startswith(UNCOUNTED) and any(
             database.is_initialized and database.engines.includes(engine) for database in databases
         ):
-            sent.append(SentStatement(sql, call_site()))
+            sent.append(SentStatement(sql, running_line()))
 
     event.listen(Engine, "before_cursor_execute", record)
     try:

@@ -1,0 +1,72 @@
+"""`ConnectionPool`: a pool that knows who holds its connections."""
+
+from __future__ import annotations
+
+from typing import Self, cast
+
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
+
+from sessionwire.status import PoolStatus
+
+from .fair_queue import FairQueue
+from .holders import Holders
+from .totals import Totals
+
+
+class ConnectionPool(AsyncAdaptedQueuePool):
+    """A pool that knows who holds its connections. If it has none left, it says so."""
+
+    _queue_class = FairQueue
+    holders: Holders
+
+    def watch(self, holders: Holders, totals: Totals) -> None:
+        """Note who holds its connections from now on."""
+        self.holders = holders
+        self._queue.totals = totals
+
+    def recreate(self) -> Self:
+        pool = cast(Self, super().recreate())
+        assert self._queue.totals is not None
+        pool.watch(self.holders, self._queue.totals)
+        return pool
+
+    @property
+    def _queue(self) -> FairQueue:
+        return cast(FairQueue, self._pool)
+
+    def status_now(self) -> PoolStatus:
+        return PoolStatus(
+            in_use=len(self.holders),
+            idle=self.checkedin(),
+            waiting=self._queue.waiting,
+            limit=self.size() + self._max_overflow,
+        )
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        try:
+            place = super()._do_get()
+        except PoolTimeoutError:
+            raise self._timeout_error() from None
+        self.holders.begin(place)
+        return place
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        self.holders.end(record)
+        self._take_back(record)
+
+    def _take_back(self, record: ConnectionPoolEntry) -> None:
+        """Give the place of a connection to the next user."""
+        super()._do_return_conn(record)
+
+    def _timeout_error(self) -> PoolTimeoutError:
+        now = self.status_now()
+        return PoolTimeoutError(
+            f"no connection became free within {self.timeout():g} s (pool.timeout): "
+            f"{now.in_use} of {now.limit} (pool.size + pool.max_overflow) are in use, and "
+            f"{now.waiting} more task(s) wait. They are held for\n"
+            f"{self.holders.describe()}\n"
+            "Let a block end before it waits for anything but the database, or raise pool.size; "
+            "with pool.warn_held_after such blocks are logged",
+            code="3o7r",
+        )

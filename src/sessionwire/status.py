@@ -1,0 +1,129 @@
+"""`Status`: what a manager has open, who holds its connections, and totals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from textwrap import shorten
+
+STATEMENT_WIDTH = 100  # characters of a statement in a message
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The code that holds a connection. `str()` describes it in one line.
+
+    Attributes:
+        call_site: The decorated function, or the line that opened the block, such as
+            `app.py:12 in Accounts.names`. For a connection that was taken from
+            `manager.engine`, that name.
+        held_for: Seconds since it has got the connection.
+        statement: The text of the last statement on the connection, without parameters;
+            None if it has sent none, or the driver does not tell.
+        task: The name of the task that took the connection; None if it is gone.
+        line: The line that this task waits at; None if it is done.
+    """
+
+    call_site: str
+    held_for: float
+    statement: str | None
+    task: str | None
+    line: str | None
+
+    def __str__(self) -> str:
+        said = f"{self.held_for:.1f} s by {self.call_site}"
+        if self.task is not None:
+            said += f", task {self.task!r}"
+        if self.line is not None:
+            said += f", now at {self.line}"
+        if self.statement is not None:
+            said += (
+                f"; last statement: {shorten(self.statement, STATEMENT_WIDTH, placeholder=' …')}"
+            )
+        return said
+
+
+@dataclass(frozen=True)
+class PoolStatus:
+    """The connections of a pool now.
+
+    Attributes:
+        in_use: Connections that are held.
+        idle: Open connections that nobody holds.
+        waiting: Tasks that wait for a connection.
+        limit: The highest number of connections: `pool.size + pool.max_overflow`.
+    """
+
+    in_use: int = 0
+    idle: int = 0
+    waiting: int = 0
+    limit: int = 0
+
+
+@dataclass(frozen=True)
+class TransactionTotals:
+    """The ends of transactions, each attempt once.
+
+    A `transaction()` that began one counts, a `connect()`, and in `session()` each
+    commit and rollback. Savepoints and reads without a transaction don't.
+
+    Attributes:
+        committed: They were committed, or had nothing to commit.
+        rolled_back: They were rolled back after an error or on demand, or refused.
+        unexpected: Their block raised `UnexpectedRollbackError`.
+        unknown: Their block raised `CommitOutcomeUnknownError`.
+        timed_out: Their own deadline passed: `TransactionTimeoutError`.
+        settled: How many of all these were looked up in the server, because the answer
+            to their COMMIT was lost.
+    """
+
+    committed: int = 0
+    rolled_back: int = 0
+    unexpected: int = 0
+    unknown: int = 0
+    timed_out: int = 0
+    settled: int = 0
+
+
+@dataclass(frozen=True)
+class ConnectionTotals:
+    """The connections of a manager up to now.
+
+    Attributes:
+        made: Connections that were opened.
+        replaced: Connections that had reached `pool.max_lifetime`.
+        lost: Connections that died, or did not answer.
+        waited_for: Seconds that tasks have waited for a connection to become free.
+        held_for: Seconds that connections were held, without those held now.
+    """
+
+    made: int = 0
+    replaced: int = 0
+    lost: int = 0
+    waited_for: float = 0.0
+    held_for: float = 0.0
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a manager has open now, and totals since it was made.
+
+    Attributes:
+        is_open: Whether the manager is open.
+        open_scopes: Sessions and `connect()` blocks that are open.
+        pool: The connections now.
+        transactions: The ends of transactions up to now.
+        retries: How often a block was run again, by reason: `serialization_failure`,
+            `deadlock`, `busy`, `connection_lost`, `server_unavailable`,
+            `too_many_connections`, `read_only` or `outdated_plan`.
+        connections: The connections up to now.
+        holders: Who holds the connections in use, the longest first.
+    """
+
+    is_open: bool
+    open_scopes: int
+    pool: PoolStatus
+    transactions: TransactionTotals
+    retries: Mapping[str, int]
+    connections: ConnectionTotals
+    holders: tuple[Holder, ...]
