@@ -57,7 +57,7 @@ class Notebook:
 
 class Container(containers.DeclarativeContainer):
     settings = providers.Dependency(instance_of=DatabaseSettings)
-    db = providers.Container(DatabaseContainer, settings=settings)
+    db = DatabaseContainer.nested(settings=settings)
     notes = providers.Factory(Notes, session=db.session)
     notebook = providers.Factory(Notebook, notes=notes, transaction=db.transaction)
 

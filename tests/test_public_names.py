@@ -48,6 +48,7 @@ NAMES = [
     "UncommittedChangesWarning",
     "UnexpectedRollbackError",
     "is_retryable",
+    "nested_container",
     "read_only",
     "sessionmanager",
     "transactional",
@@ -147,7 +148,8 @@ def test_importing_sessionwire_testing_imports_no_test_framework() -> None:
 
 
 def test_lazily_imported_names_are_attributes_of_the_package() -> None:
-    assert {"DatabaseContainer", "Lifespan"} <= run("from sessionwire import *; print(*globals())")
+    lazy = {"DatabaseContainer", "Lifespan", "nested_container"}
+    assert lazy <= run("from sessionwire import *; print(*globals())")
     with pytest.raises(AttributeError, match="has no attribute 'Databasecontainer'"):
         _ = sessionwire.Databasecontainer
 

@@ -1,13 +1,11 @@
 """The HTTP API. Amounts are strings such as "10.00"."""
-# pyright: reportUnknownMemberType=false
-# The providers of a nested container have no types in dependency-injector.
 
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from datetime import datetime
 from decimal import Decimal
-from typing import Annotated, cast
+from typing import Annotated
 
 from fastapi import APIRouter, FastAPI, Header, Query, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -167,7 +165,7 @@ def create_app(container: Container) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         async with Lifespan(container):
-            await create_tables(cast(DatabaseSessionManager, container.db.sessionmanager()))
+            await create_tables(container.db.sessionmanager())
             container.wire(modules=[__name__])
             try:
                 yield

@@ -1,6 +1,4 @@
 """The container: the one place that connects the classes of the ledger."""
-# pyright: reportUnknownMemberType=false
-# The providers of a nested container have no types in dependency-injector.
 
 from dependency_injector import containers, providers
 
@@ -18,7 +16,7 @@ class Container(containers.DeclarativeContainer):
     """
 
     settings = providers.ThreadSafeSingleton(LedgerSettings.load)
-    db = providers.Container(DatabaseContainer, settings=settings.provided.database)
+    db = DatabaseContainer.nested(settings=settings.provided.database)
 
     account_repository = providers.Factory(AccountRepository, session=db.session)
     transfer_repository = providers.Factory(TransferRepository, session=db.session)

@@ -36,11 +36,15 @@ from .status import Holder, Status
 from .transaction import TransactionManager
 
 if TYPE_CHECKING:
-    from .containers import DatabaseContainer
+    from .containers import DatabaseContainer, nested_container
     from .lifespan import Lifespan
 
 # These need dependency-injector, which imports the web frameworks that it finds.
-_LAZY_IMPORTS = {"DatabaseContainer": ".containers", "Lifespan": ".lifespan"}
+_LAZY_IMPORTS = {
+    "DatabaseContainer": ".containers",
+    "Lifespan": ".lifespan",
+    "nested_container": ".containers",
+}
 
 __all__ = [
     "AlreadyInitializedError",
@@ -76,6 +80,7 @@ __all__ = [
     "UncommittedChangesWarning",
     "UnexpectedRollbackError",
     "is_retryable",
+    "nested_container",
     "read_only",
     "sessionmanager",
     "transactional",

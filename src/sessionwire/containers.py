@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self, TypeVar, cast
 
 from dependency_injector import containers, providers
 
@@ -11,6 +11,37 @@ from .manager import DatabaseSessionManager
 from .session import CurrentSession
 from .settings import DatabaseSettings
 from .transaction import TransactionManager
+
+C = TypeVar("C", bound=containers.DeclarativeContainer)
+
+
+def nested_container(container_class: type[C], /, **overriding_providers: Any) -> C:
+    """Nest a container in another one, so that type checkers know its providers.
+
+    It returns `providers.Container(container_class, …)`, of which they know nothing. To
+    them the result is the nested container itself.
+
+    Args:
+        container_class: The class of the nested container. Of a `DatabaseContainer`,
+            call `nested()` instead.
+        **overriding_providers: A provider, or the object to provide, by the name of the
+            provider that it overrides.
+
+    Raises:
+        AttributeError: The nested container has no provider of such a name.
+
+    Example:
+        ```python
+        class Databases(containers.DeclarativeContainer):
+            shop = DatabaseContainer.nested(settings="sqlite:///shop.db")
+
+
+        class Container(containers.DeclarativeContainer):
+            databases = nested_container(Databases)
+            notes = providers.Factory(NoteRepository, session=databases.shop.session)
+        ```
+    """
+    return cast(C, providers.Container(container_class, **overriding_providers))
 
 
 class DatabaseContainer(containers.DeclarativeContainer):
@@ -36,7 +67,7 @@ class DatabaseContainer(containers.DeclarativeContainer):
     Example:
         ```python
         class Container(containers.DeclarativeContainer):
-            db = providers.Container(DatabaseContainer, settings="sqlite://")
+            db = DatabaseContainer.nested(settings="sqlite://")
             notes = providers.Factory(NoteRepository, session=db.session)
             notebook = providers.Factory(
                 Notebook, notes=notes, transaction=db.transaction
@@ -58,3 +89,19 @@ class DatabaseContainer(containers.DeclarativeContainer):
     manager = providers.Resource(sessionmanager)
     session = providers.Factory(CurrentSession, sessionmanager)
     transaction = providers.Factory(TransactionManager, sessionmanager)
+
+    @classmethod
+    def nested(cls, **overriding_providers: Any) -> Self:
+        """Nest the database in a container: `db = DatabaseContainer.nested(settings=…)`.
+
+        It returns `providers.Container(DatabaseContainer, …)`. mypy and pyright know
+        what its providers give: `db.session()` is a `CurrentSession`.
+
+        Args:
+            **overriding_providers: `settings` and the like: a provider, or the object
+                to provide.
+
+        Raises:
+            AttributeError: There is no provider of such a name.
+        """
+        return nested_container(cls, **overriding_providers)

@@ -12,16 +12,19 @@ from typing import Annotated, Any, Protocol, assert_type
 from dependency_injector import containers, providers
 from dependency_injector.wiring import Provide, inject
 from fastapi import Depends, FastAPI
-from sqlalchemy import select
+from sqlalchemy import MetaData, select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from sessionwire import (
     CurrentSession,
+    DatabaseContainer,
     DatabaseSessionManager,
     DatabaseSettings,
+    Lifespan,
     PoolSettings,
     Propagation,
     TransactionManager,
+    nested_container,
     read_only,
     sessionmanager,
     transactional,
@@ -289,3 +292,44 @@ def use_testing(manager: DatabaseSessionManager, service: Service) -> None:
         assert_type(sent[0].where, str)
     with overriding(service):  # type: ignore[type-var]
         pass
+
+
+class Databases(containers.DeclarativeContainer):
+    config = providers.Configuration()
+    settings = providers.ThreadSafeSingleton(DatabaseSettings.load)
+    shop = DatabaseContainer.nested(settings=settings)
+    archive = DatabaseContainer.nested(config=config.archive)
+
+
+class Application(containers.DeclarativeContainer):
+    databases = nested_container(Databases)
+    service = providers.Factory(
+        Service, session=databases.shop.session, transaction=databases.archive.transaction
+    )
+
+
+class Plant(containers.DeclarativeContainer):
+    application = nested_container(Application)
+
+
+Shop = Annotated[DatabaseSessionManager, Provide[Application.databases.shop.sessionmanager]]
+
+
+async def use_containers(plant: Plant, shop: Shop) -> None:
+    databases = plant.application.databases
+    assert_type(databases.shop.session(), CurrentSession)
+    assert_type(databases.archive.transaction(), TransactionManager)
+    assert_type(databases.shop.sessionmanager(), DatabaseSessionManager)
+    assert_type(databases.shop.manager(), DatabaseSessionManager)
+    assert_type(databases.shop.settings(), DatabaseSettings)
+    assert_type(databases.shop.metadata(), MetaData)
+    assert_type(plant.application.service(), Service)
+    assert_type(Plant.application.databases.archive.session(), CurrentSession)
+    async with databases.shop.transaction()() as session, Lifespan(plant) as opened:
+        assert_type(session, AsyncSession)
+        assert_type(opened, Plant)
+    databases.archive.override(DatabaseContainer(settings="sqlite://"))
+    with overriding(plant, application__databases__shop__settings="sqlite://"):
+        databases.shop.sessionmanager().init("sqlite://")
+    Service(databases.shop.transaction(), databases.shop.session())  # type: ignore[arg-type]
+    nested_container(Service)  # type: ignore[type-var]

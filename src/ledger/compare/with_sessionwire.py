@@ -1,6 +1,4 @@
 """The service with sessionwire."""
-# pyright: reportUnknownMemberType=false
-# The providers of a nested container have no types in dependency-injector.
 
 import asyncio
 import os
@@ -54,7 +52,7 @@ class Payments:
 
 class Container(containers.DeclarativeContainer):
     settings = providers.Object(DatabaseSettings(url=os.environ["DATABASE_URL"]))
-    db = providers.Container(DatabaseContainer, settings=settings)
+    db = DatabaseContainer.nested(settings=settings)
     payments = providers.Factory(Payments, session=db.session, transaction=db.transaction)
 
 

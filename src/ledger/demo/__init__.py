@@ -3,8 +3,6 @@
 `workload` generates and sends the orders, `reconciliation` checks the answers,
 `console` prints the report.
 """
-# pyright: reportUnknownMemberType=false
-# The providers of a nested container have no types in dependency-injector.
 
 import logging
 import sys

@@ -33,7 +33,7 @@ class Desk(parts.Desk):
 class Container(containers.DeclarativeContainer):
     pool = PoolSettings(size=POOL["pool_size"], max_overflow=POOL["max_overflow"])
     settings = providers.Object(DatabaseSettings(url=os.environ["DATABASE_URL"], pool=pool))
-    db = providers.Container(DatabaseContainer, settings=settings)
+    db = DatabaseContainer.nested(settings=settings)
     accounts = providers.Factory(Accounts, session=db.session)
     limits = providers.Factory(Limits, accounts=accounts)
     rates = providers.Factory(Rates, limits=limits)
