@@ -56,6 +56,7 @@ NAMES = [
 FOR_TESTS = [
     "DatabaseCopy",
     "DatabaseTemplate",
+    "NullTransactionManager",
     "SentStatement",
     "count_statements",
     "overriding",

@@ -35,6 +35,7 @@ from sessionwire.asgi import ASGIApp, TransactionMiddleware
 from sessionwire.testing import (
     DatabaseCopy,
     DatabaseTemplate,
+    NullTransactionManager,
     SentStatement,
     count_statements,
     overriding,
@@ -281,6 +282,7 @@ class Container(containers.DeclarativeContainer):
 
 
 def use_testing(manager: DatabaseSessionManager, service: Service) -> None:
+    Service(CurrentSession(manager), NullTransactionManager())
     with (
         overriding(Container(), service=service) as container,
         overriding(Container, service=service) as declared,

@@ -1,5 +1,6 @@
 """Helpers for the tests of applications, with any test framework."""
 
+from .null_transactions import NullTransactionManager
 from .overriding import overriding
 from .sandbox import sandbox
 from .statements import SentStatement, count_statements
@@ -8,6 +9,7 @@ from .templates import DatabaseCopy, DatabaseTemplate
 __all__ = [
     "DatabaseCopy",
     "DatabaseTemplate",
+    "NullTransactionManager",
     "SentStatement",
     "count_statements",
     "overriding",
