@@ -160,6 +160,33 @@ def test_sessionwire_can_be_imported_without_any_framework_or_driver() -> None:
     assert "sessionwire" in run(f"{hide}; import sessionwire; print(*sys.modules)")
 
 
+WITHOUT_A_CONTAINER = """
+import asyncio
+sys.modules["dependency_injector"] = None  # importing it fails
+import sessionwire.asgi
+from sqlalchemy import text
+from sessionwire import CurrentSession, DatabaseSessionManager, transactional
+
+class Shop:
+    def __init__(self, session, transaction):
+        self.session, self.transaction = session, transaction
+
+    @transactional
+    async def sell(self):
+        return await self.session.scalar(text("SELECT 'sold'"))
+
+async def main():
+    async with DatabaseSessionManager("sqlite://") as manager:
+        print(await Shop(CurrentSession(manager), manager.transaction).sell())
+
+asyncio.run(main())
+"""
+
+
+def test_sessions_and_transactions_work_where_dependency_injector_cannot_be_imported() -> None:
+    assert run(WITHOUT_A_CONTAINER) == {"sold"}
+
+
 def test_dir_of_a_manager_shows_only_what_users_call() -> None:
     public = {name for name in dir(DatabaseSessionManager("sqlite://")) if not name.startswith("_")}
     of_its_life = {
