@@ -486,20 +486,31 @@ class TestCancellation:
 
 class TestUnknownOutcome(OnPostgres):
     async def test_a_commit_with_an_unknown_outcome_runs_no_hooks(
+        self, manager: DatabaseSessionManager, diary: Diary
+    ) -> None:
+        await run_at_commit(manager, "RAISE EXCEPTION 'no idea' USING ERRCODE = '40003'")
+        with pytest.raises(CommitOutcomeUnknownError):
+            async with manager.transaction() as session:
+                diary.register(manager.transaction, "who knows")
+                session.add(Note(text="a"))
+        assert diary.entries == []
+
+    @pytest.mark.pipeline_only("the id is asked for by the pipeline")
+    async def test_a_commit_that_was_looked_up_as_not_committed_runs_the_on_rollback_hooks(
         self, manager: DatabaseSessionManager, postgres: Postgres, diary: Diary
     ) -> None:
         async def work() -> None:
             async with manager.transaction() as session:
-                diary.register(manager.transaction, "who knows")
+                diary.register(manager.transaction, "lost")
                 session.add(Note(text="a"))
 
         await run_at_commit(manager, "PERFORM pg_sleep(60)")
         task = asyncio.create_task(work())
         await until(lambda: running(postgres, manager, "COMMIT%"))
         await kill(postgres, manager, "COMMIT%")
-        with pytest.raises(CommitOutcomeUnknownError):
+        with pytest.raises(DBAPIError, match="not committed"):
             await task
-        assert diary.entries == []
+        assert diary.entries == ["lost rolled back"]
 
 
 class TestOnBegin:
