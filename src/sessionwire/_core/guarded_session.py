@@ -327,6 +327,7 @@ def _on_commit(session: GuardedSession) -> None:
 @event.listens_for(GuardedSession, "after_soft_rollback")
 def _on_rollback(session: GuardedSession, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
+        session.scope.has_uncommitted_writes = False
         # `async with session.begin()` rolls back while it handles the error of a commit.
         session.scope.count_end(sys.exception(), rolls_back=True)
 

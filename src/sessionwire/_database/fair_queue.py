@@ -43,7 +43,7 @@ class FairQueue(QueueCommon[ConnectionPoolEntry]):
 
     @property
     def waiting(self) -> int:
-        return sum(not turn.done() for turn in self._waiting)
+        return len(self._waiting)
 
     def get(self, block: bool = True, timeout: float | None = None) -> ConnectionPoolEntry:
         """Take a connection.
