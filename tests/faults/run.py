@@ -26,7 +26,7 @@ from tests.cluster import Cluster, Server, cluster
 from .callers import Callers, witness
 from .network import FaultyNetwork
 from .scenarios import APPLICATION, DATABASE, Place, Scenario, World
-from .verdict import Living, Verdict, judge_calls, judge_recovery
+from .verdict import Living, Verdict, judge_calls, judge_recovery, judge_totals
 
 COMMIT = ROLLBACK = 1.0  # seconds: how long their answers are waited for
 LONGEST = 60  # seconds of a whole run
@@ -119,6 +119,9 @@ async def _run(
             )
             async with callers.at_work():
                 await scenario.faults(world)
+            totals = world.manager.status().transactions
+            judge_totals(verdict, callers.calls, totals, world.holds)
+            counts.still_open = await _within_a_second(lambda: _still_open(world.manager))
             bound = scenario.pool.size + scenario.pool.max_overflow
             counts.connections_over = await _within_a_second(
                 lambda: _more_than(bound, ground.connections(world.server))
@@ -213,6 +216,11 @@ async def _judge(verdict: Verdict, callers: Callers, books: Container) -> None:
 
 def _manager(container: Container) -> DatabaseSessionManager:
     return cast(DatabaseSessionManager, container.db.sessionmanager())
+
+
+async def _still_open(manager: DatabaseSessionManager) -> int:
+    status = manager.status()
+    return status.open_scopes + status.pool.in_use + status.pool.waiting
 
 
 async def _more_than(bound: int, count: Awaitable[int]) -> int:

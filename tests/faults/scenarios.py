@@ -7,7 +7,7 @@ import sys
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from random import Random
 from time import monotonic
@@ -20,7 +20,7 @@ from tests.cluster import Cluster, Server
 
 from .callers import Answer, Callers, Manner
 from .network import FaultyNetwork
-from .verdict import RECOVERY
+from .verdict import RECOVERY, Holds
 
 APPLICATION = "faults"  # application_name of the callers
 DATABASE = "faults"
@@ -52,6 +52,7 @@ class World:
     cluster: Cluster
     network: FaultyNetwork
     returned: float | None = None  # when the server was back
+    holds: Holds = field(default_factory=Holds)
 
     async def moments(self, pause: float) -> AsyncIterator[None]:
         """Yield at random moments, about `pause` seconds apart, during the faults."""
@@ -371,5 +372,7 @@ async def at_commit(world: World, statement: str) -> None:
 async def hold_a_connection(world: World, seconds: float) -> None:
     with suppress(Exception):  # it may wait in vain for one
         async with world.manager.connect() as connection:
+            world.holds.begun += 1
             await connection.execute(text("SELECT 1"))
             await asyncio.sleep(seconds)
+        world.holds.ended += 1

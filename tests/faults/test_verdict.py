@@ -5,8 +5,18 @@ from __future__ import annotations
 import pytest
 from sqlalchemy.orm import Session
 
+from sessionwire.status import TransactionTotals
+
 from .callers import Answer, Call
-from .verdict import Counts, Living, Verdict, judge_calls, judge_recovery
+from .verdict import (
+    Counts,
+    Holds,
+    Living,
+    Verdict,
+    judge_calls,
+    judge_recovery,
+    judge_totals,
+)
 
 
 def call(
@@ -43,6 +53,29 @@ def test_the_verdict_compares_each_call_with_the_books(
     assert verdict.counts == Counts(**{str(asked.answer): 1, "attempts": 1, **wrong})
     verdict.counts.acknowledged += 1  # for one that has proved something
     assert verdict.violations == [f"{name}: {number}" for name, number in wrong.items()]
+
+
+@pytest.mark.parametrize(
+    ("totals", "miscounted"),
+    [
+        (TransactionTotals(committed=2, rolled_back=1, unknown=1, settled=1), 0),
+        (TransactionTotals(committed=2, timed_out=1, unknown=1), 0),
+        (TransactionTotals(committed=2, unknown=1), 1),  # an attempt is missing
+        (TransactionTotals(committed=3, unknown=1), 1),
+        (TransactionTotals(committed=3, rolled_back=1), 2),  # one passed for committed
+    ],
+)
+def test_the_verdict_compares_the_totals_with_the_calls(
+    totals: TransactionTotals, miscounted: int
+) -> None:
+    calls = [
+        call(Answer.ACKNOWLEDGED, commits=1),
+        call(Answer.REFUSED, rollbacks=1),
+        call(Answer.UNKNOWN),
+    ]
+    verdict = Verdict("", 0)
+    judge_totals(verdict, calls, totals, Holds(begun=1, ended=1))
+    assert verdict.counts == Counts(miscounted=miscounted)
 
 
 def test_the_verdict_compares_times_with_their_limits() -> None:

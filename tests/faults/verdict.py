@@ -12,6 +12,7 @@ import asyncpg
 from sqlalchemy.orm import Session
 
 from sessionwire._core.scope import Scope
+from sessionwire.status import TransactionTotals
 
 from .callers import Answer, Call
 
@@ -36,7 +37,12 @@ class Counts:
     doubled: int = 0  # in the books more than once
     wrong_hooks: int = 0  # whose hooks ran otherwise than they ended
     wrong_accounts: int = 0  # whose balance is not what its transfers make
+    # By how much the totals of `status()` differ from the calls: each attempt is one
+    # transaction, each hook of a commit one commit, each unknown answer one unknown end.
+    miscounted: int = 0
     # Leftovers.
+    # Scopes, connections in use and waiting tasks by `status()`, after the last call.
+    still_open: int = 0
     # Connections in the server beyond the pool's limit, a second after the last call.
     connections_over: int = 0
     # Connections in the server a second after the manager was closed.
@@ -57,6 +63,14 @@ class Counts:
 
 
 ZERO = tuple(one.name for one in fields(Counts))[5:-3]  # the counts that are to be 0
+
+
+@dataclass
+class Holds:
+    """The `connect()` blocks of a scenario on the callers' manager."""
+
+    begun: int = 0
+    ended: int = 0  # well
 
 
 @dataclass
@@ -116,6 +130,23 @@ def judge_calls(
                 f"{committed} of them in the books"
             )
             verdict.details.append(f"call {call.number}: {', '.join(wrong)}; {answer}; {about}")
+
+
+def judge_totals(
+    verdict: Verdict, calls: Iterable[Call], totals: TransactionTotals, holds: Holds
+) -> None:
+    """Compare the ends of transactions that `status()` has counted with the calls."""
+    calls = list(calls)
+    ends = sum(asdict(totals).values()) - totals.settled
+    expected = {
+        "ends": (ends, sum(call.attempts for call in calls) + holds.begun),
+        "committed": (totals.committed, sum(call.commits for call in calls) + holds.ended),
+        "unknown": (totals.unknown, sum(call.answer is Answer.UNKNOWN for call in calls)),
+    }
+    for name, (counted, due) in expected.items():
+        verdict.counts.miscounted += abs(counted - due)
+        if counted != due:
+            verdict.details.append(f"status() counts {counted} {name}, and the calls {due}")
 
 
 def _due(call: Call, committed: int) -> tuple[int, int]:
