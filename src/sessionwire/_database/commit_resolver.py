@@ -38,13 +38,18 @@ THEN pg_catalog.pg_current_wal_insert_lsn() END,
 CASE WHEN pg_catalog.pg_current_xact_id_if_assigned() IS NOT NULL
 THEN pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()) END,
 pg_catalog.statement_timestamp()"""
-# What look-ups call. It fails if a function does not exist or may not be called.
+# What look-ups call. It fails if a function does not exist or may not be called. What the
+# question calls must be allowed to all, because a transaction may change its role.
 PROBE = """\
-SELECT system_identifier::text, next_xid, pg_xact_status(NULL),
-pg_current_xact_id_if_assigned()::text,
+SELECT system_identifier::text, next_xid, pg_xact_status('3'),
+pg_stat_get_bgwriter_stat_reset_time(),
 CASE WHEN NOT pg_is_in_recovery() THEN pg_walfile_name(pg_current_wal_insert_lsn()) END,
 (SELECT bool_or(has_function_privilege(oid, 'EXECUTE')) FROM pg_proc
 WHERE proname = 'pg_logical_emit_message')
+AND has_function_privilege('public', 'pg_catalog.pg_current_xact_id_if_assigned()', 'EXECUTE')
+AND has_function_privilege('public', 'pg_catalog.pg_current_wal_insert_lsn()', 'EXECUTE')
+AND has_function_privilege('public', 'pg_catalog.pg_walfile_name(pg_lsn)', 'EXECUTE')
+AND has_function_privilege('public', 'pg_catalog.statement_timestamp()', 'EXECUTE')
 FROM pg_control_system(), pg_control_checkpoint()"""
 IN_RECOVERY = "the server is in recovery"
 # The status of a transaction, or the reason why the server can't tell, and whether it
