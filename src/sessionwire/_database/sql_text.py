@@ -20,7 +20,14 @@ _HARMLESS = (
     "|least|length|lower|max|min|not|now|nullif|numeric|on|or|over|partition|rank|round|row_number"
     "|select|string_agg|sum|then|trim|upper|using|values|varchar|when|where|with"
 )
-_OTHER_CALL = re.compile(rf'(?<![\w"$.])(?!(?:{_HARMLESS})\s*\()[\w"$.]+\s*\(', re.IGNORECASE)
+_IN_NAME = r'[\w"$.\x80-\U0010ffff]'
+_OTHER_CALL = re.compile(
+    rf"(?<!{_IN_NAME})(?!(?:{_HARMLESS})\s*\(){_IN_NAME}+\s*\("
+    # A comment or a space may part a name, and stand before the parenthesis.
+    r"|--|\*/\s*\(|\.(?:\s|/\*)",
+    re.IGNORECASE,
+)
+_SAVEPOINT = re.compile(r"(SAVEPOINT|RELEASE SAVEPOINT|ROLLBACK TO SAVEPOINT) \w+")
 
 
 def transaction_control(sql: str) -> str | None:
@@ -37,6 +44,7 @@ def is_dml(sql: str) -> bool:
 def surely_reads(sql: str) -> bool:
     """Tell whether a statement writes nothing, not even during COMMIT.
 
-    It is a SELECT that calls no function but well-known ones.
+    It is a SELECT that calls no function but well-known ones, or about a savepoint.
     """
-    return sql.lstrip()[:6].upper() == "SELECT" and not _OTHER_CALL.search(sql)
+    is_select = sql.lstrip()[:6].upper() == "SELECT" and not _OTHER_CALL.search(sql)
+    return is_select or _SAVEPOINT.fullmatch(sql) is not None
