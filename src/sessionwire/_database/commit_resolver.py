@@ -19,7 +19,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from sessionwire._error_reports import summarize
 from sessionwire._shield import shielding_tasks
-from sessionwire.errors import CommitOutcomeUnknownError
+from sessionwire.errors import CommitOutcomeUnknownError, NotInitializedError
 
 from .pipeline import values_in
 from .totals import Totals
@@ -298,6 +298,9 @@ class CommitResolver:
                                 break
                             # The primary may come back, at another host of the URL.
                             self._asking.drop()
+                    except NotInitializedError:
+                        reason = "the manager was closed meanwhile"
+                        break
                     except CommitOutcomeUnknownError as error:  # from CONFIRM
                         reason = str(error)
                         break
