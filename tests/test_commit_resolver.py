@@ -28,6 +28,7 @@ pytestmark = pytest.mark.pipeline_only("the id is asked for by the pipeline")
 
 COMMIT = b"Q\0\0\0\x0cCOMMIT;\0"
 ANSWER_TO_QUESTION = b"Z\0\0\0\x05T"  # ReadyForQuery, in a transaction: its end
+GOODBYE = b"E\0\0\0\x23SFATAL\0VFATAL\0C57P01\0Mgoodbye\0\0"
 LOOK_UP = b"'the server is in recovery'"
 
 # What is lost: the share of the question and the COMMIT that reaches the server, and the
@@ -302,6 +303,35 @@ class TestLostAnswers(OnLosingNetwork):
 
             await until(closed)
         assert len(await notes(manager)) == 10
+
+    async def test_nothing_is_committed_if_the_server_says_goodbye_before_the_commit(
+        self,
+        remote: DatabaseSessionManager,
+        manager: DatabaseSessionManager,
+        network: LosingNetwork,
+    ) -> None:
+        received: list[bytes] = []
+
+        async def has_come() -> bool:
+            return bool(received)
+
+        with pytest.raises(DBAPIError, match="ended the connection before COMMIT") as raised:
+            async with remote.transaction() as session:
+                await session.execute(insert(Note).values(text="lost"))
+                connection = await session.connection()
+                pipeline = (await connection.get_raw_connection()).driver_connection.pipeline
+                receive = pipeline.data_received
+
+                def note(data: bytes) -> None:
+                    receive(data)
+                    received.append(data)
+
+                pipeline.data_received = note
+                (client,) = network.clients
+                client.to_client.write(GOODBYE)
+                await until(has_come)
+        assert is_retryable(raised.value)
+        assert await notes(manager) == []
 
 
 class TestWithoutWrites(OnLosingNetwork):

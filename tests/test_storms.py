@@ -143,7 +143,8 @@ class TestBlackHole(OnPostgres):
         if cancelled:
             task.cancel()
         await asyncio.wait([task])
-        assert 0.2 < time.monotonic() - before < 0.8
+        # The answer is waited for during half of `commit_timeout`.
+        assert 0.1 < time.monotonic() - before < 0.8
 
     @pytest.mark.parametrize("kind", ["transaction", "connect", "session"])
     async def test_the_rollback_timeout_holds_in_a_network_that_swallows_everything(

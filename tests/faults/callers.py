@@ -58,6 +58,7 @@ class Call:
     answer: Answer = Answer.CANCELLED
     # The error as text: the error itself would keep objects alive.
     said: str = ""
+    reason: str = ""  # of an unknown outcome
     # The ledger refused it, because of its own deadline or a conflict: without a fault.
     is_fair: bool = False
     transfer: int | None = None
@@ -186,8 +187,9 @@ class Callers:
             call.answer = Answer.UNKNOWN if is_unknown else Answer.CANCELLED
             raise
         except Exception as error:
-            is_unknown = isinstance(error, CommitOutcomeUnknownError)
-            call.answer = Answer.UNKNOWN if is_unknown else Answer.REFUSED
+            call.answer = Answer.REFUSED
+            if isinstance(error, CommitOutcomeUnknownError):
+                call.answer, call.reason = Answer.UNKNOWN, error.reason
             call.said = (
                 f"{type(error).__name__}: {getattr(error, 'orig', None) or error}".partition("\n")[
                     0

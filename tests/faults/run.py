@@ -119,6 +119,9 @@ async def _run(
             )
             async with callers.at_work():
                 await scenario.faults(world)
+            if not pipeline:  # Nothing is looked up then.
+                for call in callers.calls:
+                    call.reason = ""
             totals = world.manager.status().transactions
             judge_totals(verdict, callers.calls, totals, world.holds)
             counts.still_open = await _within_a_second(lambda: _still_open(world.manager))

@@ -20,10 +20,15 @@ from .verdict import (
 
 
 def call(
-    answer: Answer, *, commits: int = 0, rollbacks: int = 0, transfer: int | None = None
+    answer: Answer,
+    *,
+    commits: int = 0,
+    rollbacks: int = 0,
+    transfer: int | None = None,
+    reason: str = "",
 ) -> Call:
     asked = Call(0, "key", limit=1, deadline=None, answer=answer, transfer=transfer, attempts=1)
-    asked.commits, asked.rollbacks = commits, rollbacks
+    asked.commits, asked.rollbacks, asked.reason = commits, rollbacks, reason
     return asked
 
 
@@ -43,6 +48,8 @@ def call(
         (call(Answer.UNKNOWN), 1, {7}, {}),
         (call(Answer.UNKNOWN), 0, set(), {}),
         (call(Answer.UNKNOWN, rollbacks=1), 0, set(), {"wrong_hooks": 1}),
+        (call(Answer.UNKNOWN, reason="another server has taken over"), 0, set(), {}),
+        (call(Answer.UNKNOWN, reason="it is still in progress"), 0, set(), {"untold": 1}),
     ],
 )
 def test_the_verdict_compares_each_call_with_the_books(

@@ -19,6 +19,17 @@ from .callers import Answer, Call
 GRACE = 0.5  # seconds by which a limit may be exceeded
 # Seconds after the server's return until nobody notices its absence any more.
 RECOVERY = 2.0
+# The reasons for which no server can tell the outcome of a commit.
+UNTELLABLE = (
+    "the id of the transaction had not arrived",
+    "the server could not be asked",
+    "the server is in recovery",
+    "another server has taken over",
+    "the server does not have all",
+    "the server was restarted",
+    "it waits for a synchronous standby",
+    "its wait for a synchronous standby was cancelled",
+)
 
 
 @dataclass
@@ -34,6 +45,7 @@ class Counts:
     # calls, by what the books say to that
     lost: int = 0  # acknowledged, and not in the books
     ghosts: int = 0  # refused, and in the books
+    untold: int = 0  # unknown, though the server could have told
     doubled: int = 0  # in the books more than once
     wrong_hooks: int = 0  # whose hooks ran otherwise than they ended
     wrong_accounts: int = 0  # whose balance is not what its transfers make
@@ -117,6 +129,9 @@ def judge_calls(
         if call.answer is Answer.REFUSED and committed:
             counts.ghosts += 1
             wrong.append("a ghost")
+        if call.reason and not call.reason.startswith(UNTELLABLE):
+            counts.untold += 1
+            wrong.append(f"unknown though the server knew: {call.reason}")
         if committed > 1:
             counts.doubled += 1
             wrong.append("doubled")

@@ -11,13 +11,24 @@ import asyncpg
 from sessionwire.errors import CommitOutcomeUnknownError, UnexpectedRollbackError
 
 from .asyncpg_protocol import BEGIN, Protocol
-from .commit_resolver import QUESTION, CommitResolver, transaction_id_in, unknown_outcome
+from .commit_resolver import (
+    QUESTION,
+    CommitResolver,
+    NotCommittedError,
+    transaction_id_in,
+    unknown_outcome,
+)
 from .driver_errors import is_answer_lost, is_outcome_unknown
 from .pipeline import Pipeline, Statement
 from .transaction_settings import SENT_AHEAD
 
 # The beginnings of statements whose answers nobody reads.
 UNREAD = ("SAVEPOINT ", "RELEASE SAVEPOINT ", SENT_AHEAD)
+
+
+# What asyncpg says before it sends anything, if the server has said goodbye and the
+# connection is not closed yet.
+UNSENT = "cannot switch to state"
 
 
 class Connection(asyncpg.Connection):
@@ -95,7 +106,13 @@ class Connection(asyncpg.Connection):
         protocol = self._protocol
         if protocol.forget_begin():
             return "COMMIT"
-        status = await self._send_commit(timeout)
+        try:
+            status = await self._send_commit(timeout)
+        except asyncpg.InternalClientError as error:
+            if not str(error).startswith(UNSENT):
+                raise
+            self.terminate()
+            raise NotCommittedError("the server ended the connection before COMMIT") from error
         refused, protocol.refused_begin = protocol.refused_begin, None
         if refused:
             raise UnexpectedRollbackError(f"nothing was committed, because {refused!r} had failed")
@@ -154,7 +171,8 @@ class Connection(asyncpg.Connection):
             raise CommitOutcomeUnknownError(
                 "committed here, perhaps not replicated: the wait for a synchronous standby "
                 "was cancelled. Look in the database whether it was kept before you try "
-                "again, above all after a failover"
+                "again, above all after a failover",
+                reason="its wait for a synchronous standby was cancelled",
             )
 
 

@@ -95,7 +95,7 @@ logger = logging.getLogger("sessionwire.commit")
 
 
 class NotCommittedError(asyncpg.PostgresConnectionError):
-    """The connection was lost in COMMIT, and the server says that nothing was committed."""
+    """The connection was lost at COMMIT, and it is certain that nothing was committed."""
 
     severity = "ERROR"  # so that it counts as a refusal
 
