@@ -820,7 +820,8 @@ class TestStrikes(OnPostgres):
                     while not pids:
                         await asyncio.sleep(0)
                     await asyncio.sleep(rolls.uniform(0, longest))
-                    await striker.fetch(f"SELECT {how}($1)", pids[0])
+                    if pids[0]:
+                        await striker.fetch(f"SELECT {how}($1)", pids[0])
 
                 strikes = asyncio.create_task(strike())
                 try:
@@ -834,6 +835,7 @@ class TestStrikes(OnPostgres):
                     lost.add(note)
                     assert work.ran == ["work", "rolled back"]
                 finally:
+                    pids.append(0)  # The work may have failed before.
                     await strikes
             await striker.close()
             found = set(await notes(manager))
