@@ -1,0 +1,1 @@
+"""Libraries that people put on a session, each tried as its users would."""
