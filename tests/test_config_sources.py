@@ -9,7 +9,15 @@ from typing import Annotated, Any
 
 import pytest
 from dependency_injector import containers, providers
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    AliasPath,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import SettingsConfigDict
 
 from sessionwire import (
@@ -252,6 +260,65 @@ def test_variables_that_may_belong_to_others_are_ignored(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert ShopSettings.load(database={"url": "sqlite://"}).greeting == "default"
+
+
+def test_a_section_with_an_alias_has_the_variable_of_its_alias(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SHOP_TROLLEY__HOST", "of-variable")
+    (tmp_path / "shop_trolley__max_size").write_text("2")
+    loaded = ShopSettings.load(secrets_dir=tmp_path, database={"url": "sqlite://"})
+    assert loaded.basket == Cache(host="of-variable", max_size=2)
+    assert ShopSettings(database=SETTINGS).basket.host == "of-variable"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("SHOP_BASKET__HOST", "there is no section 'BASKET'; choose one of .*TROLLEY"),
+        ("SHOP_SHOP_TROLLEY__HOST", "there is no section 'SHOP_TROLLEY'; did you mean 'TROLLEY'"),
+    ],
+)
+def test_no_other_variable_of_a_section_with_an_alias_is_quietly_ignored(
+    name: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(ConfigurationError, match=f"^environment variable {name}: {message}"):
+        ShopSettings.load(database={"url": "sqlite://"})
+
+
+def test_a_section_with_several_names_has_the_variable_of_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Renamed(Settings):
+        model_config = SettingsConfigDict(env_prefix="SHOP_", populate_by_name=True)
+
+        limit: int = Field(0, alias="shop_items__limit")
+
+        cart: Cache = Field(
+            Cache(), validation_alias=AliasChoices("shop_trolley", AliasPath("shop_bag", "cart"))
+        )
+
+    monkeypatch.setenv("SHOP_ITEMS__LIMIT", "5")
+    assert Renamed.load(database={"url": "sqlite://"}).limit == 5
+    for name in ("SHOP_TROLLEY__HOST", "SHOP_CART__HOST"):
+        monkeypatch.setenv(name, name)
+        assert Renamed.load(database={"url": "sqlite://"}).cart.host == name
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SHOP_TROLLEY_HOST", "x")
+    with pytest.raises(ConfigurationError, match=r"is not read.* those of SHOP_TROLLEY__HOST$"):
+        Renamed.load(database={"url": "sqlite://"})
+
+
+def test_an_error_below_an_alias_names_the_variable_that_is_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SHOP_TROLLEY__MAX_SIZE", "many")
+    with pytest.raises(
+        ConfigurationError,
+        match=r"^shop_trolley\.max_size \(environment variable SHOP_TROLLEY__MAX_SIZE\): ",
+    ):
+        ShopSettings.load(database={"url": "sqlite://"})
 
 
 def test_another_delimiter_for_nested_variables_is_respected(

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, TypeAlias, Union, cast, get_args, get_origin
 
-from pydantic import AliasChoices, AliasPath, BaseModel
+from pydantic import AliasChoices, BaseModel
 from pydantic.fields import FieldInfo
 
 from sessionwire.errors import ConfigurationError
@@ -80,19 +80,41 @@ def _takes_any_key(model: type[BaseModel]) -> bool:
 
 
 def _names_of(name: str, field: FieldInfo) -> set[str | int]:
-    alias = field.validation_alias or name
+    return {name, *_aliases(field)}
+
+
+def _aliases(field: FieldInfo) -> set[str | int]:
+    alias = field.validation_alias
+    if alias is None:
+        return set()
     choices = alias if isinstance(alias, AliasChoices) else AliasChoices(alias)
-    return {name, *(path[0] for path in choices.convert_to_aliases())}
+    return {path[0] for path in choices.convert_to_aliases()}
 
 
 def variable_name(settings: type[Any], key: Key) -> str:
     """Return the name of the environment variable that sets `key`."""
     prefix = settings.model_config.get("env_prefix", "")
+    if key and key[0] not in settings.model_fields:
+        aliases = (_aliases(field) for field in settings.model_fields.values())
+        prefix = "" if any(key[0] in names for names in aliases) else prefix
     return str(prefix + _delimiter(settings).join(map(str, key))).upper()
 
 
 def _delimiter(settings: type[Any]) -> str:
     return settings.model_config.get("env_nested_delimiter") or "__"
+
+
+def _variables(settings: type[Any]) -> dict[str, FieldInfo]:
+    """Return the variables of all fields. An alias has no prefix, and hides the name."""
+    config = settings.model_config
+    keeps_names = config.get("populate_by_name") or config.get("validate_by_name")
+    variables: dict[str, FieldInfo] = {}
+    for name, field in settings.model_fields.items():
+        aliases = _aliases(field)
+        variables |= {str(alias).upper(): field for alias in aliases}
+        if not aliases or keeps_names:
+            variables[variable_name(settings, (name,))] = field
+    return variables
 
 
 def check_sections(settings: type[Any], variables: Iterable[str]) -> None:
@@ -104,12 +126,15 @@ def check_sections(settings: type[Any], variables: Iterable[str]) -> None:
         ConfigurationError: A variable would be ignored.
     """
     prefix, delimiter = variable_name(settings, ()), _delimiter(settings)
-    sections = [name.upper() for name in settings.model_fields]
+    known = [name for name in _variables(settings) if name.startswith(prefix)]
+    beginnings = tuple(name + delimiter for name in known)
     for variable in variables:
-        section, nested, _ = variable.upper().removeprefix(prefix).partition(delimiter)
-        is_ours = prefix and nested and variable.upper().startswith(prefix)
-        if is_ours and section not in sections:
-            hint = did_you_mean(section, sections) or f"choose one of {', '.join(sorted(sections))}"
+        upper = variable.upper()
+        section, nested, _ = upper.removeprefix(prefix).partition(delimiter)
+        is_ours = prefix and nested and upper.startswith(prefix)
+        if is_ours and not (upper + delimiter).startswith(beginnings):
+            sections = sorted(name.removeprefix(prefix) for name in known)
+            hint = did_you_mean(section, sections) or f"choose one of {', '.join(sections)}"
             raise ConfigurationError(
                 f"environment variable {variable}: there is no section {section!r}; {hint}"
             )
@@ -127,11 +152,7 @@ def check_underscores(settings: type[Any], names: Iterable[str], place: str) -> 
         ConfigurationError: A name would be ignored.
     """
     prefix, delimiter = variable_name(settings, ()), _delimiter(settings)
-    fields = {
-        str(field.validation_alias or prefix + name).upper(): field
-        for name, field in settings.model_fields.items()
-        if not isinstance(field.validation_alias, AliasChoices | AliasPath)
-    }
+    fields = _variables(settings)
     found = {name.upper(): name for name in names}
     for upper, name in found.items():
         if prefix and (upper.startswith(prefix) or delimiter in upper):
