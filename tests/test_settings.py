@@ -223,7 +223,7 @@ WRONG_FILES = {
     "a value for a section": (
         "database: sqlite://",
         "database (",
-        "a section, with keys below it: url, pool",
+        "a section, with keys below it: url, host, port",
     ),
     "a section with all its keys commented out": (
         "database: {url: 'sqlite://', pool: }",

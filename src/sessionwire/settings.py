@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Annotated, Any, Self, cast
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
     PlainSerializer,
     PlainValidator,
+    SecretStr,
     ValidationError,
     model_validator,
 )
-from pydantic_core import InitErrorDetails
+from pydantic_core import InitErrorDetails, PydanticUndefined
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import URL
 
@@ -30,9 +32,25 @@ from ._config.sources import (
     raw_source,
     secrets_source,
 )
-from ._config.url import mask_url, parse_url
+from ._config.url import DatabaseURL, mask_url, parse_url
+from ._config.url_parts import (
+    check_keys,
+    check_password_file,
+    complete_url,
+    mask_secret,
+    parse_secret,
+)
 from ._config.yaml_files import read_yaml
 from .errors import ConfigurationError
+
+LONGEST = 2_000_000  # seconds; the server counts milliseconds in 32 bits
+# Keys that only PostgreSQL understands.
+SERVER_SETTINGS = (
+    "search_path",
+    "statement_timeout",
+    "lock_timeout",
+    "idle_in_transaction_timeout",
+)
 
 
 class _Frozen:
@@ -109,12 +127,28 @@ class DatabaseSettings(_Model):
             source and remedy, and shows no password.
     """
 
+    # It is required, but for a type checker `host` or `database` can do without.
     url: Annotated[str | URL, PlainValidator(parse_url), PlainSerializer(mask_url)] = Field(
+        default=cast("str | URL", PydanticUndefined),
         description=(
             "postgresql://…, sqlite:///file.db, sqlite:// (a temporary file) "
-            "or embedded:./directory"
-        )
+            "or embedded:./directory; not needed beside host or database"
+        ),
     )
+    host: str | None = Field(
+        None,
+        min_length=1,
+        description="in place of the url's; several: one:5432,two:5432; or a socket's directory",
+    )
+    port: int | None = Field(None, ge=1, le=65535, description="in place of the url's")
+    username: str | None = Field(None, min_length=1, description="in place of the url's")
+    password: Annotated[
+        str | SecretStr | None, PlainValidator(parse_secret), PlainSerializer(mask_secret)
+    ] = Field(None, description="in place of the url's; not percent-encoded")
+    password_file: Annotated[str | Path | None, AfterValidator(check_password_file)] = Field(
+        None, description="a file with the password, read for each new connection"
+    )
+    database: str | None = Field(None, min_length=1, description="in place of the url's")
     pool: PoolSettings = PoolSettings()
     connect_timeout: float = Field(10, gt=0, description="for open(), and for each new connection")
     drain_timeout: float = Field(10, ge=0, description="how long close() waits for open scopes")
@@ -146,6 +180,64 @@ class DatabaseSettings(_Model):
     application_name: str | None = Field(
         None, description="the name shown in PostgreSQL's pg_stat_activity"
     )
+    search_path: str | list[str] | None = Field(
+        None, min_length=1, description="the server's setting, or a list of schemas; PostgreSQL"
+    )
+    statement_timeout: float | None = Field(
+        None,
+        gt=0,
+        le=LONGEST,
+        description="how long the server lets a statement run; PostgreSQL",
+    )
+    lock_timeout: float | None = Field(
+        None,
+        gt=0,
+        le=LONGEST,
+        description="how long the server lets a statement wait for a lock; PostgreSQL",
+    )
+    idle_in_transaction_timeout: float | None = Field(
+        None,
+        gt=0,
+        le=LONGEST,
+        description="idle time after which the server ends a transaction; PostgreSQL",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _do_without_url(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        given = cast("Mapping[str, Any]", values)
+        is_enough = given.get("host") is not None or given.get("database") is not None
+        if given.get("url") is None and is_enough:
+            return {**given, "url": "postgresql://"}
+        return given
+
+    @model_validator(mode="after")
+    def _complete_url(self) -> Self:
+        """Make the URL a whole one: the rest of the code reads no part of it elsewhere."""
+        url = cast("DatabaseURL", self.url)
+        keys = {key: value for key, value in self if value is not None}
+        problems = dict(check_keys(url, keys, of_postgresql=SERVER_SETTINGS))
+        if not problems:
+            try:
+                vars(self)["url"] = complete_url(url, keys)
+            except ValueError as error:
+                problems = {"port" if self.host is None else "host": str(error)}
+        if problems:
+            raise ValidationError.from_exception_data(
+                type(self).__name__,
+                [
+                    InitErrorDetails(
+                        type="value_error",
+                        loc=(key,),
+                        input="***",
+                        ctx={"error": ValueError(problem)},
+                    )
+                    for key, problem in problems.items()
+                ],
+            )
+        return self
 
     @classmethod
     def load(cls, raw: Mapping[str, Any] | None) -> Self:

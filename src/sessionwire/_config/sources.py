@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -23,6 +24,7 @@ from .yaml_files import TOO_DEEP
 
 # The names of the sources that are no files.
 ARGUMENT, ENVIRONMENT, CONFIG = "argument", "environment", "config"
+SERVICE_PORT = re.compile("(tcp|udp|sctp)://")
 
 
 class Source(NamedTuple):
@@ -63,7 +65,9 @@ def environment_source(settings: type[BaseSettings]) -> Source:
             nearly that of a key.
     """
     values = _Environment(settings)()
-    check_underscores(settings, os.environ, "environment variable ")
+    # Kubernetes sets SHOP_DATABASE_PORT=tcp://… for a service of the name shop-database.
+    own = (name for name, value in os.environ.items() if not SERVICE_PORT.match(value))
+    check_underscores(settings, own, "environment variable ")
     check_sections(settings, os.environ)
     return Source(ENVIRONMENT, values)
 

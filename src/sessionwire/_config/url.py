@@ -15,6 +15,7 @@ from .url_parameters import (
     check_asyncpg_query,
     check_sqlite_query,
     hosts_and_ports,
+    with_hosts,
 )
 
 ASYNC_DRIVERS = {
@@ -77,9 +78,13 @@ def parse_url(value: object) -> DatabaseURL:
     # pydantic's `AnyUrl`, `PostgresDsn` and the like
     if hasattr(value, "unicode_string"):
         value = str(value)
+    hosts = ""
     if isinstance(value, str):
         embedded = re.fullmatch("embedded:(?!//)(.*)", value, re.DOTALL)
-        value = URL.create("embedded", database=embedded[1]) if embedded else _check_text(value)
+        if embedded:
+            value = URL.create("embedded", database=embedded[1])
+        else:
+            value, hosts = _check_text(value)
     try:
         url = make_url(value)  # type: ignore[arg-type]  # it checks the type itself
     except (ArgumentError, ValueError):
@@ -88,6 +93,8 @@ def parse_url(value: object) -> DatabaseURL:
             "sqlite:///file.db, with any of @ : / ? # in a password percent-encoded"
         ) from None
     _check_password(url, is_checked=isinstance(value, str | DatabaseURL))
+    if hosts or "," in (url.host or ""):
+        url = with_hosts(url, hosts or url.host or "", url.port)
     url = url.set(drivername=ASYNC_DRIVERS.get(url.drivername, url.drivername))
     if url.drivername == "embedded":
         if not url.database or any((url.username, url.password, url.host, url.port, url.query)):
@@ -103,8 +110,8 @@ def parse_url(value: object) -> DatabaseURL:
     return DatabaseURL._make(url)
 
 
-def _check_text(text: str) -> str:
-    """Return `text`, with several hosts rewritten as SQLAlchemy reads them.
+def _check_text(text: str) -> tuple[str, str]:
+    """Return `text`, and several hosts in libpq's form, which SQLAlchemy would misread.
 
     Raises:
         ValueError: A part of the password would be taken for host, database or query.
@@ -113,7 +120,7 @@ def _check_text(text: str) -> str:
         raise ValueError(HIDDEN)
     found = USER_PART.match(text)
     if not found or ASYNC_DRIVERS["sqlite"].startswith(found["scheme"]):
-        return text
+        return text, ""
     address, question_mark, query = text[found.end() :].partition("?")
     if (
         "?" in (found["user"] or "")
@@ -130,13 +137,8 @@ def _check_text(text: str) -> str:
         )
     hosts, slash, database = address.partition("/")
     if "," not in hosts:
-        return text
-    # libpq separates hosts by commas; SQLAlchemy reads several from the query.
-    parameters = [
-        f"host={host}" if re.search(r":\d+$", host) else f"host={host}:5432"
-        for host in hosts.split(",")
-    ]
-    return f"{found[0]}{slash}{database}?{'&'.join(filter(None, [*parameters, query]))}"
+        return text, ""
+    return f"{found[0]}{slash}{database}{question_mark}{query}", hosts
 
 
 def _check_password(url: URL, *, is_checked: bool) -> None:

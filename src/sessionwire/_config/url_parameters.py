@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -60,6 +61,8 @@ ASYNCPG: dict[str, Any] = {
     "direct_tls": bool,
 }
 REPEATABLE = ("host", "port")
+DEFAULT_PORT = 5432
+HOST = re.compile(r"(?P<name>\[[^\[\]]+\]|[^:\[\]]+|[^\[\]]*:[^\[\]]*:[^\[\]]*)(:(?P<port>\d+))?")
 # Arguments that cannot be URL parameters, and what to do instead.
 ASYNCPG_ELSEWHERE = {
     "timeout": "set connect_timeout beside url",
@@ -143,6 +146,64 @@ def hosts_and_ports(url: URL) -> list[tuple[str, int | None]]:
     hosts: str | list[str] = arguments.get("host", "")
     ports: Any = arguments.get("port")
     return [(hosts, ports)] if isinstance(hosts, str) else list(zip(hosts, ports, strict=True))
+
+
+def split_hosts(text: str) -> list[tuple[str, int | None]]:
+    """Return the hosts and ports of a text in libpq's form, such as `one:5432,two`.
+
+    Raises:
+        ValueError: It is none; the message has the remedy.
+    """
+    if text.startswith("/"):
+        return [(directory, None) for directory in text.split(",")]
+    found = [HOST.fullmatch(host.strip()) for host in text.split(",")]
+    if not all(found):
+        raise ValueError("a host is written as db.example.com, and several as one:5432,two:5432")
+    return [
+        (match["name"].strip("[]"), int(match["port"]) if match["port"] else None)
+        for match in found
+        if match
+    ]
+
+
+def with_hosts(url: URL, hosts: str, port: int | None) -> URL:
+    """Return a URL of these hosts, in the form that SQLAlchemy reads.
+
+    Args:
+        url: The URL, whose own port holds for a single host.
+        hosts: One, several in libpq's form, or the directory of a socket.
+        port: The port of each that names none.
+    """
+    addresses = split_hosts(hosts)
+    bare = url._replace(host=None, port=None).difference_update_query(["host", "port"])
+    if len(addresses) == 1:
+        ((host, own_port),) = addresses
+        port = own_port or port or url.port
+        if not host.startswith("/"):
+            return bare._replace(host=host, port=port)
+        query = {"host": host} | ({"port": str(port)} if port else {})
+        return bare.update_query_dict(query)
+    ports = [str(own_port or port or DEFAULT_PORT) for _, own_port in addresses]
+    names = [host for host, _ in addresses]
+    if any(":" in name for name in names):  # SQLAlchemy would take that for a port.
+        return bare.update_query_dict({"host": ",".join(names), "port": ",".join(ports)})
+    return bare.update_query_dict(
+        {"host": [f"{name}:{port}" for name, port in zip(names, ports, strict=True)]}
+    )
+
+
+def with_port(url: URL, port: int) -> URL:
+    """Return a URL of the same host and this port.
+
+    Raises:
+        ValueError: It names several hosts, or the host's port is a part of its name.
+    """
+    host = url.query.get("host")
+    if host is None:
+        return url.set(port=port)
+    if not isinstance(host, str) or "," in host or re.search(r":\d+$", host):
+        raise ValueError("the url names each host with its port: change it there, or set host too")
+    return url.update_query_dict({"port": str(port)})
 
 
 def _typed_values(

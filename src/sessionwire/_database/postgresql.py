@@ -15,6 +15,7 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from sessionwire._config.url_parameters import LIBPQ_KEYS, typed_arguments
+from sessionwire._config.url_parts import read_password
 from sessionwire.embedded import EmbeddedServer
 from sessionwire.errors import ConfigurationError
 from sessionwire.settings import DatabaseSettings
@@ -52,13 +53,10 @@ def split_url(url: URL, settings: DatabaseSettings) -> tuple[URL, dict[str, Any]
     for key in ("sslrootcert", "sslcert", "sslkey"):
         if key in libpq and not Path(str(libpq[key])).expanduser().is_file():
             raise ConfigurationError(f"url: {key}: there is no file {libpq[key]!r} on this machine")
-    server_settings: dict[str, str] = {}
-    if settings.application_name:
-        server_settings["application_name"] = settings.application_name
     typed = typed_arguments(url)  # In the URL they would be text.
     connect_args: dict[str, Any] = {
         "timeout": settings.connect_timeout,
-        "server_settings": server_settings,
+        "server_settings": start_up_parameters(settings),
         "connection_class": connection_class(
             tcp_timeout=settings.tcp_timeout, pipeline=settings.pipeline
         ),
@@ -67,6 +65,25 @@ def split_url(url: URL, settings: DatabaseSettings) -> tuple[URL, dict[str, Any]
     if libpq:  # In its DSN asyncpg gives them the meaning that they have in libpq.
         connect_args["dsn"] = "postgresql://?" + urlencode(libpq, doseq=True)
     return url.difference_update_query([*typed, *libpq]), connect_args
+
+
+def start_up_parameters(settings: DatabaseSettings) -> dict[str, str]:
+    """Return the server's settings that each connection begins with."""
+    path = settings.search_path
+    if isinstance(path, list):
+        path = ", ".join('"' + schema.replace('"', '""') + '"' for schema in path)
+    durations = {
+        "statement_timeout": settings.statement_timeout,
+        "lock_timeout": settings.lock_timeout,
+        "idle_in_transaction_session_timeout": settings.idle_in_transaction_timeout,
+    }
+    parameters = {
+        "application_name": settings.application_name,
+        "search_path": path,
+        # 0 would be none.
+        **{name: f"{max(1, round(t * 1000))}ms" for name, t in durations.items() if t},
+    }
+    return {name: value for name, value in parameters.items() if value}
 
 
 def configure_engine(
@@ -91,6 +108,13 @@ def configure_engine(
         if server:
             parameters["host"] = server.socket_directory
         asyncpg = dialect.loaded_dbapi.asyncpg
+        if settings.password_file is not None:
+            try:
+                parameters["password"] = read_password(settings.password_file)
+            except ValueError as error:
+                raise dialect.loaded_dbapi.OperationalError(
+                    f"could not connect: password_file: {error}"
+                ) from None
         try:
             adapted = dialect.connect(*arguments, **parameters)
         except (OSError, dialect.loaded_dbapi.Error, asyncpg.PostgresError) as error:
