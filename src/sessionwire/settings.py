@@ -151,6 +151,11 @@ class DatabaseSettings(_Model):
     database: str | None = Field(None, min_length=1, description="in place of the url's")
     pool: PoolSettings = PoolSettings()
     connect_timeout: float = Field(10, gt=0, description="for open(), and for each new connection")
+    wait_for_database: float = Field(
+        0,
+        ge=0,
+        description="how long open() waits for a server that is not there yet; PostgreSQL",
+    )
     drain_timeout: float = Field(10, ge=0, description="how long close() waits for open scopes")
     commit_timeout: float = Field(
         10, gt=0, description="how long to wait for the answer to a commit"

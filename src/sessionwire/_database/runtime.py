@@ -31,6 +31,7 @@ from .holders import Unit
 from .options import CONNECTION_OPTIONS, WITHOUT_HOOKS, ConnectionOptions
 from .totals import Totals
 from .transaction_settings import SettingsSource, TransactionSettings
+from .waiting import Waiting
 
 NOT_INITIALIZED_HINT = (
     "call init(url) or await open() first, or start the container with Lifespan; "
@@ -232,28 +233,26 @@ class Database:
                 await self._dispose(engines, reset=True)
 
     async def _check_connection(self, engines: DatabaseEngines) -> None:
-        timeout = self.settings.connect_timeout
         if engines.server:
             await run_in_thread(engines.server.start)
+        waiting = Waiting(self.settings)
+        while True:
+            timeout = waiting.timeout
+            try:
+                return await self._connect_once(engines, timeout)
+            except Exception as error:
+                failure = f"{whereabouts(make_url(self.settings.url))}: {_explain(error, timeout)}"
+                if not waiting.goes_on(error):
+                    after = f"; waited {waiting.waited:.1f} s for it" if waiting.has_waited else ""
+                    raise ConnectionFailedError(f"could not open {failure}{after}") from error
+            await waiting.pause(failure)
+
+    async def _connect_once(self, engines: DatabaseEngines, timeout: float) -> None:
         engine = engines.primary.execution_options(**{WITHOUT_HOOKS: True})
-        try:
-            async with asyncio.timeout(timeout), engine.connect() as connection:
-                await connection.execute(text("SELECT 1"))
-                if engines.resolver is not None:
-                    await engines.resolver.prove(connection)
-        except Exception as error:
-            root_cause: BaseException = error
-            while root_cause.__cause__ is not None:
-                root_cause = root_cause.__cause__
-            why = (
-                f"no answer within {timeout:g} s"
-                if isinstance(error, TimeoutError)
-                else str(root_cause)
-            )
-            raise ConnectionFailedError(
-                f"could not open {whereabouts(make_url(self.settings.url))}: "
-                f"{type(root_cause).__name__}: {why}"
-            ) from error
+        async with asyncio.timeout(timeout), engine.connect() as connection:
+            await connection.execute(text("SELECT 1"))
+            if engines.resolver is not None:
+                await engines.resolver.prove(connection)
 
     async def _drain(self, units: set[Unit]) -> None:
         """Wait for the units, up to `drain_timeout`."""
@@ -377,6 +376,15 @@ class Database:
                 "application in another event loop."
             )
         return error
+
+
+def _explain(error: BaseException, timeout: float) -> str:
+    """Return the first cause of an attempt that failed."""
+    if isinstance(error, TimeoutError):
+        return f"TimeoutError: no answer within {timeout:g} s"
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
 
 
 _ownership_lock = threading.Lock()  # two threads may take a database for their loops at once
