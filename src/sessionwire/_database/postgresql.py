@@ -20,6 +20,7 @@ from sessionwire.embedded import EmbeddedServer
 from sessionwire.errors import ConfigurationError
 from sessionwire.settings import DatabaseSettings
 
+from . import several_hosts
 from .driver_errors import NOT_CONNECTED
 from .options import ConnectionOptions
 from .pipeline import Pipeline, Statement
@@ -104,10 +105,9 @@ def configure_engine(
     """
 
     @event.listens_for(engine, "do_connect")
-    def connect(dialect: Any, _record: Any, arguments: Any, parameters: dict[str, Any]) -> Any:
+    def connect(dialect: Any, _record: Any, _arguments: Any, parameters: dict[str, Any]) -> Any:
         if server:
             parameters["host"] = server.socket_directory
-        asyncpg = dialect.loaded_dbapi.asyncpg
         if settings.password_file is not None:
             try:
                 parameters["password"] = read_password(settings.password_file)
@@ -115,10 +115,16 @@ def configure_engine(
                 raise dialect.loaded_dbapi.OperationalError(
                     f"could not connect: password_file: {error}"
                 ) from None
+        asyncpg = dialect.loaded_dbapi.asyncpg
+        wrong_role = asyncpg.TargetServerAttributeNotMatched
+        known = OSError, dialect.loaded_dbapi.Error, asyncpg.PostgresError, wrong_role
         try:
-            adapted = dialect.connect(*arguments, **parameters)
-        except (OSError, dialect.loaded_dbapi.Error, asyncpg.PostgresError) as error:
-            raise _connect_error(dialect.loaded_dbapi, error) from (error.__cause__ or error)
+            adapted = several_hosts.connect(dialect, parameters)
+        except known as error:
+            # A TimeoutError is caused by its cancellation.
+            is_reason = isinstance(error, TimeoutError) or error.__cause__ is None
+            reason = error if is_reason else error.__cause__
+            raise _connect_error(dialect.loaded_dbapi, reason) from reason
         adapted.autocommit = True  # SQLAlchemy asks for the version, and needs no transaction.
         return adapted
 
@@ -170,11 +176,15 @@ def set_up(connection: Connection, options: ConnectionOptions, settings: Mapping
         adapted.isolation_level = ISOLATION_LEVELS[options.isolation]
 
 
-def _connect_error(dbapi: Any, error: Exception) -> Exception:
-    """Turn what `connect()` raised into an error that SQLAlchemy wraps."""
-    reason = error.__cause__ or error
-    wrapped: Any = dbapi.OperationalError(f"could not connect: {type(reason).__name__}: {reason}")
-    wrapped.pgcode = wrapped.sqlstate = getattr(reason, "sqlstate", None)
+def _connect_error(dbapi: Any, reason: Any) -> Exception:
+    """Turn the reason why `connect()` failed into an error that SQLAlchemy wraps."""
+    why = "no answer in time" if isinstance(reason, TimeoutError) else reason
+    wrapped: Any = dbapi.OperationalError(f"could not connect: {type(reason).__name__}: {why}")
+    # No server has the wanted role now.
+    is_not_yet = isinstance(reason, dbapi.asyncpg.TargetServerAttributeNotMatched)
+    wrapped.pgcode = wrapped.sqlstate = getattr(
+        reason, "sqlstate", several_hosts.NOT_YET if is_not_yet else None
+    )
     setattr(wrapped, NOT_CONNECTED, True)
     return cast(Exception, wrapped)
 

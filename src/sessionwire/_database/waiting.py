@@ -12,9 +12,8 @@ from sessionwire.settings import DatabaseSettings
 
 from .driver_errors import sqlstate
 
-STARTING = "57P03"  # SQLSTATE cannot_connect_now
-# asyncpg's error if no server has the role that target_session_attrs wants.
-NO_SUCH_ROLE = "TargetServerAttributeNotMatched"
+# SQLSTATE cannot_connect_now; also if no server has the role that the URL wants.
+STARTING = "57P03"
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds
 logger = logging.getLogger("sessionwire")
 
@@ -65,7 +64,6 @@ def _is_temporary(error: BaseException) -> bool:
     """Tell whether the server starts, refuses, is silent, or has no address yet."""
     if isinstance(error, ConnectionRefusedError | FileNotFoundError | socket.gaierror):
         return True  # A socket's file is not found before its server listens.
-    if isinstance(error, TimeoutError) or type(error).__name__ == NO_SUCH_ROLE:
-        return True
     # asyncio's error for several addresses, and that of a network without a way to it.
-    return type(error) is OSError or sqlstate(error) == STARTING
+    is_unreachable = type(error) is OSError or isinstance(error, TimeoutError)
+    return is_unreachable or sqlstate(error) == STARTING
