@@ -21,6 +21,7 @@ NAMES = [
     "ConcurrentSessionError",
     "ConfigurationError",
     "ConnectionFailedError",
+    "Credentials",
     "CurrentSession",
     "DatabaseContainer",
     "DatabaseSessionManager",

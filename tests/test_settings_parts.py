@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,8 @@ from sessionwire import (
     Settings,
 )
 
-from .cluster import Server, server
 from .conftest import Postgres
+from .passwords import asking_for_passwords
 from .postgres import OnPostgres
 
 SECRET = "hunter2"
@@ -238,17 +236,6 @@ def test_settings_made_from_a_dump_equal_those_that_were_dumped(keys: dict[str, 
 # A password on the wire
 
 
-@asynccontextmanager
-async def asking_for_passwords() -> AsyncIterator[Server]:
-    """Run a server that asks for the password of each role but its administrator's."""
-    async with server(tcp=True) as running:
-        rules = running.data / "pg_hba.conf"
-        rules.write_text("local all postgres trust\nhost all all 127.0.0.1/32 scram-sha-256\n")
-        await running.execute("SELECT pg_reload_conf()")
-        await running.execute("CREATE ROLE shop LOGIN PASSWORD 'first'")
-        yield running
-
-
 async def test_a_rotated_password_file_is_read_for_each_new_connection(tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("first\n")
@@ -268,9 +255,9 @@ async def test_a_rotated_password_file_is_read_for_each_new_connection(tmp_path:
                 assert await second.scalar(text("SELECT 1")) == 1
                 file.unlink()
                 async with manager.session() as third:
-                    with pytest.raises(DBAPIError, match=r"password_file: .*No such file"):
+                    with pytest.raises(DBAPIError, match=r"password_file failed: .*No such file"):
                         await third.scalar(text("SELECT 1"))
-        with pytest.raises(ConnectionFailedError, match=r"password_file: .*No such file"):
+        with pytest.raises(ConnectionFailedError, match=r"password_file failed: .*No such file"):
             await manager.open()
         for wrong in (b"", b"\n", b"\xff"):
             file.write_bytes(wrong)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from ._core.definition import Propagation
 from ._database.driver_errors import is_retryable
 from .base import Base
+from .credentials import Credentials
 from .decorators import read_only, transactional
 from .errors import (
     AlreadyInitializedError,
@@ -53,6 +54,7 @@ __all__ = [
     "ConcurrentSessionError",
     "ConfigurationError",
     "ConnectionFailedError",
+    "Credentials",
     "CurrentSession",
     "DatabaseContainer",
     "DatabaseSessionManager",

@@ -59,6 +59,8 @@ class DatabaseContainer(containers.DeclarativeContainer):
         metadata: The `MetaData` of the models; that of `Base` by default.
         session_settings: A function that returns the server's settings for a
             transaction, or a provider of one.
+        credentials: A function that returns the password of a new connection, or a
+            provider of one.
 
     Raises:
         ConfigurationError: A value is wrong, missing or unknown. Raised when the first
@@ -83,8 +85,13 @@ class DatabaseContainer(containers.DeclarativeContainer):
     settings = providers.ThreadSafeSingleton(DatabaseSettings.load, config)
     metadata = providers.Object(Base.metadata)
     session_settings: providers.Provider[Any] = providers.Object(None)
+    credentials: providers.Provider[Any] = providers.Object(None)
     sessionmanager = providers.ThreadSafeSingleton(
-        DatabaseSessionManager, settings, metadata=metadata, session_settings=session_settings
+        DatabaseSessionManager,
+        settings,
+        metadata=metadata,
+        session_settings=session_settings,
+        credentials=credentials,
     )
     manager = providers.Resource(sessionmanager)
     session = providers.Factory(CurrentSession, sessionmanager)

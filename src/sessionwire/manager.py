@@ -17,6 +17,7 @@ from ._core.session_block import SessionBlock
 from ._database.call_sites import calling_site
 from ._database.runtime import Database
 from .base import Base
+from .credentials import CredentialsFunction
 from .settings import DatabaseSettings, as_settings
 from .status import Status
 from .transaction import TransactionManager
@@ -38,6 +39,8 @@ class DatabaseSessionManager:
         session_settings: Returns the server's settings for a transaction or a read,
             such as `{"app.tenant": "7"}`. It is asked at the begin of each block that
             does not join another one. PostgreSQL only.
+        credentials: Returns the password of a new connection, or `Credentials`, for
+            passwords that change. It may be async, and needs `pool.max_lifetime`.
 
     Example:
         ```python
@@ -56,10 +59,12 @@ class DatabaseSessionManager:
         *,
         metadata: MetaData | None = None,
         session_settings: Callable[[], Mapping[str, object]] | None = None,
+        credentials: CredentialsFunction | None = None,
     ) -> None:
         self._database = Database(
             None if settings is None else as_settings(settings),
             session_settings and to_call(session_settings, "session_settings"),
+            credentials and to_call(credentials, "credentials"),
         )
         self.metadata = Base.metadata if metadata is None else metadata
         self.transaction = TransactionManager(self)

@@ -157,6 +157,31 @@ def test_each_test_of_the_plugin_finds_a_clean_database_in_any_event_loop(
     )
 
 
+USES_CONTAINER = """
+from shop import Container
+
+{before}
+
+async def test_adds(container):
+    await container.items().add("pen")
+"""
+
+
+@pytest.mark.parametrize("settings", ["", ", settings='postgresql://shop@db.invalid/shop'"])
+def test_a_database_of_the_plugin_is_asked_for_no_credentials_of_the_container(
+    project: Project, settings: str
+) -> None:
+    asked = f"metadata=Base.metadata, credentials=lambda: 1 / 0{settings}"
+    project.write("shop.py", SHOP.replace("metadata=Base.metadata", asked))
+    # A module may have the manager of a container class from its import on.
+    before = "Container.db.sessionmanager()" if settings else ""
+    project.write("test_shop.py", USES_CONTAINER.format(before=before))
+    for isolation in ("sandbox", "database"):
+        assert_passed(
+            project.run("-o", "asyncio_mode=auto", f"--sessionwire-isolation={isolation}"), 1
+        )
+
+
 KILLED = """
 import os, signal
 from sqlalchemy import text

@@ -23,6 +23,7 @@ from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
 from sessionwire._config.url import DatabaseURL
+from sessionwire.credentials import CredentialsFunction
 from sessionwire.embedded import EmbeddedServer
 from sessionwire.errors import NotInitializedError
 from sessionwire.settings import DatabaseSettings
@@ -30,6 +31,7 @@ from sessionwire.settings import DatabaseSettings
 from . import postgresql, sqlite, sqlite_connections
 from .begin_hooks import BeginHooks
 from .connection_pool import ConnectionPool
+from .credential_source import credential_source
 from .driver_errors import install_disconnect_listener
 from .failed_statements import install_failure_listener, record_savepoints
 from .holders import Holders, Unit
@@ -55,6 +57,7 @@ class DatabaseEngines:
         begin_hooks: The hooks of `on_begin`, which more may be added to later.
         units: The units that are open, at any time.
         totals: The counters of the manager.
+        credentials: Returns the password of a new connection.
     """
 
     resolver: CommitResolver | None = None
@@ -65,6 +68,7 @@ class DatabaseEngines:
         begin_hooks: BeginHooks,
         units: Collection[Unit],
         totals: Totals,
+        credentials: CredentialsFunction | None = None,
     ) -> None:
         url = make_url(settings.url)
         self.server: EmbeddedServer | None = None
@@ -90,6 +94,8 @@ class DatabaseEngines:
         self._cleanups = weakref.WeakKeyDictionary()
         self.cleanup_tasks: set[asyncio.Future[Any]] = set()  # those that are running
         self.is_sqlite = url.get_backend_name() == "sqlite"
+        is_server = not self.is_sqlite and self.server is None
+        self._credentials = credential_source(settings, credentials, is_server=is_server)
         self.primary = self._build_engine()
         self.holders = Holders(units, totals, settings.pool.warn_held_after, _last_statement)
         self.pool.watch(self.holders, totals)
@@ -187,7 +193,7 @@ class DatabaseEngines:
         elif self._url.drivername == "postgresql+asyncpg":
             engine = self._build_postgresql()
         else:
-            engine = self._create_engine(self._url, poolclass=ConnectionPool)
+            engine = self._build_other()
         sync_engine = engine.sync_engine
         event.listen(sync_engine, "connect", self._on_connect)
         if not isinstance(sync_engine.pool, PostgreSQLPool):  # It looks itself.
@@ -240,7 +246,12 @@ class DatabaseEngines:
                 self._connect_beside_pool, self._settings.commit_timeout, self.totals
             )
         postgresql.configure_engine(
-            engine.sync_engine, self._settings, self.server, self._cleanup_of, self.resolver
+            engine.sync_engine,
+            self._settings,
+            self.server,
+            self._cleanup_of,
+            self.resolver,
+            self._credentials,
         )
         return engine
 
@@ -250,6 +261,21 @@ class DatabaseEngines:
         self.totals.made += 1
         pool: Any = self.pool
         return pool._invoke_creator(None)
+
+    def _build_other(self) -> AsyncEngine:
+        engine, credentials = (
+            self._create_engine(self._url, poolclass=ConnectionPool),
+            self._credentials,
+        )
+        if credentials is not None:
+
+            @event.listens_for(engine.sync_engine, "do_connect")
+            def add_credentials(
+                dialect: Any, _record: Any, _arguments: Any, parameters: dict[str, Any]
+            ) -> None:
+                credentials.add_to(parameters, dialect.loaded_dbapi)
+
+        return engine
 
     def _create_engine(self, url: URL, **options: Any) -> AsyncEngine:
         pool = self._settings.pool

@@ -15,12 +15,12 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from sessionwire._config.url_parameters import LIBPQ_KEYS, typed_arguments
-from sessionwire._config.url_parts import read_password
 from sessionwire.embedded import EmbeddedServer
 from sessionwire.errors import ConfigurationError
 from sessionwire.settings import DatabaseSettings
 
 from . import several_hosts
+from .credential_source import CredentialSource
 from .driver_errors import NOT_CONNECTED
 from .options import ConnectionOptions
 from .pipeline import Pipeline, Statement
@@ -38,6 +38,7 @@ ISOLATION_LEVELS = {
     "REPEATABLE READ": "repeatable_read",
     "SERIALIZABLE": "serializable",
 }
+REFUSED = "28"  # the class of SQLSTATEs for a wrong password or user
 # What keeps a statement from writing, if sent ahead of it.
 READ_ONLY: tuple[Statement, ...] = (("SET transaction_read_only = on",),)
 
@@ -93,6 +94,7 @@ def configure_engine(
     server: EmbeddedServer | None,
     cleanup_of: Callable[[Any], Cleanup | None],
     resolver: CommitResolver | None,
+    credentials: CredentialSource | None,
 ) -> None:
     """Set up an engine's connections.
 
@@ -102,19 +104,15 @@ def configure_engine(
         server: The embedded server to connect to, if the URL names one.
         cleanup_of: Returns the task that closes a driver's connection, or None.
         resolver: What looks up the outcomes of commits, if that is wanted.
+        credentials: Those of each new connection, if they are asked for.
     """
 
     @event.listens_for(engine, "do_connect")
     def connect(dialect: Any, _record: Any, _arguments: Any, parameters: dict[str, Any]) -> Any:
         if server:
             parameters["host"] = server.socket_directory
-        if settings.password_file is not None:
-            try:
-                parameters["password"] = read_password(settings.password_file)
-            except ValueError as error:
-                raise dialect.loaded_dbapi.OperationalError(
-                    f"could not connect: password_file: {error}"
-                ) from None
+        if credentials is not None:
+            credentials.add_to(parameters, dialect.loaded_dbapi)
         asyncpg = dialect.loaded_dbapi.asyncpg
         wrong_role = asyncpg.TargetServerAttributeNotMatched
         known = OSError, dialect.loaded_dbapi.Error, asyncpg.PostgresError, wrong_role
@@ -124,6 +122,9 @@ def configure_engine(
             # A TimeoutError is caused by its cancellation.
             is_reason = isinstance(error, TimeoutError) or error.__cause__ is None
             reason = error if is_reason else error.__cause__
+            state = str(getattr(reason, "sqlstate", ""))
+            if credentials is not None and state.startswith(REFUSED):
+                credentials.forget()
             raise _connect_error(dialect.loaded_dbapi, reason) from reason
         adapted.autocommit = True  # SQLAlchemy asks for the version, and needs no transaction.
         return adapted

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sessionwire._config.url import whereabouts
 from sessionwire._shield import run_shielded
+from sessionwire.credentials import CredentialsFunction
 from sessionwire.embedded import run_in_thread
 from sessionwire.errors import (
     AlreadyInitializedError,
@@ -26,6 +27,7 @@ from sessionwire.settings import DatabaseSettings
 from sessionwire.status import PoolStatus, Status
 
 from .begin_hooks import BeginHooks
+from .credential_source import CredentialsError
 from .engines import DatabaseEngines
 from .holders import Unit
 from .options import CONNECTION_OPTIONS, WITHOUT_HOOKS, ConnectionOptions
@@ -47,7 +49,10 @@ class Database:
     """
 
     def __init__(
-        self, settings: DatabaseSettings | None, session_settings: SettingsSource | None = None
+        self,
+        settings: DatabaseSettings | None,
+        session_settings: SettingsSource | None = None,
+        credentials: CredentialsFunction | None = None,
     ) -> None:
         self._transaction_settings = TransactionSettings(session_settings)
         self.begin_hooks = BeginHooks(self._transaction_settings)
@@ -62,6 +67,7 @@ class Database:
             begin_hooks=self.begin_hooks,
             units=self._open_units,
             totals=self.totals,
+            credentials=credentials,
         )
         self._is_closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -382,7 +388,7 @@ def _explain(error: BaseException, timeout: float) -> str:
     """Return the first cause of an attempt that failed."""
     if isinstance(error, TimeoutError):
         return f"TimeoutError: no answer within {timeout:g} s"
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and not isinstance(error, CredentialsError):
         error = error.__cause__
     return f"{type(error).__name__}: {error}"
 

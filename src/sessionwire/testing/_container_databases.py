@@ -63,6 +63,8 @@ def override_databases(
     """Put each database of a container, in the order of their names, on another one."""
     own = dict(zip(_databases_by_settings_name(container), settings, strict=True))
     overrides: dict[str, object] = {**own}
+    for name in own:  # The other server has other passwords.
+        overrides[f"{name.removesuffix('settings')}credentials"] = None
     with ExitStack() as stack:
         for name, manager in managers_by_settings_name(container).items():
             # keep the manager itself: modules may have taken it when they were imported

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from sessionwire._database.engines import DatabaseEngines
 from sessionwire._database.runtime import Database
@@ -12,13 +14,19 @@ from sessionwire.settings import DatabaseSettings
 
 @contextmanager
 def override_settings(database: Database, settings: DatabaseSettings) -> Generator[None]:
-    """Open the database with these settings instead of its own."""
+    """Open the database with these settings instead of its own.
+
+    They are of another server, which has other passwords.
+    """
     own = database.constructor_settings, database.given_settings
+    make_own: Any = database.make_engines
     database.constructor_settings = database.given_settings = settings
+    database.make_engines = partial(make_own, credentials=None)
     try:
         yield
     finally:
         database.constructor_settings, database.given_settings = own
+        database.make_engines = make_own
 
 
 @contextmanager
