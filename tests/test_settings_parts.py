@@ -175,7 +175,7 @@ CONTRADICTIONS = {
     ),
     "a hidden password": (
         {"url": URL, "password": "***"},
-        "password (argument): its password is nothing but *",
+        "password (argument): it is nothing but *, so somebody has hidden it: give the password",
     ),
     "a file that is not there": (
         {"url": URL, "password_file": "/nowhere/password"},

@@ -16,6 +16,7 @@ from sqlalchemy import MetaData, select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from sessionwire import (
+    Credentials,
     CurrentSession,
     DatabaseContainer,
     DatabaseSessionManager,
@@ -212,8 +213,16 @@ async def use_transactions(transaction: TransactionManager) -> None:
     transaction.set_rollback_only()
 
 
+async def lease() -> Credentials:
+    return Credentials(username="shop", password="secret", expires_in=60)
+
+
 async def use(manager: DatabaseSessionManager) -> None:
     DatabaseSettings(url="sqlite://", pool=PoolSettings(size=3))
+    DatabaseSettings(host="db", password="secret", search_path=["shop", "public"])
+    DatabaseSessionManager("postgresql://db/shop", credentials=lambda: "token")
+    DatabaseSessionManager("postgresql://db/shop", credentials=lease)
+    DatabaseSessionManager("postgresql://db/shop", credentials=lambda: 5)  # type: ignore
     assert_type(ShopSettings.load("config.yaml", greeting="hi"), ShopSettings)
     sessionmanager.init("postgresql://localhost/shop")
     service = Service(CurrentSession(manager), manager.transaction)

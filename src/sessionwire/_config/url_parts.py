@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import SecretStr
 from sqlalchemy import URL
 
-from .url import HIDDEN, DatabaseURL
+from .url import DatabaseURL
 from .url_parameters import with_hosts, with_port
 
 # The keys, and the parameters of a URL that would outrank its parts.
@@ -55,7 +55,7 @@ def parse_secret(value: object) -> SecretStr | None:
     if not isinstance(value, str):
         raise ValueError("a password is a text: write it in quotes")
     if not value.strip("*"):
-        raise ValueError(HIDDEN)
+        raise ValueError("it is nothing but *, so somebody has hidden it: give the password itself")
     return SecretStr(value)
 
 

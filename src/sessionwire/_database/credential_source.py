@@ -87,7 +87,7 @@ class CredentialSource:
             return self._keep(await answer, asked_at)
 
     def _keep(self, answer: Any, asked_at: float) -> Credentials:
-        password = getattr(answer, "password", answer)
+        password: Any = answer.password if isinstance(answer, Credentials) else answer
         if not isinstance(password, str) or not password:
             raise TypeError(
                 "it must return a password that is not empty, or Credentials(password=…), and "

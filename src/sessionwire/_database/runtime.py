@@ -387,7 +387,7 @@ class Database:
 def _explain(error: BaseException, timeout: float) -> str:
     """Return the first cause of an attempt that failed."""
     if isinstance(error, TimeoutError):
-        return f"TimeoutError: no answer within {timeout:g} s"
+        return f"TimeoutError: no answer within {timeout:.3g} s"
     while error.__cause__ is not None and not isinstance(error, CredentialsError):
         error = error.__cause__
     return f"{type(error).__name__}: {error}"
