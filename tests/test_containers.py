@@ -47,6 +47,7 @@ PROVIDERS: dict[str, tuple[type, type]] = {
     "settings": (providers.ThreadSafeSingleton, DatabaseSettings),
     "metadata": (providers.Object, MetaData),
     "session_settings": (providers.Object, NoneType),
+    "credentials": (providers.Object, NoneType),
     "sessionmanager": (providers.ThreadSafeSingleton, DatabaseSessionManager),
     "manager": (providers.Resource, asyncio.Future),
     "session": (providers.Factory, CurrentSession),
