@@ -27,7 +27,8 @@ from sessionwire import (
 from .cluster import Server
 from .conftest import assert_all_returned, checked_out
 from .passwords import asking_for_passwords
-from .postgres import until
+from .postgres import at_port, until
+from .test_commit_resolver import LosingNetwork
 
 SECRET = "hunter2"
 
@@ -215,6 +216,24 @@ def test_a_manager_asks_anew_in_another_event_loop(server_of_module: Server) -> 
     for _ in range(2):
         asyncio.run(use())
     assert vault.asked == 2
+
+
+async def test_a_commit_is_looked_up_on_a_connection_with_credentials(
+    asking: Server, of: Of
+) -> None:
+    await asking.execute("DROP TABLE IF EXISTS sold")
+    await asking.execute("CREATE TABLE sold (item text)")
+    await asking.execute("GRANT ALL ON sold TO shop")
+    vault, network = Vault(), LosingNetwork()
+    async with network.open(asking.host) as port:
+        url = at_port(port, asking.url("postgres")).replace("postgres@", "shop@")
+        given = DatabaseSettings(url=url, pool=PoolSettings(max_lifetime=600))
+        async with DatabaseSessionManager(given, credentials=of(vault)) as manager:
+            async with manager.transaction() as session:
+                await session.execute(text("INSERT INTO sold VALUES ('tea')"))
+                network.loses = "the answer to the COMMIT"
+            assert vault.asked == 2
+    assert await asking.execute("SELECT item FROM sold") == [("tea",)]
 
 
 # When it fails
