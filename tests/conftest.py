@@ -11,10 +11,11 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from sqlalchemy import select
+from sqlalchemy import make_url, select
 from sqlalchemy.pool import QueuePool
 
 from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings, Settings
+from sessionwire._config.url import ASYNC_DRIVERS
 from sessionwire.embedded import EmbeddedServer
 from sessionwire.testing._servers import disable_durability, temporary_directory
 
@@ -25,8 +26,12 @@ CONNECTED_TO = "FROM pg_stat_activity WHERE datname = "
 CONNECTED = f"SELECT query, state {CONNECTED_TO}$1"
 
 
-# What a run may do without, and the marker of the tests that cannot.
-VARIANTS = {"--no-pipeline": "pipeline_only", "--pool-of-one": "several_connections"}
+# What a run may do without, and the markers of the tests that cannot.
+VARIANTS = {
+    "--no-pipeline": ("pipeline_only",),
+    "--pool-of-one": ("several_connections",),
+    "--driver": ("asyncpg_only", "pipeline_only"),
+}
 POOL_OF_ONE = {"size": 1, "max_overflow": 0}
 SHORT = 5  # seconds after which a test fails that needs a second connection
 
@@ -40,12 +45,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="let a pool have one connection, unless a test sets another size",
     )
+    parser.addoption(
+        "--driver",
+        choices=["psycopg"],
+        help="let the URLs of PostgreSQL mean this driver instead of asyncpg",
+    )
     parser.addoption("--share", metavar="K/N", help="run the K-th of N shares of the tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--no-pipeline"):
+    if config.getoption("--no-pipeline") or config.getoption("--driver"):
         DatabaseSettings.model_fields["pipeline"].default = False
+    if driver := config.getoption("--driver"):
+        ASYNC_DRIVERS["postgresql"] = f"postgresql+{driver}"
     if config.getoption("--pool-of-one"):
         for name, value in POOL_OF_ONE.items():
             PoolSettings.model_fields[name].default = value
@@ -56,8 +68,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    settings = DatabaseSettings(url="sqlite://")
-    return f"defaults: pipeline={settings.pipeline}, pool: {settings.pool}"
+    settings = DatabaseSettings(url="postgresql://")
+    driver = make_url(settings.url).get_driver_name()
+    return f"defaults: driver={driver}, pipeline={settings.pipeline}, pool: {settings.pool}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -66,11 +79,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for at, item in enumerate(items) if at % count != number % count]
         config.hook.pytest_deselected(items=left_out)
         items[:] = items[number % count :: count]
-    for option, name in VARIANTS.items():
+    for option, names in VARIANTS.items():
         if not config.getoption(option):
             continue
         for item in items:
-            if marker := item.get_closest_marker(name):
+            for marker in filter(None, map(item.get_closest_marker, names)):
                 item.add_marker(pytest.mark.skip(reason=f"{option}: {marker.args[0]}"))
 
 

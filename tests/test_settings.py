@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import sys
 import traceback
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -458,14 +459,20 @@ def test_the_error_of_an_unusable_url_names_the_remedy(
 
 @pytest.mark.parametrize(
     ("url", "package"),
-    [("postgresql://localhost/shop", "asyncpg"), ("mysql://localhost/shop", "asyncmy")],
+    [
+        ("postgresql+asyncpg://localhost/shop", "asyncpg"),
+        ("mysql://localhost/shop", "asyncmy"),
+        ("postgresql+psycopg://localhost/shop", "'sessionwire[psycopg]'"),
+    ],
 )
 def test_the_error_of_a_missing_driver_says_what_to_install(
     url: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    driver = url.partition(":")[0].partition("+")[2] or package
+    monkeypatch.setitem(sys.modules, driver, None)  # as if it were not installed
     with pytest.raises(
-        ConfigurationError, match=rf"^url \(argument\): the driver .* pip install {package}$"
+        ConfigurationError,
+        match=rf"^url \(argument\): the driver .* pip install {re.escape(package)}$",
     ):
         DatabaseSettings(url=url)
 
@@ -529,13 +536,33 @@ async def test_a_memory_database_is_a_private_file_deleted_on_close(url: str) ->
     assert not [left for file in files for left in file.parent.glob(f"{file.name}*")]
 
 
-async def test_other_async_dialects_of_sqlalchemy_are_accepted(
-    tmp_path: Path,
-) -> None:
+@pytest.fixture
+def other_database(tmp_path: Path) -> str:
     registry.register(
         "otherdb.aiosqlite", "sqlalchemy.dialects.sqlite.aiosqlite", "SQLiteDialect_aiosqlite"
     )
-    async with DatabaseSessionManager(f"otherdb+aiosqlite:///{tmp_path / 'other.db'}") as manager:
+    return f"otherdb+aiosqlite:///{tmp_path / 'other.db'}"
+
+
+def test_a_driver_that_is_not_certified_is_refused_with_what_to_write(other_database: str) -> None:
+    manager = DatabaseSessionManager()
+    with pytest.raises(
+        ConfigurationError, match=r"no certified driver.*set uncertified_driver: true"
+    ):
+        manager.init(other_database)
+    assert not manager.is_initialized
+
+
+async def test_other_async_dialects_of_sqlalchemy_are_accepted_with_a_warning_if_that_is_set(
+    other_database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = DatabaseSettings(url=other_database, uncertified_driver=True)
+    async with DatabaseSessionManager(settings) as manager:
+        [warning] = [record for record in caplog.records if record.name == "sessionwire"]
+        assert warning.levelname == "WARNING"
+        assert "otherdb+aiosqlite is no certified driver: read-only blocks can write" in (
+            warning.getMessage()
+        )
         async with manager.transaction() as session:
             await session.execute(text("CREATE TABLE t AS SELECT 5 AS n"))
         async with manager.session() as session:

@@ -181,6 +181,9 @@ class DatabaseSettings(_Model):
         True,
         description="send ahead what needs no answer, such as BEGIN; PostgreSQL with asyncpg",
     )
+    uncertified_driver: bool = Field(
+        False, description="let a driver pass on which less holds, with a warning that says what"
+    )
     echo: bool = Field(False, description="log each statement")
     application_name: str | None = Field(
         None, description="the name shown in PostgreSQL's pg_stat_activity"

@@ -13,6 +13,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from .url_parameters import (
     SECRET_QUERY_KEYS,
     check_asyncpg_query,
+    check_psycopg_query,
     check_sqlite_query,
     hosts_and_ports,
     with_hosts,
@@ -21,10 +22,13 @@ from .url_parameters import (
 ASYNC_DRIVERS = {
     "postgres": "postgresql+asyncpg",
     "postgresql": "postgresql+asyncpg",
+    "postgresql+psycopg_async": "postgresql+psycopg",
     "sqlite": "sqlite+aiosqlite",
     "mysql": "mysql+asyncmy",
     "mariadb": "mariadb+asyncmy",
 }
+# What to install for a driver that is an extra.
+PACKAGES = {"postgresql+psycopg": "'sessionwire[psycopg]'"}
 # Split a URL as SQLAlchemy does.
 USER_PART = re.compile(r"(?P<scheme>[\w+]+)://((?P<user>[^:/]*)(?P<password>:[^@]*)?@)?")
 HIDDEN = (
@@ -105,6 +109,8 @@ def parse_url(value: object) -> DatabaseURL:
         _check_driver(url)
     if url.drivername == "postgresql+asyncpg":
         check_asyncpg_query(url)
+    elif url.drivername == "postgresql+psycopg":
+        check_psycopg_query(url)
     elif url.drivername == "sqlite+aiosqlite":
         check_sqlite_query(url)
     return DatabaseURL._make(url)
@@ -163,7 +169,7 @@ def _check_driver(url: URL) -> None:
             "check the spelling, or install the package of the dialect"
         ) from None
     except ImportError as error:
-        package = error.name or url.get_driver_name()
+        package = PACKAGES.get(url.drivername) or error.name or url.get_driver_name()
         raise ValueError(
             f"the driver of {url.drivername!r} is not installed: pip install {package}"
         ) from None
@@ -175,16 +181,22 @@ def whereabouts(url: URL) -> str:
         return f"the embedded server in {url.database!r}"
     if url.get_backend_name() == "sqlite":
         return f"database {url.database!r}"
-    is_asyncpg = url.drivername == "postgresql+asyncpg"
-    query: Mapping[str, Any] = url.query if is_asyncpg else {}
-    defaults: Mapping[str, str] = os.environ if is_asyncpg else {}
+    is_postgresql = url.get_backend_name() == "postgresql"
+    query: Mapping[str, Any] = url.query if is_postgresql else {}
+    defaults: Mapping[str, str] = os.environ if is_postgresql else {}
     addresses: list[str] = []
-    for host, port in hosts_and_ports(url) if is_asyncpg else [(url.host or "", url.port)]:
+    for host, port in hosts_and_ports(url) if is_postgresql else [(url.host or "", url.port)]:
         host = host or defaults.get("PGHOST") or "its default"
         host = f"[{host}]" if ":" in host else host
         addresses.append(f"{host}:{port}" if port else host)
     user = query.get("user") or url.username or defaults.get("PGUSER") or ""
-    database = query.get("database") or url.database or defaults.get("PGDATABASE") or user
+    database = (
+        query.get("database")
+        or query.get("dbname")
+        or url.database
+        or defaults.get("PGDATABASE")
+        or user
+    )
     database = repr(database) if database else "its default"
     service = f", or as service {query['service']!r} says" if "service" in query else ""
     location = f"host {', '.join(addresses)} as user {user or 'its default'}"

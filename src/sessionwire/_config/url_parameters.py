@@ -60,6 +60,24 @@ ASYNCPG: dict[str, Any] = {
     "command_timeout": Seconds,
     "direct_tls": bool,
 }
+# Those of psycopg's `connect()` and SQLAlchemy's dialect, beside what libpq knows.
+PSYCOPG: dict[str, Any] = {
+    "sslmode": SslMode,
+    "target_session_attrs": ASYNCPG["target_session_attrs"],
+    "prepare_threshold": NonNegativeInt,
+}
+PSYCOPG_ELSEWHERE = {
+    "connect_timeout": "set connect_timeout beside url",
+    "autocommit": "the library needs a value of its own there",
+    **dict.fromkeys(
+        ("conninfo", "dsn"),
+        "write its parts into this URL",
+    ),
+    **dict.fromkeys(
+        ("context", "row_factory", "cursor_factory", "async_creator_fn"),
+        "its value is a Python object, which a URL can't hold",
+    ),
+}
 REPEATABLE = ("host", "port")
 DEFAULT_PORT = 5432
 HOST = re.compile(r"(?P<name>\[[^\[\]]+\]|[^:\[\]]+|[^\[\]]*:[^\[\]]*:[^\[\]]*)(:(?P<port>\d+))?")
@@ -102,6 +120,20 @@ def check_asyncpg_query(url: URL) -> None:
         ValueError: A parameter is unknown or wrong; the message has the remedy.
     """
     typed_arguments(url)
+    _check_hosts(url)
+
+
+def check_psycopg_query(url: URL) -> None:
+    """Reject parameters that neither psycopg nor libpq would understand.
+
+    Raises:
+        ValueError: A parameter is unknown or wrong; the message has the remedy.
+    """
+    typed_psycopg_arguments(url)
+    _check_hosts(url)
+
+
+def _check_hosts(url: URL) -> None:
     try:
         hosts_and_ports(url)
     except (ArgumentError, ValueError) as error:
@@ -140,11 +172,25 @@ def typed_arguments(url: URL) -> dict[str, object]:
     return _typed_values(url, ASYNCPG, ASYNCPG_ELSEWHERE)
 
 
+def typed_psycopg_arguments(url: URL) -> dict[str, object]:
+    """Convert the parameters that psycopg does not take as text.
+
+    Raises:
+        ValueError: A parameter is unknown or wrong; the message has the remedy.
+    """
+    from psycopg.pq import Conninfo  # psycopg is an extra
+
+    libpq = dict.fromkeys((option.keyword.decode() for option in Conninfo.get_defaults()), str)
+    return _typed_values(url, libpq | PSYCOPG, PSYCOPG_ELSEWHERE)
+
+
 def hosts_and_ports(url: URL) -> list[tuple[str, int | None]]:
     """Return the addresses that the driver connects to, as the URL names them."""
     arguments: Any = url.get_dialect()().create_connect_args(url)[1]
     hosts: str | list[str] = arguments.get("host", "")
     ports: Any = arguments.get("port")
+    if isinstance(hosts, str) and "," in hosts:  # libpq's way
+        hosts, ports = hosts.split(","), [port or None for port in str(ports).split(",")]
     return [(hosts, ports)] if isinstance(hosts, str) else list(zip(hosts, ports, strict=True))
 
 

@@ -72,6 +72,7 @@ class Connection(asyncpg.Connection):
     def end_use(self) -> bool:
         """Send nothing ahead of each statement. Return whether no transaction is open."""
         self.send_ahead_of_each(())
+        self._protocol.last_statement = None
         return not self._protocol.is_in_transaction()
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
@@ -147,6 +148,10 @@ class Connection(asyncpg.Connection):
             return "COMMIT"
         finally:
             resolver.unwatch(self)
+
+    async def ping(self, timeout: float) -> None:
+        """Ask the server something, outside of a transaction."""
+        await self.execute("SELECT 1", timeout=timeout)
 
     async def prepare(self, query: str, **options: Any) -> Any:
         if query.startswith(UNREAD) and self.can_send_ahead and self.is_in_transaction():

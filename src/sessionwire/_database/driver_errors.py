@@ -14,8 +14,12 @@ from sessionwire.errors import CommitOutcomeUnknownError, TransactionTimeoutErro
 
 from .options import ConnectionOptions, options_of
 
-CONNECTION_LOST_SQLSTATES = ("08", "57P01", "57P02", "57P03")  # "08" is a class of them
+CANNOT_CONNECT = "08001"
+CANNOT_CONNECT_NOW = "57P03"
+CONNECTION_LOST_SQLSTATES = ("08", "57P01", "57P02", CANNOT_CONNECT_NOW)  # "08" is a class
 IN_FAILED_TRANSACTION = "25P02"
+INVALID_CATALOG_NAME = "3D000"  # There is no such database.
+INVALID_PASSWORD = "28P01"
 INTERNAL_ERROR = "XX000"
 READ_ONLY_TRANSACTION = "25006"
 TOO_MANY_CONNECTIONS = "53300"
@@ -30,7 +34,7 @@ RETRYABLE_CODES = {
     "40001": "serialization_failure",
     "40P01": "deadlock",
     "SQLITE_BUSY": "busy",
-    "57P03": "server_unavailable",  # It starts, or stops.
+    CANNOT_CONNECT_NOW: "server_unavailable",  # It starts, or stops.
     TOO_MANY_CONNECTIONS: "too_many_connections",
 }
 # The errors of asyncpg after a migration. After the first SQLAlchemy prepares its plans
@@ -58,10 +62,9 @@ def is_answer_lost(error: BaseException | None) -> bool:
     An answer of severity ERROR is a refusal. One of severity FATAL may follow a commit
     that was carried out (see "Message Formats" in PostgreSQL's documentation, field V).
     """
-    severity = getattr(error, "severity_en", None) or getattr(error, "severity", None)
     return (
         hasattr(error, "sqlstate")
-        and severity != "ERROR"
+        and _severity(error) != "ERROR"
         and ENDED_WHILE_IDLE not in _states(error)
     )
 
@@ -69,6 +72,24 @@ def is_answer_lost(error: BaseException | None) -> bool:
 def _states(error: BaseException | None) -> set[str]:
     """Return the SQLSTATEs of an error and of the server's last message before it."""
     return {sqlstate(error), sqlstate(error and error.__cause__)}
+
+
+def _severity(error: BaseException | None) -> str | None:
+    """Return "ERROR" or "FATAL" for an answer of PostgreSQL, in English if it tells that."""
+    diagnostic = getattr(error, "diag", None)  # psycopg's
+    for name in ("severity_nonlocalized", "severity_en", "severity"):
+        if found := getattr(diagnostic or error, name, None):
+            return str(found)
+    return None
+
+
+def is_outdated_plan(error: BaseException | None) -> bool:
+    """Tell whether a driver's prepared statement is older than a migration."""
+    routine = getattr(getattr(error, "diag", None), "source_function", None)
+    return (
+        type(error and error.__cause__).__name__ == OUTDATED_PLAN
+        or routine == "RevalidateCachedQuery"  # the server's, as psycopg tells it
+    )
 
 
 def is_retryable(error: BaseException | None) -> bool:
@@ -113,7 +134,7 @@ def _reason_to_retry(error: Exception) -> str | None:
             return reason
     if not isinstance(error, DBAPIError):
         return None
-    if type(error.orig and error.orig.__cause__).__name__ == OUTDATED_PLAN or (
+    if is_outdated_plan(error.orig) or (
         # The server has no SQLSTATE for a type that is gone. It does not translate
         # internal errors, so their text can be compared.
         code == INTERNAL_ERROR and "cache lookup failed for type" in str(error.orig)

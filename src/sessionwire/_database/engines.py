@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import os
 import random
 import tempfile
 import uuid
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from sqlalchemy import URL, AdaptedConnection, Connection, Engine, event, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -25,10 +26,10 @@ from sqlalchemy.util.concurrency import in_greenlet
 from sessionwire._config.url import DatabaseURL
 from sessionwire.credentials import CredentialsFunction
 from sessionwire.embedded import EmbeddedServer
-from sessionwire.errors import NotInitializedError
+from sessionwire.errors import ConfigurationError, NotInitializedError
 from sessionwire.settings import DatabaseSettings
 
-from . import postgresql, sqlite, sqlite_connections
+from . import postgresql, psycopg_driver, sqlite, sqlite_connections
 from .begin_hooks import BeginHooks
 from .connection_pool import ConnectionPool
 from .credential_source import credential_source
@@ -36,15 +37,53 @@ from .driver_errors import install_disconnect_listener
 from .failed_statements import install_failure_listener, record_savepoints
 from .holders import Holders, Unit
 from .options import CONNECTION_OPTIONS, ConnectionOptions
-from .postgresql_pool import EXPIRES_AT, LifetimeOver, PostgreSQLPool
+from .postgresql_pool import EXPIRES_AT, Cleanup, LifetimeOver, PostgreSQLPool
 from .savepoints import install_cancellation_listener
 from .totals import Totals
 
 if TYPE_CHECKING:
     from .commit_resolver import CommitResolver
+    from .credential_source import CredentialSource
 
 LIFETIME_JITTER = 0.2  # of the lifetime
 POOL_CLOSE_WAIT = 0.25  # seconds that a pool waits for a connection to be closed
+UNCERTIFIED = (
+    "%s is no certified driver: read-only blocks can write; a cancelled statement may go on in "
+    "the server; a cancellation or a deadline in a savepoint costs the whole transaction; a "
+    "COMMIT that the server answers with a rollback may pass for success; settings= and "
+    "session_settings raise; connect_timeout holds for open() only; application_name, "
+    "pool.ping_after and tcp_timeout are ignored"
+)
+logger = logging.getLogger("sessionwire")
+
+
+class PostgreSQLDriver(Protocol):
+    """What the modules of the drivers for PostgreSQL have in common."""
+
+    @property
+    def Pool(self) -> type[PostgreSQLPool]: ...
+    @property
+    def SENDS_AHEAD(self) -> bool: ...
+    def split_url(self, url: URL, settings: DatabaseSettings) -> tuple[URL, dict[str, Any]]: ...
+    def configure_engine(
+        self,
+        engine: Engine,
+        settings: DatabaseSettings,
+        server: EmbeddedServer | None,
+        cleanup_of: Callable[[Any], Cleanup | None],
+        resolver: CommitResolver | None,
+        credentials: CredentialSource | None,
+    ) -> None: ...
+    def set_up(
+        self, connection: Connection, options: ConnectionOptions, settings: Mapping[str, str]
+    ) -> None: ...
+    def abandon(self, driver: Any, *, is_forked: bool) -> None: ...
+
+
+POSTGRESQL_DRIVERS: dict[str, PostgreSQLDriver] = {
+    "postgresql+asyncpg": postgresql,
+    "postgresql+psycopg": psycopg_driver,
+}
 
 
 class DatabaseEngines:
@@ -94,14 +133,18 @@ class DatabaseEngines:
         self._cleanups = weakref.WeakKeyDictionary()
         self.cleanup_tasks: set[asyncio.Future[Any]] = set()  # those that are running
         self.is_sqlite = url.get_backend_name() == "sqlite"
+        self._postgresql = POSTGRESQL_DRIVERS.get(url.drivername)
+        if not (self.is_sqlite or self._postgresql):
+            _admit_uncertified_driver(url, settings)
         is_server = not self.is_sqlite and self.server is None
         self._credentials = credential_source(settings, credentials, is_server=is_server)
         self.primary = self._build_engine()
         self.holders = Holders(units, totals, settings.pool.warn_held_after, _last_statement)
         self.pool.watch(self.holders, totals)
-        self._is_asyncpg = self.primary.dialect.driver == "asyncpg"
         # Statements can be sent ahead of others.
-        self.sends_ahead = settings.pipeline and self._is_asyncpg
+        self.sends_ahead = (
+            settings.pipeline and self._postgresql is not None and self._postgresql.SENDS_AHEAD
+        )
         # A read-only connection is kept from writing without a transaction.
         self.refuses_writes_in_autocommit = self.is_sqlite or self.sends_ahead
         self._variants: dict[ConnectionOptions, AsyncEngine] = {}
@@ -120,8 +163,8 @@ class DatabaseEngines:
             options: The options.
             settings: What is sent ahead of each statement that has no transaction.
         """
-        if self._is_asyncpg:
-            postgresql.set_up(connection, options, settings)
+        if self._postgresql:
+            self._postgresql.set_up(connection, options, settings)
 
     def releases_at_once(self, options: ConnectionOptions) -> bool:
         """Tell whether a connection goes back to the pool without anything to wait for.
@@ -148,7 +191,7 @@ class DatabaseEngines:
             # It is not cached: values may be unhashable, or new at every call.
             return self._with_options(options)
         if not options.transaction_per_statement:
-            if self._is_asyncpg:
+            if self._postgresql:
                 return self.primary  # Each transaction is given its options at its begin.
             if options.settings:
                 options = replace(options, settings=())  # They go to the transaction.
@@ -162,16 +205,10 @@ class DatabaseEngines:
         execution_options = options.copy_execution_options()
         if self.is_sqlite:
             execution_options[CONNECTION_OPTIONS] = options  # sqlite.py begins by them.
-        elif not self._is_asyncpg:
+        elif not self._postgresql:
             isolation = options.isolation
             if options.autocommit and not options.transaction_per_statement:
                 isolation = "AUTOCOMMIT"
-            if engine.dialect.name == "postgresql":
-                if options.read_only:
-                    execution_options["postgresql_readonly"] = True
-                if isolation == "READ UNCOMMITTED":
-                    # The server treats both alike; the driver knows only the other.
-                    isolation = "READ COMMITTED"
             if isolation:
                 execution_options["isolation_level"] = isolation
         if options.transaction_per_statement:
@@ -188,10 +225,10 @@ class DatabaseEngines:
     # Create
 
     def _build_engine(self) -> AsyncEngine:
-        if self._url.get_backend_name() == "sqlite":
+        if self.is_sqlite:
             engine = self._build_sqlite()
-        elif self._url.drivername == "postgresql+asyncpg":
-            engine = self._build_postgresql()
+        elif self._postgresql:
+            engine = self._build_postgresql(self._postgresql)
         else:
             engine = self._build_other()
         sync_engine = engine.sync_engine
@@ -231,21 +268,20 @@ class DatabaseEngines:
         dialect.do_terminate = self.abort
         return engine
 
-    def _build_postgresql(self) -> AsyncEngine:
-        url, connect_args = postgresql.split_url(self._url, self._settings)
-        pool = PostgreSQLPool
-        engine = self._create_engine(url, connect_args=connect_args, poolclass=pool)
+    def _build_postgresql(self, driver: PostgreSQLDriver) -> AsyncEngine:
+        url, connect_args = driver.split_url(self._url, self._settings)
+        engine = self._create_engine(url, connect_args=connect_args, poolclass=driver.Pool)
         dialect: Any = engine.dialect
         # SQLAlchemy waits for two seconds or forever. If it is cancelled meanwhile, it
         # leaves the statement running in the server.
         dialect.do_close = dialect.do_terminate = self._close_for_pool
-        if self._settings.resolve_commits and self._settings.pipeline:
+        if self._settings.resolve_commits and self._settings.pipeline and driver.SENDS_AHEAD:
             from .commit_resolver import CommitResolver  # asyncpg is not needed on SQLite
 
             self.resolver = CommitResolver(
                 self._connect_beside_pool, self._settings.commit_timeout, self.totals
             )
-        postgresql.configure_engine(
+        driver.configure_engine(
             engine.sync_engine,
             self._settings,
             self.server,
@@ -358,7 +394,7 @@ class DatabaseEngines:
     def _close_for_pool(self, dbapi_connection: Any) -> None:
         """Close a connection for its pool, in the background if it takes long."""
         if not in_greenlet():  # It was garbage-collected while it was checked out.
-            dbapi_connection.terminate()
+            dbapi_connection.driver_connection.terminate()
             return
         cleanup = self._start_cleanup(dbapi_connection)
         if not self._is_disposing:
@@ -393,12 +429,32 @@ class DatabaseEngines:
             if self.is_sqlite:
                 is_idle = driver not in in_use and driver not in self._cleanups
                 sqlite_connections.abandon(driver, is_forked=is_forked, is_idle=is_idle)
-            elif hasattr(driver, "_transport"):  # asyncpg's
-                postgresql.abandon(driver, is_forked=is_forked)
+            elif self._postgresql:
+                self._postgresql.abandon(driver, is_forked=is_forked)
         if self.resolver is not None:
             self.resolver.abandon()
         self._connections, self.cleanup_tasks = set(), set()
         self._cleanups = weakref.WeakKeyDictionary()
+
+
+def _admit_uncertified_driver(url: URL, settings: DatabaseSettings) -> None:
+    """Refuse a driver that the library was not made for, or warn of it if that is set.
+
+    Raises:
+        ConfigurationError: The setting `uncertified_driver` is false.
+    """
+    if not settings.uncertified_driver:
+        instead = (
+            "write postgresql+asyncpg or postgresql+psycopg"
+            if url.get_backend_name() == "postgresql"
+            else "use PostgreSQL or SQLite"
+        )
+        raise ConfigurationError(
+            f"url: {url.drivername!r} is no certified driver, and what this library promises "
+            f"does not hold on it: {instead}, or set uncertified_driver: true beside url, and "
+            "do without that"
+        )
+    logger.warning(UNCERTIFIED, url.drivername)
 
 
 def _check_lifetime(

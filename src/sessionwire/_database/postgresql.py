@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlencode
 
@@ -24,12 +22,14 @@ from .credential_source import CredentialSource
 from .driver_errors import NOT_CONNECTED
 from .options import ConnectionOptions
 from .pipeline import Pipeline, Statement
-from .postgresql_pool import GET_CLEANUP, LAST_USED, Cleanup, PostgreSQLPool
+from .postgresql_pool import Cleanup, PostgreSQLPool, watch_connections
 from .transaction_settings import ahead_of_each
 
 if TYPE_CHECKING:
     from .commit_resolver import CommitResolver
 
+Pool = PostgreSQLPool
+SENDS_AHEAD = True
 # The driver's names. The server treats the first two levels alike, and the driver knows
 # only the second.
 ISOLATION_LEVELS = {
@@ -129,17 +129,12 @@ def configure_engine(
         adapted.autocommit = True  # SQLAlchemy asks for the version, and needs no transaction.
         return adapted
 
-    pool = cast(PostgreSQLPool, engine.pool)
-    pool.ping_after, pool.ping_timeout = settings.pool.ping_after, settings.connect_timeout
+    watch_connections(engine, settings, cleanup_of)
 
-    # `insert` puts this ahead of listeners that may fail.
     @event.listens_for(engine, "connect", insert=True)
-    def on_connect(connection: AdaptedConnection, record: ConnectionPoolEntry) -> None:
-        record.info[LAST_USED] = monotonic()
+    def on_connect(connection: AdaptedConnection, _record: ConnectionPoolEntry) -> None:
         driver: Any = connection.driver_connection
         driver.resolver = resolver
-        place: Any = record.record_info
-        place[GET_CLEANUP] = partial(cleanup_of, driver)
 
     # SQLAlchemy's listener, which asks, comes before this one.
     @event.listens_for(engine, "connect")

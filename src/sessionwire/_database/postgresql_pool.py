@@ -6,11 +6,14 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 from time import monotonic
-from typing import Any, Self
+from typing import Any, Self, cast
 
+from sqlalchemy import AdaptedConnection, Engine, event
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_only
+
+from sessionwire.settings import DatabaseSettings
 
 from .connection_pool import ConnectionPool
 
@@ -33,7 +36,7 @@ class LifetimeOver(DisconnectionError):
 
 
 class PostgreSQLPool(ConnectionPool):
-    """A pool of connections of asyncpg.
+    """A pool of connections to PostgreSQL, here of asyncpg.
 
     A place becomes free only when its connection is closed. Listeners of the pool would
     do for the rest, but SQLAlchemy takes a longer way for a pool that has some.
@@ -80,7 +83,7 @@ class PostgreSQLPool(ConnectionPool):
 
     def _take_back(self, record: ConnectionPoolEntry) -> None:
         if record.dbapi_connection is not None:
-            _end_use(record, record.dbapi_connection)
+            self._end_use(record, record.dbapi_connection)
         if self._overflow > 0 and self._pool.full():
             record.close()
         cleanup = _take_cleanup(record) if record.dbapi_connection is None else None
@@ -89,32 +92,53 @@ class PostgreSQLPool(ConnectionPool):
         else:
             cleanup.add_done_callback(partial(self._return_late, record))
 
+    def _end_use(self, record: ConnectionPoolEntry, adapted: Any) -> None:
+        """Reset a connection. Discard it if it is in a transaction.
+
+        The next user must not find one, not even one that a statement began.
+        """
+        record.info[LAST_USED] = monotonic()
+        if not adapted.driver_connection.is_closed() and not self._reset(adapted):
+            record.invalidate()
+
+    def _reset(self, adapted: Any) -> bool:
+        """Reset the options of transactions. Return whether no transaction is open."""
+        adapted.autocommit = adapted.readonly = False
+        return bool(adapted.driver_connection.end_use())
+
     def _return_late(self, record: ConnectionPoolEntry, _cleanup: Cleanup) -> None:
         super()._take_back(record)
+
+
+def watch_connections(
+    engine: Engine, settings: DatabaseSettings, cleanup_of: Callable[[Any], Cleanup | None]
+) -> None:
+    """Let an engine's pool know of each connection what it needs to judge that.
+
+    Args:
+        engine: The engine.
+        settings: The settings of its database.
+        cleanup_of: Returns the task that closes a driver's connection, or None.
+    """
+    pool = cast(PostgreSQLPool, engine.pool)
+    pool.ping_after, pool.ping_timeout = settings.pool.ping_after, settings.connect_timeout
+
+    # `insert` puts this ahead of listeners that may fail.
+    @event.listens_for(engine, "connect", insert=True)
+    def on_connect(connection: AdaptedConnection, record: ConnectionPoolEntry) -> None:
+        record.info[LAST_USED] = monotonic()
+        place: Any = record.record_info
+        place[GET_CLEANUP] = partial(cleanup_of, connection.driver_connection)
 
 
 def _answers(driver: Any, timeout: float) -> bool:
     """Ping the server with one message; SQLAlchemy's own ping takes three."""
     try:
-        await_only(driver.execute("SELECT 1", timeout=timeout))
+        await_only(driver.ping(timeout))
     except Exception:
         driver.terminate()
         return False
     return True
-
-
-def _end_use(record: ConnectionPoolEntry, adapted: Any) -> None:
-    """Reset a connection. Discard it if it is in a transaction.
-
-    The next user must not find one, not even one that a statement began.
-    """
-    record.info[LAST_USED] = monotonic()
-    driver = adapted.driver_connection
-    if not driver.is_closed():
-        adapted.autocommit = adapted.readonly = False
-        driver._protocol.last_statement = None
-        if not driver.end_use():
-            record.invalidate()
 
 
 def _take_cleanup(record: ConnectionPoolEntry) -> Cleanup | None:

@@ -27,7 +27,11 @@ SAVEPOINT_STATEMENTS = ("SAVEPOINT ", "ROLLBACK TO ", "RELEASE ")
 
 def install_cancellation_listener(engine: Engine) -> None:
     """Let a cancellation or a deadline cost only the savepoint in which it strikes."""
-    stop = {"asyncpg": _stop_on_postgresql, "aiosqlite": _stop_on_sqlite}.get(engine.dialect.driver)
+    stop = {
+        "asyncpg": _stop_on_asyncpg,
+        "psycopg": _stop_on_psycopg,
+        "aiosqlite": _stop_on_sqlite,
+    }.get(engine.dialect.driver)
     if stop is None:
         return
 
@@ -66,7 +70,7 @@ def _lost_transaction_error(how: str) -> UnexpectedRollbackError:
     )
 
 
-async def _stop_on_postgresql(driver: Any, _context: ExceptionContext) -> bool:
+async def _stop_on_asyncpg(driver: Any, _context: ExceptionContext) -> bool:
     """Wait until the server has cancelled the statement, as asyncpg has asked it to.
 
     Return whether the transaction still exists.
@@ -81,6 +85,11 @@ async def _stop_on_postgresql(driver: Any, _context: ExceptionContext) -> bool:
     skipped = skipped or driver.pipeline.failed
     is_set = not any(each.startswith("SAVEPOINT ") for each in skipped)
     return is_set and bool(driver.is_in_transaction())
+
+
+async def _stop_on_psycopg(driver: Any, _context: ExceptionContext) -> bool:
+    """Let the server cancel the statement. Return whether the transaction still exists."""
+    return await driver.stop(STOP_TIMEOUT) and bool(driver.is_in_transaction())
 
 
 async def _stop_on_sqlite(driver: Any, context: ExceptionContext) -> bool:

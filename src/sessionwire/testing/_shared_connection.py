@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, cast
 
@@ -148,7 +148,10 @@ class SharedConnection:
             if in_autocommit and not connection.get_execution_options().get(WITHOUT_HOOKS):
                 self._begin_hooks.run_for_statement(connection)
             if statement.startswith(SENT_AHEAD):
-                self._savepoints.keep_settings(virtual, arguments[2][::2])
+                parameters = arguments[2]
+                if isinstance(parameters, Mapping):  # psycopg's way
+                    parameters = tuple(cast("Mapping[str, str]", parameters).values())
+                self._savepoints.keep_settings(virtual, parameters[::2])
             virtual.running_task = asyncio.current_task()
             execute(*arguments)
         except Exception:

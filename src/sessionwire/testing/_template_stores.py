@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from sessionwire._config.url import DatabaseURL
-from sessionwire._database.driver_errors import sqlstate
+from sessionwire._database.driver_errors import INVALID_CATALOG_NAME, sqlstate
 from sessionwire._shield import run_shielded
 from sessionwire.embedded import EmbeddedServer, run_in_thread
 from sessionwire.errors import ConfigurationError, ConnectionFailedError
@@ -29,7 +29,7 @@ from sessionwire.settings import DatabaseSettings
 
 DATABASE_TIMEOUT = 120.0  # seconds to create a database, and to clean up
 ID_LENGTH = 14  # hexadecimal digits
-INVALID_CATALOG_NAME, INSUFFICIENT_PRIVILEGE = "3D000", "42501"  # SQLSTATEs
+INSUFFICIENT_PRIVILEGE = "42501"  # an SQLSTATE
 
 
 def hex_digest(text: str, digits: int) -> str:

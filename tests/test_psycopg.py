@@ -1,0 +1,329 @@
+"""psycopg keeps the promises that asyncpg keeps; `--driver psycopg` runs the other tests on it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from sqlalchemy import insert, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from sessionwire import (
+    CommitOutcomeUnknownError,
+    ConfigurationError,
+    ConnectionFailedError,
+    CurrentSession,
+    DatabaseSessionManager,
+    DatabaseSettings,
+    PoolSettings,
+    Propagation,
+    TransactionTimeoutError,
+    UnexpectedRollbackError,
+    read_only,
+)
+from sessionwire._config.url import ASYNC_DRIVERS
+from sessionwire._database.driver_errors import is_retryable
+
+from .conftest import Postgres, assert_all_returned, checked_out, notes
+from .models import Note
+from .postgres import FaultyNetwork, OnPostgres, kill, run_at_commit, running, through, until
+
+SLEEP = text("SELECT pg_sleep(60)")
+WRITE = insert(Note).values(text="a")
+
+
+@pytest.fixture(autouse=True)
+def psycopg_for_postgresql(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ASYNC_DRIVERS, "postgresql", "postgresql+psycopg")
+
+
+@pytest.fixture
+async def remote(
+    network: FaultyNetwork, manager: DatabaseSessionManager, postgres: Postgres, database_url: str
+) -> AsyncIterator[DatabaseSessionManager]:
+    """Open a manager that reaches the database through `network`."""
+    pool = PoolSettings(size=1, max_overflow=0, ping_after=60)
+    async with through(
+        network, postgres, database_url, pool=pool, commit_timeout=0.2, rollback_timeout=0.5
+    ) as remote:
+        yield remote
+
+
+@pytest.fixture
+def network() -> FaultyNetwork:
+    return FaultyNetwork()
+
+
+class TestReads(OnPostgres):
+    async def test_the_server_refuses_a_write_in_a_read_only_method(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        class Report:
+            transaction, session = manager.transaction, CurrentSession(manager)
+
+            @read_only
+            async def look(self) -> None:
+                await self.session.execute(WRITE)
+
+        assert manager.engine.dialect.driver == "psycopg"
+        with pytest.raises(DBAPIError, match="read-only transaction"):
+            await Report().look()
+        assert await notes(manager) == []
+
+    async def test_a_block_leaves_nothing_of_its_options_on_the_connection(
+        self, remote: DatabaseSessionManager, manager: DatabaseSessionManager
+    ) -> None:
+        options = text(
+            "SELECT current_setting('transaction_read_only'), "
+            "current_setting('transaction_isolation')"
+        )
+        for propagation in (Propagation.REQUIRED, Propagation.SUPPORTS):
+            async with remote.transaction(propagation, read_only=True) as session:
+                assert tuple((await session.execute(options)).one()) == ("on", "read committed")
+        async with remote.transaction(isolation="SERIALIZABLE") as session:
+            assert tuple((await session.execute(options)).one()) == ("off", "serializable")
+        async with remote.transaction(Propagation.NOT_SUPPORTED) as session:
+            await session.execute(WRITE)
+        async with remote.session() as session:
+            assert tuple((await session.execute(options)).one()) == ("off", "read committed")
+        assert await notes(manager) == ["a"]
+
+    async def test_a_read_and_a_write_wait_for_three_answers_each(
+        self, remote: DatabaseSessionManager, network: FaultyNetwork
+    ) -> None:
+        async with remote.transaction() as session:
+            await session.execute(insert(Note).values(text="b"))
+        network.round_trips = 0
+        async with remote.transaction(Propagation.SUPPORTS, read_only=True) as session:
+            await session.execute(select(1))
+        assert network.round_trips == 3
+        async with remote.transaction() as session:
+            await session.execute(WRITE)
+        assert network.round_trips == 6
+
+
+class TestConnections(OnPostgres):
+    async def test_settings_reach_the_server_and_the_socket(
+        self, network: FaultyNetwork, postgres: Postgres, database_url: str
+    ) -> None:
+        settings: dict[str, Any] = {"application_name": "shop", "tcp_timeout": 12}
+        async with (
+            through(network, postgres, database_url, **settings) as manager,
+            manager.connect() as connection,
+        ):
+            assert await connection.scalar(text("SHOW application_name")) == "shop"
+            raw: Any = await connection.get_raw_connection()
+            with socket.socket(fileno=os.dup(raw.driver_connection.fileno())) as same:
+                timeout = same.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        assert timeout == 12_000
+
+    async def test_open_gives_up_in_time_and_leaves_no_socket_open(self) -> None:
+        hung_up = asyncio.Event()
+
+        async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+            hung_up.set()
+
+        async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            url = f"postgresql://a@127.0.0.1:{port}/b"
+            settings = DatabaseSettings(url=url, connect_timeout=0.2)
+            with pytest.raises(ConnectionFailedError, match=r"0\.2 s"):
+                await DatabaseSessionManager(settings).open()
+            await asyncio.wait_for(hung_up.wait(), timeout=5)
+
+    @pytest.mark.parametrize("ping_after", [0.0, 60.0])
+    async def test_a_connection_that_was_killed_while_idle_is_replaced(
+        self, settings: DatabaseSettings, postgres: Postgres, ping_after: float
+    ) -> None:
+        pool = PoolSettings(size=1, max_overflow=0, ping_after=ping_after)
+        async with DatabaseSessionManager(settings.model_copy(update={"pool": pool})) as manager:
+            for _ in range(2):
+                async with manager.transaction() as session:
+                    await session.execute(select(1))
+                await kill(postgres, manager)
+
+    async def test_a_silent_connection_is_replaced_after_the_liveness_check(
+        self, manager: DatabaseSessionManager, postgres: Postgres, database_url: str
+    ) -> None:
+        network = FaultyNetwork()
+        pool = PoolSettings(ping_after=0)
+        async with through(
+            network, postgres, database_url, pool=pool, connect_timeout=0.2, rollback_timeout=0.2
+        ) as remote:
+            network.swallow_what_is_open()
+            async with remote.transaction() as session:
+                assert await session.scalar(select(1)) == 1
+
+    async def test_a_server_without_a_free_connection_is_retryable(
+        self, manager: DatabaseSessionManager, postgres: Postgres, database_url: str
+    ) -> None:
+        await postgres.execute("CREATE ROLE crowded LOGIN CONNECTION LIMIT 0")
+        try:
+            crowded = DatabaseSessionManager()
+            crowded.init(database_url.replace("postgres@", "crowded@"))
+            with pytest.raises(DBAPIError, match="too many connections") as raised:
+                async with crowded.transaction() as session:
+                    await session.execute(select(1))
+            assert is_retryable(raised.value)
+            await crowded.close()
+        finally:
+            await postgres.execute("DROP ROLE crowded")
+
+    async def test_a_statement_prepared_before_a_migration_is_prepared_anew_in_autocommit(
+        self, manager: DatabaseSessionManager, remote: DatabaseSessionManager
+    ) -> None:
+        async def columns() -> list[str]:
+            async with remote.transaction(Propagation.NOT_SUPPORTED) as session:
+                return list((await session.execute(text("SELECT * FROM note"))).keys())
+
+        for _ in range(7):  # psycopg prepares what runs more than five times
+            before = await columns()
+        async with manager.connect() as connection:
+            await connection.execute(text("ALTER TABLE note ADD COLUMN colour text"))
+        with pytest.raises(DBAPIError, match="cached plan") as raised:
+            await columns()
+        assert is_retryable(raised.value)
+        assert await columns() == [*before, "colour"]
+
+
+class TestCancellations(OnPostgres):
+    async def test_a_cancelled_statement_is_stopped_in_the_server(
+        self, manager: DatabaseSessionManager, postgres: Postgres
+    ) -> None:
+        async def work() -> None:
+            async with manager.transaction() as session:
+                await session.execute(WRITE)
+                await session.execute(SLEEP)
+
+        for times in (1, 2):
+            task = asyncio.create_task(work())
+            await until(lambda: running(postgres, manager, "%pg_sleep%"))
+            for _ in range(times):
+                task.cancel()
+                await asyncio.sleep(0)
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await assert_all_returned(manager)
+            assert not await running(postgres, manager, "%pg_sleep%")
+        assert await notes(manager) == []
+
+    async def test_a_cancellation_in_a_dead_network_returns_at_once(
+        self, remote: DatabaseSessionManager, network: FaultyNetwork
+    ) -> None:
+        with pytest.raises(TransactionTimeoutError):
+            async with remote.transaction(timeout=0.1) as session:
+                await session.execute(select(1))
+                network.swallows = True
+                before = time.monotonic()
+                await session.execute(select(2))
+        assert time.monotonic() - before < 0.6
+
+    @pytest.mark.parametrize("kind", ["one", "many"])
+    async def test_a_cancelled_statement_costs_only_its_savepoint(
+        self, manager: DatabaseSessionManager, postgres: Postgres, kind: str
+    ) -> None:
+        statement = text("INSERT INTO note (text) SELECT :text FROM pg_sleep(60)")
+        values = {"text": "never"}
+
+        async def work() -> None:
+            async with manager.transaction() as session:
+                await session.execute(WRITE)
+                with pytest.raises(TransactionTimeoutError):
+                    async with manager.transaction(Propagation.NESTED, timeout=0.1):
+                        await session.execute(statement, values if kind == "one" else [values] * 3)
+                await session.execute(insert(Note).values(text="b"))
+
+        await work()
+        assert await notes(manager) == ["a", "b"]
+
+    async def test_close_ends_a_statement_that_another_task_waits_for(
+        self, settings: DatabaseSettings, postgres: Postgres
+    ) -> None:
+        manager = DatabaseSessionManager(settings.model_copy(update={"drain_timeout": 0}))
+
+        async def work() -> None:
+            async with manager.transaction() as session:
+                await session.execute(SLEEP)
+
+        await manager.open()
+        task = asyncio.create_task(work())
+        await until(lambda: running(postgres, manager, "%pg_sleep%"))
+        engine = manager.engine
+        async with asyncio.timeout(5):
+            await manager.close()
+            await asyncio.wait([task])
+        assert isinstance(task.exception(), DBAPIError)
+        assert engine.url.get_driver_name() == "psycopg"
+
+
+class TestCommits(OnPostgres):
+    async def test_a_commit_whose_answer_is_lost_has_an_unknown_outcome(
+        self, remote: DatabaseSessionManager, network: FaultyNetwork
+    ) -> None:
+        network.cuts_answer_to = b"COMMIT"
+        with pytest.raises(CommitOutcomeUnknownError, match="look in the database"):
+            async with remote.transaction() as session:
+                await session.execute(WRITE)
+
+    async def test_a_commit_on_a_connection_that_was_lost_before_is_known_to_have_failed(
+        self, manager: DatabaseSessionManager, postgres: Postgres
+    ) -> None:
+        with pytest.raises(DBAPIError) as raised:
+            async with manager.transaction() as session:
+                await session.execute(WRITE)
+                await kill(postgres, manager, "INSERT%")
+        assert is_retryable(raised.value)
+        assert checked_out(manager) == 0
+        assert await notes(manager) == []
+
+    async def test_a_commit_that_the_server_answers_with_a_rollback_raises(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        with pytest.raises(UnexpectedRollbackError, match="answered the COMMIT with ROLLBACK"):
+            async with manager.engine.begin() as connection:
+                await connection.execute(WRITE)
+                raw: Any = await connection.get_raw_connection()
+                with pytest.raises(Exception, match="division by zero"):
+                    await raw.driver_connection.execute("SELECT 1 / 0")
+        assert await notes(manager) == []
+
+    async def test_a_commit_that_a_trigger_refuses_is_no_unknown_outcome(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        await run_at_commit(manager, "RAISE EXCEPTION 'no' USING ERRCODE = '23514'")
+        with pytest.raises(IntegrityError, match="no"):
+            async with manager.transaction() as session:
+                await session.execute(WRITE)
+        assert await notes(manager) == []
+
+
+@pytest.mark.parametrize(
+    ("query", "problem"),
+    [
+        ("aplication_name=x", "did you mean 'application_name'?"),
+        ("connect_timeout=3", "set connect_timeout beside url"),
+        ("sslmode=on", "disable, allow, prefer"),
+        ("prepare_threshold=never", "a whole number"),
+        ("row_factory=dict", "a Python object"),
+    ],
+)
+def test_a_parameter_that_libpq_would_not_take_is_refused(query: str, problem: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        DatabaseSettings(url=f"postgresql+psycopg://db/shop?{query}")
+    assert problem in str(refused.value)
+
+
+async def test_parameters_of_libpq_and_several_hosts_are_taken_from_the_url(
+    postgres: Postgres,
+) -> None:
+    hosts = f"host=/nowhere:5432&host={postgres.host}:5432"
+    url = f"postgresql+psycopg_async://postgres@/postgres?{hosts}&options=-c%20work_mem%3D7MB"
+    async with DatabaseSessionManager(url) as manager, manager.connect() as connection:
+        assert await connection.scalar(text("SHOW work_mem")) == "7MB"
