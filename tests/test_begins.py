@@ -60,6 +60,7 @@ class SlowBegin(FaultyNetwork):
 
 
 @pytest.mark.parametrize("write_first", [write, write_past_sqlalchemy])
+@pytest.mark.asyncpg_only("its command_timeout, and its note of a transaction, are at fault")
 class TestUnanswered(OnPostgres):
     @pytest.fixture
     def network(self) -> SlowBegin:

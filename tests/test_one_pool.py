@@ -124,7 +124,14 @@ class TestOnTheServer(OnPostgres):
                     await connection.execute(DDL("ALTER TABLE changed ADD b int"))
 
     @pytest.mark.parametrize(
-        "way", ["execute", "fetch", "executemany", "copy", "prepared", "prepared, many"]
+        "way",
+        [
+            "execute",
+            *(
+                pytest.param(way, marks=pytest.mark.asyncpg_only("the driver's own methods"))
+                for way in ("fetch", "executemany", "copy", "prepared", "prepared, many")
+            ),
+        ],
     )
     async def test_the_server_refuses_a_write_past_sqlalchemy_in_a_read(
         self, manager: DatabaseSessionManager, settings: DatabaseSettings, way: str
@@ -157,6 +164,7 @@ class TestOnTheServer(OnPostgres):
                 assert await driver.fetchval("SELECT 1") == 1
         assert await notes(manager) == []
 
+    @pytest.mark.asyncpg_only("psycopg begins a transaction by itself")
     async def test_a_connection_of_the_pool_that_served_reads_writes_without_a_begin(
         self, manager: DatabaseSessionManager
     ) -> None:

@@ -18,7 +18,7 @@ from sessionwire import (
     Propagation,
     TransactionTimeoutError,
 )
-from sessionwire._database.driver_errors import is_retryable
+from sessionwire._database.driver_errors import is_retryable, sqlstate
 
 from . import cluster
 from .conftest import Postgres, notes
@@ -158,7 +158,7 @@ class TestConnecting(OnPostgres):
             await manager.engine.dispose()
         attempts = Attempts(manager)
 
-        with pytest.raises(OperationalError, match="ConnectionRefusedError"):
+        with pytest.raises(OperationalError, match=r"ConnectionRefused|Connection refused"):
             await attempts.run(lambda session: session.execute(text("SELECT 1")), retries=2)
         assert attempts.count == 3
         await manager.close()
@@ -170,7 +170,7 @@ class TestConnecting(OnPostgres):
             resets = 0
 
             def ask(self, data: bytes, line: object) -> None:
-                if self.resets:
+                if self.resets and not data.startswith(b"X"):  # the goodbye of a former one
                     self.resets -= 1
                     line.to_client.transport.abort()  # type: ignore[attr-defined]
                 else:
@@ -194,7 +194,7 @@ class TestConnecting(OnPostgres):
                 await manager.engine.dispose()
                 await postgres.execute("ALTER ROLE crowded CONNECTION LIMIT 0")
                 attempts = Attempts(manager)
-                with pytest.raises(OperationalError, match="TooManyConnectionsError") as caught:
+                with pytest.raises(OperationalError, match=r"(?i)too ?many ?conn") as caught:
                     await attempts.run(lambda session: session.execute(text("SELECT 1")), retries=1)
                 assert attempts.count == 2
                 assert is_retryable(caught.value)
@@ -212,7 +212,7 @@ class TestConnecting(OnPostgres):
             server.begin_to_start()
             error: Exception = AssertionError()
             async with asyncio.timeout(30):
-                while "CannotConnectNow" not in str(error):
+                while sqlstate(error) != "57P03":
                     with pytest.raises(DBAPIError) as caught:
                         async with manager.transaction() as session:
                             await session.execute(text("SELECT 1"))
@@ -252,7 +252,8 @@ class TestMigrations(OnPostgres):
         async def read(session: AsyncSession) -> None:
             columns[:] = (await session.execute(text("SELECT * FROM note"))).keys()
 
-        await attempts.run(read)
+        for _ in range(6):  # so that psycopg prepares it too
+            await attempts.run(read)
         await migration("ALTER TABLE note ADD COLUMN colour text")
         attempts.count = 0
         await attempts.run(read)
@@ -280,6 +281,7 @@ class TestMigrations(OnPostgres):
         await attempts.run(write)
         assert attempts.count <= 2
 
+    @pytest.mark.asyncpg_only("psycopg knows no row types unless they are registered")
     async def test_an_altered_row_type_is_looked_up_again(
         self, attempts: Attempts, migration: Callable[[str], Awaitable[None]]
     ) -> None:

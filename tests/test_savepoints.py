@@ -197,7 +197,8 @@ async def test_a_cancellation_at_any_await_rolls_the_savepoint_back_or_raises(
             await connection.execute(text("DELETE FROM note"))
         ended.clear()
     if again_after is None:
-        assert seen.count(["outer"]) >= 3
+        # psycopg waits once for each statement.
+        assert seen.count(["outer"]) >= (2 if manager.engine.dialect.driver == "psycopg" else 3)
 
 
 class TestOnSQLite:

@@ -36,7 +36,12 @@ async def tenant_of(session: AsyncSession | Any) -> str:
     return str(await session.scalar(TENANT))
 
 
-@pytest.fixture(params=[True, False], ids=["pipeline", "no pipeline"])
+PIPELINE = pytest.param(
+    True, marks=pytest.mark.asyncpg_only("nothing is sent ahead"), id="pipeline"
+)
+
+
+@pytest.fixture(params=[PIPELINE, pytest.param(False, id="no pipeline")])
 def settings(database_url: str, request: pytest.FixtureRequest) -> DatabaseSettings:
     return DatabaseSettings(url=database_url, pipeline=request.param)
 

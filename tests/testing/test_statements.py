@@ -248,7 +248,11 @@ async def test_too_many_statements_fail_and_list_the_repeated_one_first(
         await notebook.read()
     first = line_of(Notebook.read, "select(Note.id)")
     second = line_of(Notebook.text_of, "self.session.scalar")
-    number = {"sqlite": "?", "postgresql": "$1::INTEGER"}[manager.engine.dialect.name]
+    number = {
+        "aiosqlite": "?",
+        "asyncpg": "$1::INTEGER",
+        "psycopg": "%(id_1)s::INTEGER",
+    }[manager.engine.dialect.driver]
     assert str(failed.value).splitlines() == [
         "at most 3 statements were expected, and 4 were sent:",
         f"    3 × SELECT note.text FROM note WHERE note.id = {number} — "  # noqa: RUF001
