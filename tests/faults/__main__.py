@@ -35,6 +35,7 @@ def main() -> int:
             options.seed,
             options.seconds or 1.5,
             pipeline=not options.no_pipeline,
+            driver=options.driver,
         )
     )
     show(verdicts)
@@ -70,6 +71,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--no-pipeline", action="store_true", help="let the callers have `pipeline: false`"
     )
+    parser.add_argument(
+        "--driver",
+        choices=["asyncpg", "psycopg"],
+        default="asyncpg",
+        help="of the callers, for PostgreSQL (default: %(default)s)",
+    )
     options = parser.parse_args()
     if unknown := sorted(set(options.names) - {*SCENARIOS, "soak"}):
         parser.error(f"there is no {', '.join(unknown)}")
@@ -77,20 +84,24 @@ def parse() -> argparse.Namespace:
 
 
 async def run_all(
-    names: list[str], runs: int, seed: int, seconds: float, *, pipeline: bool
+    names: list[str], runs: int, seed: int, seconds: float, *, pipeline: bool, driver: str
 ) -> list[Verdict]:
     verdicts: list[Verdict] = []
     async with server(tcp=True) as shared:
         for number in range(runs):
             name = names[number % len(names)]
             seed_of_run = seed + number // len(names)
-            verdict = await run(SCENARIOS[name], seed_of_run, shared, seconds, pipeline=pipeline)
+            verdict = await run(
+                SCENARIOS[name], seed_of_run, shared, seconds, pipeline=pipeline, driver=driver
+            )
             verdicts.append(verdict)
             if verdict.violations:
                 print(verdict, file=sys.stderr)
                 again = f"{name} --runs 1 --seed {verdict.seed}"
                 if not pipeline:
                     again += " --no-pipeline"
+                if driver != "asyncpg":
+                    again += f" --driver {driver}"
                 print(f"  again: python -m {__package__} {again}", file=sys.stderr)
     return verdicts
 

@@ -60,7 +60,13 @@ class Ground:
 
 
 async def run(
-    scenario: Scenario, seed: int, shared: Server, seconds: float, *, pipeline: bool = True
+    scenario: Scenario,
+    seed: int,
+    shared: Server,
+    seconds: float,
+    *,
+    pipeline: bool = True,
+    driver: str = "asyncpg",
 ) -> Verdict:
     """Run a scenario for this long. Runs without their own server use `shared`."""
     loop = asyncio.get_running_loop()
@@ -72,7 +78,7 @@ async def run(
     logging.disable()
     try:
         async with asyncio.timeout(LONGEST):
-            verdict = await _run(scenario, seed, shared, seconds, pipeline)
+            verdict = await _run(scenario, seed, shared, seconds, pipeline, driver)
     finally:
         logging.disable(logging.NOTSET)
         loop.set_exception_handler(None)
@@ -82,7 +88,7 @@ async def run(
 
 
 async def _run(
-    scenario: Scenario, seed: int, shared: Server, seconds: float, pipeline: bool
+    scenario: Scenario, seed: int, shared: Server, seconds: float, pipeline: bool, driver: str
 ) -> Verdict:
     verdict = Verdict(scenario.name, seed)
     counts = verdict.counts
@@ -93,7 +99,7 @@ async def _run(
             accounts = await _open_accounts(_manager(books), scenario.manner.accounts)
         before = Living()
         settings = DatabaseSettings(
-            url=ground.url,
+            url=ground.url.replace("postgresql:", f"postgresql+{driver}:"),
             pool=scenario.pool,
             connect_timeout=2,
             drain_timeout=2,

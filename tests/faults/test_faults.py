@@ -1,6 +1,6 @@
 """A share of the faults: `-m long` runs each scenario once, `-m slow` more seeds.
 
-Without the pipeline, `-m long` runs the scenarios on one server.
+Without the pipeline, and with psycopg, `-m long` runs the scenarios on one server.
 """
 
 from __future__ import annotations
@@ -42,6 +42,15 @@ async def test_each_scenario_on_one_server_keeps_every_promise_without_the_pipel
     scenario: str, shared: Server
 ) -> None:
     verdict = await run(SCENARIOS[scenario], 1, shared, seconds=0.7, pipeline=False)
+    assert not verdict.violations, str(verdict)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scenario", ON_ONE_SERVER)
+async def test_each_scenario_on_one_server_keeps_every_promise_with_psycopg(
+    scenario: str, shared: Server
+) -> None:
+    verdict = await run(SCENARIOS[scenario], 1, shared, seconds=0.7, driver="psycopg")
     assert not verdict.violations, str(verdict)
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 import aiosqlite
 import asyncpg
+import psycopg
 from sqlalchemy.orm import Session
 
 from sessionwire._core.scope import Scope
@@ -196,7 +197,7 @@ class Living:
         types = Counter(map(type, gc.get_objects()))
         self.sessions = _of(types, Session)
         self.scopes = _of(types, Scope)
-        self.drivers = _of(types, asyncpg.Connection, aiosqlite.Connection)
+        self.drivers = _of(types, asyncpg.Connection, aiosqlite.Connection, psycopg.AsyncConnection)
 
 
 def _of(types: Mapping[type, int], *kinds: type) -> int:
