@@ -52,7 +52,8 @@ UNCERTIFIED = (
     "the server; a cancellation or a deadline in a savepoint costs the whole transaction; a "
     "COMMIT that the server answers with a rollback may pass for success; settings= and "
     "session_settings raise; connect_timeout holds for open() only; application_name, "
-    "pool.ping_after and tcp_timeout are ignored"
+    "pool.ping_after and tcp_timeout are ignored; connections of a closed event loop or of a "
+    "parent process stay open; retries know the errors that have an SQLSTATE, and lost connections"
 )
 logger = logging.getLogger("sessionwire")
 
