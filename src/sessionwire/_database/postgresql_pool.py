@@ -104,7 +104,8 @@ class PostgreSQLPool(ConnectionPool):
     def _reset(self, adapted: Any) -> bool:
         """Reset the options of transactions. Return whether no transaction is open."""
         adapted.autocommit = adapted.readonly = False
-        return bool(adapted.driver_connection.end_use())
+        is_idle: bool = adapted.driver_connection.end_use()
+        return is_idle
 
     def _return_late(self, record: ConnectionPoolEntry, _cleanup: Cleanup) -> None:
         super()._take_back(record)

@@ -44,7 +44,8 @@ class Pool(PostgreSQLPool):
     """A pool of connections of psycopg."""
 
     def _reset(self, adapted: Any) -> bool:
-        return bool(adapted.driver_connection.end_use())
+        is_idle: bool = adapted.driver_connection.end_use()
+        return is_idle
 
 
 def split_url(url: URL, settings: DatabaseSettings) -> tuple[URL, dict[str, Any]]:
