@@ -644,13 +644,13 @@ class TestRights(OnNetwork):
         self, network: Network, postgres: Postgres, database_url: str, function: str
     ) -> None:
         await postgres.run(
-            f"{CREATE_ROLES}; GRANT ALL ON SCHEMA public TO clerk; "
+            f"{CREATE_ROLES}; GRANT ALL ON SCHEMA public TO teller; "
             f"REVOKE EXECUTE ON FUNCTION {function} FROM PUBLIC",
             DATABASE,
         )
         try:
             async with network.open(postgres.host) as port:
-                url = at_port(port, database_url).replace("postgres@", "clerk@")
+                url = at_port(port, database_url).replace("postgres@", "teller@")
                 async with DatabaseSessionManager(
                     DatabaseSettings(url=url, commit_timeout=TIMEOUT)
                 ) as remote:
@@ -673,14 +673,14 @@ class TestRights(OnNetwork):
     ) -> None:
         function = "pg_current_wal_insert_lsn()"
         await postgres.run(
-            f"{CREATE_ROLES}; GRANT ALL ON SCHEMA public TO clerk; GRANT nobody TO clerk; "
+            f"{CREATE_ROLES}; GRANT ALL ON SCHEMA public TO teller; GRANT nobody TO teller; "
             f"REVOKE EXECUTE ON FUNCTION {function} FROM PUBLIC; "
-            f"GRANT EXECUTE ON FUNCTION {function} TO clerk",
+            f"GRANT EXECUTE ON FUNCTION {function} TO teller",
             DATABASE,
         )
         try:
             async with network.open(postgres.host) as port:
-                url = at_port(port, database_url).replace("postgres@", "clerk@")
+                url = at_port(port, database_url).replace("postgres@", "teller@")
                 async with DatabaseSessionManager(DatabaseSettings(url=url)) as remote:
                     async with remote.connect() as connection:
                         await remote.create_all(connection)
@@ -691,14 +691,14 @@ class TestRights(OnNetwork):
                     assert await notes(remote) == ["kept"]
         finally:
             await postgres.run(
-                f"REVOKE EXECUTE ON FUNCTION {function} FROM clerk; "
+                f"REVOKE EXECUTE ON FUNCTION {function} FROM teller; "
                 f"GRANT EXECUTE ON FUNCTION {function} TO PUBLIC",
                 DATABASE,
             )
 
 
 CREATE_ROLES = """
-DO $$ BEGIN CREATE ROLE clerk LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
+DO $$ BEGIN CREATE ROLE teller LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
 DO $$ BEGIN CREATE ROLE nobody; EXCEPTION WHEN duplicate_object THEN NULL; END $$"""
 OWN_PID = "SELECT pg_backend_pid()"
 SHADOWS = """

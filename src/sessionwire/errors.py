@@ -168,7 +168,7 @@ class CommitOutcomeUnknownError(TransactionError):
     """
 
     def __init__(
-        self, message: str, *, transaction_id: int | None = None, reason: str = ""
+        self, message: str = "", *, transaction_id: int | None = None, reason: str = ""
     ) -> None:
         super().__init__(message)
         self.transaction_id = transaction_id
