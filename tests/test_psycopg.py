@@ -327,3 +327,65 @@ async def test_parameters_of_libpq_and_several_hosts_are_taken_from_the_url(
     url = f"postgresql+psycopg_async://postgres@/postgres?{hosts}&options=-c%20work_mem%3D7MB"
     async with DatabaseSessionManager(url) as manager, manager.connect() as connection:
         assert await connection.scalar(text("SHOW work_mem")) == "7MB"
+
+
+class TestSettings(OnPostgres):
+    async def test_connections_begin_with_the_settings_of_the_server(
+        self, settings: DatabaseSettings
+    ) -> None:
+        own = {
+            "application_name": "a shop",
+            "search_path": ["my schema", "public"],
+            "statement_timeout": 7.5,
+            "lock_timeout": 2,
+        }
+        given = DatabaseSettings.model_validate({"url": settings.url, **own})
+        async with DatabaseSessionManager(given) as manager, manager.session() as session:
+            query = text("SELECT name, setting FROM pg_settings WHERE name = ANY(:names)")
+            rows = await session.execute(query, {"names": list(own)})
+            assert {name: value for name, value in rows} == {
+                "application_name": "a shop",
+                "search_path": '"my schema", "public"',
+                "statement_timeout": "7500",
+                "lock_timeout": "2000",
+            }
+
+    async def test_a_function_gives_the_password_of_each_new_connection(
+        self, settings: DatabaseSettings
+    ) -> None:
+        asked: list[str] = []
+
+        async def password() -> str:
+            asked.append("password")
+            return "any"
+
+        pool = PoolSettings(size=1, max_overflow=0, max_lifetime=60)
+        given = settings.model_copy(update={"pool": pool})
+        async with DatabaseSessionManager(given, credentials=password) as manager:
+            assert asked == ["password"]
+            assert await notes_exist(manager)
+
+    async def test_a_server_that_refuses_connections_is_waited_for(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            url = f"postgresql://postgres@127.0.0.1:{unused.getsockname()[1]}/shop"
+        given = DatabaseSettings(url=url, wait_for_database=0.3)
+        with pytest.raises(ConnectionFailedError):
+            await DatabaseSessionManager(given).open()
+        assert "waiting up to 0.3 s for the database" in caplog.text
+
+    async def test_a_holder_is_named_with_its_last_statement(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        async with manager.transaction() as session:
+            await session.execute(text("SELECT 7"))
+            (holder,) = manager.status().holders
+            assert holder.statement == "SELECT 7"
+            assert "test_a_holder_is_named" in holder.call_site
+
+
+async def notes_exist(manager: DatabaseSessionManager) -> bool:
+    async with manager.session() as session:
+        return await session.scalar(text("SELECT true")) is True
