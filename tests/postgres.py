@@ -68,6 +68,9 @@ class FaultyNetwork(Proxy):
     def __init__(self) -> None:
         super().__init__()
         self.swallows = False
+        # Swallow everything once the server has answered this.
+        self.swallows_after: bytes | None = None
+        self._is_last = False
         # Close the connection on which the client sends this, instead of sending it.
         self.cuts_at: bytes | None = None
         # Send this on, and close the connection once the server has answered.
@@ -82,6 +85,7 @@ class FaultyNetwork(Proxy):
 
     def ask(self, data: bytes, client: ClientConnection) -> None:
         self.asked = data
+        self._is_last |= self.swallows_after is not None and self.swallows_after in data
         if self.cuts_at is not None and self.cuts_at in data:
             client.to_client.close()
             return
@@ -95,6 +99,7 @@ class FaultyNetwork(Proxy):
             client.to_client.close()
         elif not self.swallows:
             super().answer(data, client)
+            self.swallows |= self._is_last
 
 
 def at_port(port: int, database_url: str) -> str:

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from .models import Note
 from .postgres import FaultyNetwork, OnPostgres, kill, run_at_commit, running, through, until
 
 SLEEP = text("SELECT pg_sleep(60)")
+NOTIFY = text("NOTIFY changed")
 WRITE = insert(Note).values(text="a")
 
 
@@ -104,7 +106,7 @@ class TestReads(OnPostgres):
         assert network.round_trips == 3
         async with remote.transaction() as session:
             await session.execute(WRITE)
-        assert network.round_trips == 6
+        assert network.round_trips == 7
 
 
 class TestConnections(OnPostgres):
@@ -264,13 +266,58 @@ class TestCancellations(OnPostgres):
 
 
 class TestCommits(OnPostgres):
-    async def test_a_commit_whose_answer_is_lost_has_an_unknown_outcome(
+    async def test_a_commit_whose_answer_is_lost_is_looked_up(
         self, remote: DatabaseSessionManager, network: FaultyNetwork
     ) -> None:
         network.cuts_answer_to = b"COMMIT"
-        with pytest.raises(CommitOutcomeUnknownError, match="look in the database"):
+        async with remote.transaction() as session:
+            await session.execute(WRITE)
+        network.cuts_answer_to = None
+        assert await notes(remote) == ["a"]
+        assert remote.status().transactions.settled == 1
+
+    @pytest.mark.parametrize("kind", ["transaction", "connect"])
+    async def test_a_commit_that_never_reaches_the_server_is_looked_up(
+        self, remote: DatabaseSessionManager, network: FaultyNetwork, kind: str
+    ) -> None:
+        network.cuts_at = b"COMMIT"
+        with pytest.raises(DBAPIError, match="not committed") as raised:
+            async with getattr(remote, kind)() as opened:
+                await opened.execute(WRITE)
+        assert is_retryable(raised.value)
+        network.cuts_at = None
+        assert await notes(remote) == []
+
+    async def test_a_commit_without_an_answer_is_looked_up_in_vain(
+        self, remote: DatabaseSessionManager, network: FaultyNetwork
+    ) -> None:
+        with pytest.raises(CommitOutcomeUnknownError, match="could not be asked") as raised:
             async with remote.transaction() as session:
                 await session.execute(WRITE)
+                network.swallows_after = b"pg_current_xact_id_if_assigned"
+        assert raised.value.transaction_id
+        assert remote.status().transactions.unknown == 1
+
+    async def test_a_connection_that_is_lost_before_the_commit_has_committed_nothing(
+        self, remote: DatabaseSessionManager, network: FaultyNetwork
+    ) -> None:
+        network.cuts_at = b"pg_current_xact_id_if_assigned"
+        with pytest.raises(DBAPIError, match="lost before COMMIT") as raised:
+            async with remote.transaction() as session:
+                await session.execute(WRITE)
+        assert is_retryable(raised.value)
+        network.cuts_at = None
+        assert await notes(remote) == []
+
+    @pytest.mark.parametrize(("query", "is_known"), [(select(Note), True), (NOTIFY, False)])
+    async def test_a_transaction_without_an_id_is_settled_if_it_has_only_read(
+        self, remote: DatabaseSessionManager, network: FaultyNetwork, query: Any, is_known: bool
+    ) -> None:
+        with nullcontext() if is_known else pytest.raises(CommitOutcomeUnknownError):
+            async with remote.transaction() as session:
+                await session.execute(query)
+                await session.execute(select(Note.id))
+                network.cuts_answer_to = b"COMMIT"
 
     async def test_a_commit_on_a_connection_that_was_lost_before_is_known_to_have_failed(
         self, manager: DatabaseSessionManager, postgres: Postgres

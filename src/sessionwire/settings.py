@@ -163,7 +163,8 @@ class DatabaseSettings(_Model):
     resolve_commits: bool = Field(
         True,
         description=(
-            "look up the outcome of a commit whose answer was lost; needs the pipeline; PostgreSQL"
+            "look up the outcome of a commit whose answer was lost; "
+            "with asyncpg it needs the pipeline; PostgreSQL"
         ),
     )
     rollback_timeout: float = Field(

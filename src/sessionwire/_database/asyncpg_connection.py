@@ -12,14 +12,14 @@ from sessionwire.errors import CommitOutcomeUnknownError, UnexpectedRollbackErro
 
 from .asyncpg_protocol import BEGIN, Protocol
 from .commit_resolver import (
+    NOT_COMMITTED,
     QUESTION,
     CommitResolver,
-    NotCommittedError,
     transaction_id_in,
     unknown_outcome,
 )
 from .driver_errors import is_answer_lost, is_outcome_unknown
-from .pipeline import Pipeline, Statement
+from .pipeline import Pipeline, Statement, values_in
 from .transaction_settings import SENT_AHEAD
 
 # The beginnings of statements whose answers nobody reads.
@@ -29,6 +29,12 @@ UNREAD = ("SAVEPOINT ", "RELEASE SAVEPOINT ", SENT_AHEAD)
 # What asyncpg says before it sends anything, if the server has said goodbye and the
 # connection is not closed yet.
 UNSENT = "cannot switch to state"
+
+
+class NotCommittedError(asyncpg.PostgresConnectionError):
+    """The connection was lost at COMMIT, and it is certain that nothing was committed."""
+
+    severity = "ERROR"  # so that it counts as a refusal
 
 
 class Connection(asyncpg.Connection):
@@ -47,6 +53,7 @@ class Connection(asyncpg.Connection):
     _time_and_log: Any
     tcp_timeout = 0.0  # seconds
     has_pipeline = True
+    NUMBERS_PARAMETERS = True  # of a query, as $1
     resolver: CommitResolver | None = None
 
     def __init__(self, protocol: Any, transport: Any, *others: Any) -> None:
@@ -135,16 +142,17 @@ class Connection(asyncpg.Connection):
         try:
             return str(await super().execute("COMMIT;", timeout=timeout))
         except CommitOutcomeUnknownError as error:
-            error.transaction_id = transaction_id_in(self.pipeline.row)
+            error.transaction_id = transaction_id_in(self._answer)
             raise
         except asyncpg.PostgresError as error:
             if is_outcome_unknown(error):
-                raise unknown_outcome("the server doesn't know it", self.pipeline.row) from error
+                raise unknown_outcome("the server doesn't know it", self._answer) from error
             if not is_answer_lost(error):
                 raise
-            await resolver.settle(
-                self.pipeline.row, error, given_up_at, only_read=protocol.has_only_read
-            )
+            if not await resolver.settle(
+                self._answer, error, given_up_at, only_read=protocol.has_only_read
+            ):
+                raise NotCommittedError(NOT_COMMITTED) from error
             return "COMMIT"
         finally:
             resolver.unwatch(self)
@@ -152,6 +160,12 @@ class Connection(asyncpg.Connection):
     async def ping(self, timeout: float) -> None:
         """Ask the server something, outside of a transaction."""
         await self.execute("SELECT 1", timeout=timeout)
+
+    @property
+    def _answer(self) -> list[str | None] | None:
+        """The answer to `QUESTION`, if it has arrived."""
+        row = self.pipeline.row
+        return None if row is None else values_in(row)
 
     async def prepare(self, query: str, **options: Any) -> Any:
         if query.startswith(UNREAD) and self.can_send_ahead and self.is_in_transaction():

@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import asyncpg
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.util import greenlet_spawn
 
 from sessionwire._error_reports import summarize
 from sessionwire._shield import shielding_tasks
-from sessionwire.errors import CommitOutcomeUnknownError, NotInitializedError
+from sessionwire.errors import CommitOutcomeUnknownError
 
-from .pipeline import values_in
+from .commit_look_up import LookUp, Outcome, Question, SharedConnection
 from .totals import Totals
 
 # The share of commit_timeout for the answer to the COMMIT, and that until the outcome
 # must be known. The rest is for the task that waits.
 ANSWER_SHARE, LOOK_UP_SHARE = 0.5, 0.95
-FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.2  # seconds between two look-ups
 
 # An id is assigned only on a primary. So the others are not called on a standby, where
 # they would fail.
@@ -51,98 +48,11 @@ AND has_function_privilege('public', 'pg_catalog.pg_current_wal_insert_lsn()', '
 AND has_function_privilege('public', 'pg_catalog.pg_walfile_name(pg_lsn)', 'EXECUTE')
 AND has_function_privilege('public', 'pg_catalog.statement_timestamp()', 'EXECUTE')
 FROM pg_control_system(), pg_control_checkpoint()"""
-IN_RECOVERY = "the server is in recovery"
-# The status of a transaction, or the reason why the server can't tell, and whether it
-# has synchronous standbys. A crash may lose what was written last. If the server's first
-# checkpoint after it does not know an id, the id may have been given to another one. A
-# crash is told by the server's statistics, which begin anew. The time of a checkpoint is
-# in whole seconds.
-LOOK_UP = f"""\
-SELECT CASE
-WHEN pg_is_in_recovery()
-THEN '{IN_RECOVERY}'
-WHEN system_identifier::text <> $4::text
-THEN 'another database system answers'
-WHEN left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) <> left($3::text, 8)
-THEN 'another server has taken over'
-WHEN pg_current_wal_insert_lsn() < $2::text::pg_lsn
-THEN 'the server does not have all that it had written'
-WHEN checkpoint_time >= date_trunc('second', $5::text::timestamptz)
-AND pg_stat_get_bgwriter_stat_reset_time() >= $5::text::timestamptz
-AND (split_part(next_xid, ':', 1)::numeric * 4294967296 + split_part(next_xid, ':', 2)::numeric)
-<= $1::text::numeric
-THEN 'the server was restarted, and may have given the id to another transaction'
-ELSE pg_xact_status($1::text::xid8)
-END,
-current_setting('synchronous_standby_names') <> ''
-FROM pg_control_system(), pg_control_checkpoint()"""
-# A pid alone could be that of a later process. A process that waits for a synchronous
-# standby is left alone: its end would show the commit before it is replicated.
-END_BACKEND = """\
-SELECT CASE WHEN wait_event = 'SyncRep' THEN true ELSE NOT pg_terminate_backend(pid) END
-FROM pg_stat_activity
-WHERE backend_xid = $1::text::xid8::xid AND datname = current_database()
-AND backend_start <= $2::text::timestamptz"""
-# A small commit, which is answered once it is replicated.
-CONFIRM = "SELECT pg_logical_emit_message(true, 'sessionwire', '')::text"
-
 NO_ID = "the id of the transaction had not arrived"
+NOT_COMMITTED = "the connection was lost in COMMIT, and the server says: not committed"
 MAY_HAVE_WRITTEN = "it had no id, and may have written during the COMMIT, as NOTIFY does"
-WAITING = "it waits for a synchronous standby"
-IN_PROGRESS = "it is still in progress"
-
 logger = logging.getLogger("sessionwire.commit")
-
-
-class NotCommittedError(asyncpg.PostgresConnectionError):
-    """The connection was lost at COMMIT, and it is certain that nothing was committed."""
-
-    severity = "ERROR"  # so that it counts as a refusal
-
-
-class Question(NamedTuple):
-    """The answer to `QUESTION`."""
-
-    transaction_id: str
-    position: str  # in the log
-    log_file: str  # its name begins with the timeline
-    asked_at: str
-
-
-class SharedConnection:
-    """A connection beside the pool, which is opened when it is needed.
-
-    Args:
-        connect: Opens it, in SQLAlchemy's greenlet.
-    """
-
-    def __init__(self, connect: Callable[[], Any]) -> None:
-        self._connect = connect
-        self._connection: Any = None
-        self._turn = asyncio.Lock()
-
-    async def ask(self, sql: str, *arguments: str | None) -> Any:
-        """Return the row that answers, once those who came before have theirs."""
-        async with self._turn:
-            try:
-                return await greenlet_spawn(self._fetch, sql, arguments)
-            except BaseException:
-                self.drop()
-                raise
-
-    def _fetch(self, sql: str, arguments: tuple[str | None, ...]) -> Any:
-        if self._connection is None:
-            self._connection = self._connect()
-        cursor = self._connection.cursor()
-        cursor.execute(sql, arguments)
-        row = cursor.fetchone()
-        cursor.close()
-        return row
-
-    def drop(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.driver_connection.terminate()
+Answer = Sequence[str | None]  # to `QUESTION`
 
 
 class CommitResolver:
@@ -223,118 +133,76 @@ class CommitResolver:
     # Look up
 
     async def settle(
-        self, row: bytes | None, lost: Exception, given_up_at: float, *, only_read: bool
-    ) -> None:
-        """Return if a transaction was committed, whose answer was lost.
+        self, answer: Answer | None, lost: Exception, given_up_at: float, *, only_read: bool
+    ) -> bool:
+        """Return whether a transaction was committed, whose answer was lost.
 
         Args:
-            row: The answer to `QUESTION`, if it has arrived.
+            answer: The answer to `QUESTION`, if it has arrived.
             lost: The error by which the answer was lost.
-            given_up_at: The time at which waiting for the answer ends, of the event
-                loop's clock.
+            given_up_at: When waiting for the answer ends, by the clock of the event loop.
             only_read: Its statements have surely written nothing.
 
         Raises:
-            NotCommittedError: It was not committed.
             CommitOutcomeUnknownError: It can't be known.
         """
-        if row is None:
-            raise unknown_outcome(NO_ID, row) from lost
-        transaction_id, *others = values_in(row)
+        if answer is None:
+            raise unknown_outcome(NO_ID, answer) from lost
+        transaction_id, *others = answer
         if transaction_id is None:
             if not only_read:
-                raise unknown_outcome(MAY_HAVE_WRITTEN, row) from lost
+                raise unknown_outcome(MAY_HAVE_WRITTEN, answer) from lost
             self._tell("which only read, was nothing to commit")
-            return
-        question = Question(transaction_id, *map(str, others))
-        until = given_up_at + self._commit_timeout * (LOOK_UP_SHARE - ANSWER_SHARE)
-        # A task of its own, because it uses timeouts, which cancel their task.
-        look_up = asyncio.ensure_future(self._look_up(question, until))
-        shielding_tasks.add(look_up)
-        is_committed, reason = await look_up
-        if is_committed is None:
-            raise unknown_outcome(reason, row) from lost
-        if not is_committed:
-            self._tell(f"{transaction_id} was not committed")
-            raise NotCommittedError(
-                "the connection was lost in COMMIT, and the server says: not committed"
-            ) from lost
-        self._tell(f"{transaction_id} was committed")
+            return True
+        outcome, reason = await self._look_up(
+            Question(transaction_id, *map(str, others)),
+            until=given_up_at + self._commit_timeout * (LOOK_UP_SHARE - ANSWER_SHARE),
+        )
+        if outcome is Outcome.UNKNOWN:
+            raise unknown_outcome(reason, answer) from lost
+        is_committed = outcome is Outcome.COMMITTED
+        self._tell(f"{transaction_id} was {'' if is_committed else 'not '}committed")
+        return is_committed
 
-    def _tell(self, outcome: str) -> None:
-        self._totals.settled += 1
-        logger.warning("the answer to a COMMIT was lost, and looked up: transaction %s", outcome)
-
-    async def _look_up(self, question: Question, until: float) -> tuple[bool | None, str]:
-        """Return whether it was committed, or None and the reason why that is not known."""
-        reason, pause = "the server could not be asked in time", FIRST_PAUSE
+    async def _look_up(self, question: Question, until: float) -> tuple[Outcome, str]:
+        """Return the outcome, and the reason if it is unknown."""
         if not self._users:
             # Another event loop may have used the last ones.
             self._asking = SharedConnection(self._connect)
             self._confirming = SharedConnection(self._connect)
         self._users += 1
         try:
-            async with asyncio.timeout_at(until):
-                while True:
-                    try:
-                        status, is_replicated = await self._asking.ask(
-                            LOOK_UP, *question[:3], self.system_identifier, question.asked_at
-                        )
-                        if status == "aborted":
-                            return False, ""
-                        if status == "committed":
-                            if is_replicated:
-                                reason = WAITING
-                                await self._confirming.ask(CONFIRM)
-                            return True, ""
-                        if status == "in progress":
-                            found = await self._asking.ask(
-                                END_BACKEND, question.transaction_id, question.asked_at
-                            )
-                            reason = WAITING if found and found[0] else IN_PROGRESS
-                        else:
-                            reason = status or "the server does not know its id any more"
-                            if status != IN_RECOVERY:
-                                break
-                            # The primary may come back, at another host of the URL.
-                            self._asking.drop()
-                    except NotInitializedError:
-                        reason = "the manager was closed meanwhile"
-                        break
-                    except CommitOutcomeUnknownError as error:  # from CONFIRM
-                        reason = str(error)
-                        break
-                    except Exception as error:
-                        if reason != WAITING:
-                            reason = f"the server could not be asked: {summarize(error)}"
-                    await asyncio.sleep(pause)
-                    pause = min(2 * pause, LONGEST_PAUSE)
-        except TimeoutError:
-            pass
+            look_up = LookUp(question, self.system_identifier, self._asking, self._confirming)
+            # A task of its own, because it uses timeouts, which cancel their task.
+            task = asyncio.ensure_future(look_up.run(until))
+            shielding_tasks.add(task)
+            return await task, look_up.reason
         finally:
             self._users -= 1
             if not self._users:
                 self._asking.drop()
                 self._confirming.drop()
-        return None, reason
+
+    def _tell(self, outcome: str) -> None:
+        self._totals.settled += 1
+        logger.warning("the answer to a COMMIT was lost, and looked up: transaction %s", outcome)
 
 
-def unknown_outcome(reason: str, row: bytes | None) -> CommitOutcomeUnknownError:
+def unknown_outcome(reason: str, answer: Answer | None) -> CommitOutcomeUnknownError:
     """Make the error of a COMMIT whose outcome could not be settled.
 
     Args:
         reason: Why not.
-        row: The answer to `QUESTION`, if it has arrived.
+        answer: The answer to `QUESTION`, if it has arrived.
     """
     return CommitOutcomeUnknownError(
         f"the COMMIT was sent, and its outcome can't be told: {reason}. Look in the database "
         "whether it was carried out before you run the transaction again",
-        transaction_id=transaction_id_in(row),
+        transaction_id=transaction_id_in(answer),
         reason=reason,
     )
 
 
-def transaction_id_in(row: bytes | None) -> int | None:
+def transaction_id_in(answer: Answer | None) -> int | None:
     """Return the id of the transaction, if the answer to `QUESTION` has arrived with one."""
-    found = None if row is None else values_in(row)[0]
-    return None if found is None else int(found)
+    return int(answer[0]) if answer and answer[0] else None

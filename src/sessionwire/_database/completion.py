@@ -109,7 +109,9 @@ def _reason_for_doubt(error: BaseException | None) -> str | None:
     """
     if not isinstance(error, DBAPIError):
         return None
-    cause = (error.orig and error.orig.__cause__) or error.orig
+    # psycopg raises its errors itself; SQLAlchemy's adapter for asyncpg wraps them.
+    raised = error.orig
+    cause = (None if hasattr(raised, "diag") else raised and raised.__cause__) or raised
     if isinstance(error, InterfaceError) or isinstance(cause, sqlite3.Error):
         return None
     if is_outcome_unknown(cause):

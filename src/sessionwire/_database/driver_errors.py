@@ -76,11 +76,10 @@ def _states(error: BaseException | None) -> set[str]:
 
 def _severity(error: BaseException | None) -> str | None:
     """Return "ERROR" or "FATAL" for an answer of PostgreSQL, in English if it tells that."""
-    diagnostic = getattr(error, "diag", None)  # psycopg's
-    for name in ("severity_nonlocalized", "severity_en", "severity"):
-        if found := getattr(diagnostic or error, name, None):
-            return str(found)
-    return None
+    sources = getattr(error, "diag", None), error  # psycopg's, and the others
+    names = "severity_nonlocalized", "severity_en", "severity"
+    found = (getattr(source, name, None) for source in sources for name in names)
+    return next((str(severity) for severity in found if severity), None)
 
 
 def is_outdated_plan(error: BaseException | None) -> bool:

@@ -276,7 +276,9 @@ class DatabaseEngines:
         # SQLAlchemy waits for two seconds or forever. If it is cancelled meanwhile, it
         # leaves the statement running in the server.
         dialect.do_close = dialect.do_terminate = self._close_for_pool
-        if self._settings.resolve_commits and self._settings.pipeline and driver.SENDS_AHEAD:
+        # asyncpg asks ahead of COMMIT, and psycopg with a message of its own.
+        can_ask = self._settings.pipeline or not driver.SENDS_AHEAD
+        if self._settings.resolve_commits and can_ask:
             from .commit_resolver import CommitResolver  # asyncpg is not needed on SQLite
 
             self.resolver = CommitResolver(
@@ -297,7 +299,9 @@ class DatabaseEngines:
             raise NotInitializedError("the manager was closed meanwhile")
         self.totals.made += 1
         pool: Any = self.pool
-        return pool._invoke_creator(None)
+        connection = pool._invoke_creator(None)
+        connection.autocommit = True
+        return connection
 
     def _build_other(self) -> AsyncEngine:
         engine, credentials = (

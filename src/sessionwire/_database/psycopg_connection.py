@@ -19,7 +19,14 @@ from psycopg.pq.abc import PGresult
 from sessionwire._shield import run_shielded
 from sessionwire.errors import CommitOutcomeUnknownError, UnexpectedRollbackError
 
-from .driver_errors import is_outdated_plan
+from .commit_resolver import (
+    NOT_COMMITTED,
+    QUESTION,
+    CommitResolver,
+    transaction_id_in,
+    unknown_outcome,
+)
+from .driver_errors import is_answer_lost, is_outcome_unknown, is_outdated_plan
 
 T = TypeVar("T")
 STOP_TIMEOUT = 0.3  # seconds for a cancelled statement to be stopped before another one
@@ -30,6 +37,12 @@ ISOLATION_LEVELS = {
     "REPEATABLE READ": IsolationLevel.REPEATABLE_READ,
     "SERIALIZABLE": IsolationLevel.SERIALIZABLE,
 }
+
+
+class NotCommittedError(psycopg.OperationalError):
+    """The connection was lost at COMMIT, and it is certain that nothing was committed."""
+
+    severity = "ERROR"  # so that it counts as a refusal
 
 
 class Connection(psycopg.AsyncConnection[Any]):
@@ -43,7 +56,10 @@ class Connection(psycopg.AsyncConnection[Any]):
     next one may get. What a migration has changed is prepared anew in autocommit too.
     """
 
+    NUMBERS_PARAMETERS = False  # of a query: they have names
+    resolver: CommitResolver | None = None
     last_statement: str | None = None  # of the user who has the connection
+    has_only_read = False  # No statement but reads was sent in this transaction.
     _interrupted = False  # A cancelled task has left a statement running, in no pipeline.
     _is_waited_for = False
     _ends_with_wait = False  # It is closed once no task waits for its socket.
@@ -125,7 +141,8 @@ class Connection(psycopg.AsyncConnection[Any]):
             raise CommitOutcomeUnknownError(
                 "committed here, perhaps not replicated: the wait for a synchronous standby "
                 "was cancelled. Look in the database whether it was kept before you try "
-                "again, above all after a failover"
+                "again, above all after a failover",
+                reason="its wait for a synchronous standby was cancelled",
             )
         return result
 
@@ -169,9 +186,44 @@ class Connection(psycopg.AsyncConnection[Any]):
     # Ends of transactions
 
     async def commit(self) -> None:
+        """Commit. If the answer is lost, look up the outcome."""
         if self.is_closed():
             raise psycopg.InterfaceError("the connection was closed before the COMMIT")
-        await super().commit()
+        resolver = self.resolver
+        is_open = self.pgconn.transaction_status == TransactionStatus.INTRANS
+        if resolver is None or not (resolver.is_on and is_open) or self._read_only:
+            await super().commit()
+            return
+        answer = await self._ask()
+        given_up_at = resolver.watch(self)
+        try:
+            await super().commit()
+        except CommitOutcomeUnknownError as error:
+            error.transaction_id = transaction_id_in(answer)
+            raise
+        except psycopg.Error as error:
+            if is_outcome_unknown(error):
+                raise unknown_outcome("the server doesn't know it", answer) from error
+            if not is_answer_lost(error):
+                raise
+            only_read = self.has_only_read
+            if not await resolver.settle(answer, error, given_up_at, only_read=only_read):
+                raise NotCommittedError(NOT_COMMITTED) from error
+        finally:
+            resolver.unwatch(self)
+
+    async def _ask(self) -> list[str | None]:
+        """Ask what tells the outcome of the COMMIT, if its answer is lost."""
+        try:
+            async with self.lock:
+                found = await self.wait(self._exec_command(QUESTION))
+        except psycopg.OperationalError as error:
+            if self.closed:
+                raise NotCommittedError("the connection was lost before COMMIT") from error
+            raise
+        assert found is not None
+        values = [found.get_value(0, column) for column in range(found.nfields)]
+        return [None if value is None else value.decode() for value in values]
 
     def _exec_command(
         self, command: QueryNoTemplate, result_format: Format = Format.TEXT

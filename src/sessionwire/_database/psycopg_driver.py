@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import URL, Connection, Engine, event
+from sqlalchemy import URL, AdaptedConnection, Connection, Engine, event
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from sessionwire._config.url_parameters import typed_psycopg_arguments
 from sessionwire.embedded import EmbeddedServer
@@ -24,12 +25,14 @@ from .driver_errors import (
 from .options import ConnectionOptions
 from .postgresql import start_up_parameters
 from .postgresql_pool import Cleanup, PostgreSQLPool, watch_connections
+from .sql_text import surely_reads
 
 if TYPE_CHECKING:
     from .commit_resolver import CommitResolver
     from .credential_source import CredentialSource
 
 SENDS_AHEAD = False
+IDLE = 0  # libpq's status of a connection without a transaction
 # libpq tells no SQLSTATE of a connection that was refused, only what the server says.
 REFUSALS = {
     r"database .* does not exist": INVALID_CATALOG_NAME,
@@ -93,7 +96,7 @@ def configure_engine(
         settings: The settings of its database.
         server: None; an embedded server is reached by asyncpg.
         cleanup_of: Returns the task that closes a driver's connection, or None.
-        resolver: None; without a pipeline no outcome of a commit is looked up.
+        resolver: What looks up the outcomes of commits, if that is wanted.
         credentials: Those of each new connection, if they are asked for.
     """
     dialect: Any = engine.dialect
@@ -114,10 +117,17 @@ def configure_engine(
 
     watch_connections(engine, settings, cleanup_of)
 
+    @event.listens_for(engine, "connect", insert=True)
+    def on_connect(connection: AdaptedConnection, _record: ConnectionPoolEntry) -> None:
+        driver: Any = connection.driver_connection
+        driver.resolver = resolver
+
     @event.listens_for(engine, "before_cursor_execute")
     def note_statement(connection: Connection, _cursor: Any, sql: str, *_: Any) -> None:
         driver: Any = connection.connection.driver_connection
         driver.last_statement = sql
+        is_first = driver.pgconn.transaction_status == IDLE
+        driver.has_only_read = (is_first or driver.has_only_read) and surely_reads(sql)
 
 
 def set_up(connection: Connection, options: ConnectionOptions, settings: Mapping[str, str]) -> None:
