@@ -151,6 +151,43 @@ WRONG_COUNTS = [
 ]
 
 
+async def is_gone(_: Exception) -> bool:
+    return True
+
+
+class TestErrors:
+    """Also on a manager that is not open."""
+
+    @pytest.mark.parametrize("ask", [by_decorator, by_run])
+    @pytest.mark.parametrize(
+        ("given", "why"),
+        [
+            pytest.param(ValueError("a"), "a function that takes the error", id="an error"),
+            pytest.param([ValueError], "a tuple of them", id="a list"),
+            pytest.param(int, "not an exception type", id="another type"),
+            pytest.param((ValueError, "KeyError"), "not an exception type", id="text"),
+            pytest.param(asyncio.CancelledError, "CancelledError is no error", id="cancellation"),
+            pytest.param((OSError, BaseException), "BaseException is no error", id="everything"),
+            pytest.param(lambda: True, "takes the error|the 1 argument|with 1 argument", id="none"),
+            pytest.param(is_gone, "write 'def' instead of 'async def'", id="async"),
+        ],
+    )
+    def test_what_can_say_of_no_error_whether_to_retry_is_refused(
+        self, ask: Callable[..., None], given: Any, why: str
+    ) -> None:
+        with pytest.raises(TypeError, match=f"^retry_on=.*({why})"):
+            ask(DatabaseSessionManager().transaction, retries=2, retry_on=given)
+
+    @pytest.mark.parametrize("ask", [by_decorator, by_run])
+    def test_retry_on_without_retries_is_refused(self, ask: Callable[..., None]) -> None:
+        with pytest.raises(TypeError, match=r"without retries= there is none.*retries=3"):
+            ask(DatabaseSessionManager().transaction, retry_on=ValueError)
+
+    def test_a_block_has_no_retry_on(self) -> None:
+        with pytest.raises(TypeError, match=r"'retry_on': only @transactional\(retries=…"):
+            in_block(DatabaseSessionManager().transaction, retry_on=ValueError)
+
+
 class TestNumbers:
     """On a manager that is not open: whatever would be opened first would say so."""
 

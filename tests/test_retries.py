@@ -294,6 +294,138 @@ class TestAnyDatabase:
         assert highs[-1] == highs[-2] <= 5
 
 
+class GoneError(Exception):
+    """What a service says when something is not there yet."""
+
+
+class TestErrorsOfOnesOwn:
+    """`retry_on=` adds to the errors after which there is another attempt."""
+
+    @staticmethod
+    async def attempts(
+        manager: DatabaseSessionManager, error: Exception, retry_on: Any, cause: Any = None
+    ) -> int:
+        """Return how often work was tried that fails twice with this error."""
+        tried = 0
+
+        async def work() -> str:
+            nonlocal tried
+            tried += 1
+            if tried < 3:
+                raise error from cause
+            return "done"
+
+        with suppress(type(error)):
+            assert await manager.transaction.run(work, retries=5, retry_on=retry_on) == "done"
+        return tried
+
+    @pytest.mark.parametrize(
+        ("error", "cause", "retry_on"),
+        [
+            pytest.param(GoneError(), None, GoneError, id="a type"),
+            pytest.param(KeyError("a"), None, (GoneError, LookupError), id="one of several"),
+            pytest.param(ValueError(), GoneError(), GoneError, id="a cause"),
+            pytest.param(
+                ExceptionGroup("all", [ValueError(), GoneError()]), None, GoneError, id="in a group"
+            ),
+            pytest.param(GoneError("now"), None, lambda error: "now" in str(error), id="by text"),
+            pytest.param(lost_connection(), None, GoneError, id="retryable anyway"),
+        ],
+    )
+    async def test_what_is_named_is_retried(
+        self, manager: DatabaseSessionManager, error: Exception, cause: Any, retry_on: Any
+    ) -> None:
+        assert await self.attempts(manager, error, retry_on, cause) == 3
+
+    @pytest.mark.parametrize(
+        ("error", "cause", "retry_on"),
+        [
+            pytest.param(GoneError(), None, KeyError, id="another type"),
+            pytest.param(GoneError(), None, (), id="no type"),
+            pytest.param(GoneError(), None, lambda _: False, id="denied"),
+            pytest.param(ValueError(), GoneError(), lambda e: type(e) is GoneError, id="a cause"),
+            pytest.param(
+                CommitOutcomeUnknownError("lost"), None, Exception, id="an unknown outcome"
+            ),
+            pytest.param(GoneError(), CommitOutcomeUnknownError("lost"), GoneError, id="from it"),
+            pytest.param(TransactionTimeoutError(), None, lambda _: True, id="a deadline"),
+        ],
+    )
+    async def test_what_is_not_named_or_final_is_not_retried(
+        self, manager: DatabaseSessionManager, error: Exception, cause: Any, retry_on: Any
+    ) -> None:
+        assert await self.attempts(manager, error, retry_on, cause) == 1
+
+    async def test_the_decorator_takes_it_too_and_each_attempt_is_rolled_back(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        class Service:
+            def __init__(self) -> None:
+                self.transaction, self.tried = manager.transaction, 0
+
+            @transactional(retries=2, retry_on=IntegrityError)
+            async def write(self) -> None:
+                self.tried += 1
+                session = CurrentSession(manager)
+                await session.execute(insert(Note).values(text="twice"))
+                if self.tried < 3:
+                    await session.execute(insert(Note).values(text="twice"))
+
+        service = Service()
+        await service.write()
+        assert (service.tried, await notes(manager)) == (3, ["twice"])
+        assert manager.status().retries == {"retry_on": 2}
+
+    async def test_a_swallowed_error_that_is_named_is_retried(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        async def swallow(session: AsyncSession) -> None:
+            await session.execute(insert(Note).values(text="a"))
+            with suppress(IntegrityError):
+                await session.execute(insert(Note).values(text="a"))
+
+        clerk = Clerk(manager, swallow)
+        with pytest.raises(UnexpectedRollbackError):
+            await manager.transaction.run(clerk.work, retries=2, retry_on=IntegrityError)
+        assert (clerk.attempts, await notes(manager)) == (3, [])
+
+    async def test_a_cancellation_is_not_retried(self, manager: DatabaseSessionManager) -> None:
+        asked: list[Exception] = []
+
+        async def work() -> None:
+            raise asyncio.CancelledError
+
+        with pytest.raises(asyncio.CancelledError):
+            await manager.transaction.run(
+                work, retries=2, retry_on=lambda error: not asked.append(error)
+            )
+        assert asked == []
+
+    async def test_an_error_of_the_function_is_noted_and_ends_the_attempts(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        called: list[str] = []
+
+        async def work() -> None:
+            manager.transaction.on_rollback(lambda: called.append("rolled back"))
+            raise GoneError
+
+        def decide(_: Exception) -> bool:
+            raise ZeroDivisionError("no answer")
+
+        with pytest.raises(GoneError) as raised:
+            await manager.transaction.run(work, retries=2, retry_on=decide)
+        assert raised.value.__notes__ == ["then retry_on failed: ZeroDivisionError: no answer"]
+        assert called == ["rolled back"]
+
+    async def test_inside_another_scope_there_is_one_attempt(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        with pytest.raises(UnexpectedRollbackError):
+            async with manager.transaction():
+                assert await self.attempts(manager, GoneError(), GoneError) == 1
+
+
 class TestPostgres(OnPostgres):
     @pytest.fixture
     async def clash(self, manager: DatabaseSessionManager) -> Work:

@@ -13,10 +13,9 @@ from ._core.definition import (
     Propagation,
     TransactionDefinition,
     TransactionOptions,
-    attempts,
     define,
 )
-from ._core.retry import run_with_retries
+from ._core.retry import RetryOn, RetryRule, define_retries, run_with_retries
 from ._core.transaction_block import TransactionBlock
 from ._database.call_sites import site_of
 from ._database.runtime import database_of
@@ -45,6 +44,7 @@ def transactional(
     propagation: Propagation = ...,
     *,
     retries: int = ...,
+    retry_on: RetryOn | None = ...,
     of: str = ...,
     **options: Unpack[TransactionOptions],
 ) -> Decorator: ...
@@ -54,6 +54,7 @@ def transactional(
     propagation: Any = Propagation.REQUIRED,
     *,
     retries: int = 0,
+    retry_on: RetryOn | None = None,
     of: str = "transaction",
     **options: Unpack[TransactionOptions],
 ) -> Any:
@@ -63,6 +64,7 @@ def transactional(
         propagation: What to do if there is a current transaction, or none.
         retries: How often to call the function again after a conflict with another
             transaction, as in `TransactionManager.run()`.
+        retry_on: Further errors after which it is called again, as in `run()`.
         of: The parameter that holds the `TransactionManager`, or the attribute of
             `self` if the function has no such parameter.
         **options: The options of `transaction()`: `isolation`, `read_only`, `timeout`
@@ -95,7 +97,8 @@ def transactional(
     definition = define(
         Propagation.REQUIRED if is_bare else cast(Propagation, propagation), **options
     )
-    decorate = partial(_decorate, "@transactional", of, definition, attempts(retries))
+    rule = define_retries(retries, retry_on)
+    decorate = partial(_decorate, "@transactional", of, definition, rule)
     return decorate(propagation) if is_bare else decorate
 
 
@@ -134,12 +137,13 @@ def read_only(function: Any = None, /, *, of: str = "transaction") -> Any:
                 return await self.notes.count()
         ```
     """
-    decorate = partial(_decorate, "@read_only", of, define(Propagation.SUPPORTS, read_only=True), 1)
+    definition = define(Propagation.SUPPORTS, read_only=True)
+    decorate = partial(_decorate, "@read_only", of, definition, RetryRule(attempts=1))
     return decorate if function is None else decorate(function)
 
 
 def _decorate(
-    name: str, of: str, definition: TransactionDefinition, attempts: int, function: Any
+    name: str, of: str, definition: TransactionDefinition, rule: RetryRule, function: Any
 ) -> Any:
     if not inspect.iscoroutinefunction(function):
         hint = _not_a_coroutine_function_hint(name, function)
@@ -157,9 +161,9 @@ def _decorate(
     async def run_repeatedly(*args: Any, **kwargs: Any) -> Any:
         database = database_of(find_manager(args, kwargs))
         call = partial(function, *args, **kwargs)
-        return await run_with_retries(database, definition, attempts, call, call_site)
+        return await run_with_retries(database, definition, rule, call, call_site)
 
-    return run_once if attempts == 1 else run_repeatedly
+    return run_once if rule.attempts == 1 else run_repeatedly
 
 
 def _manager_resolver(

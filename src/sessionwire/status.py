@@ -115,7 +115,8 @@ class Status:
         transactions: The ends of transactions up to now.
         retries: How often a block was run again, by reason: `serialization_failure`,
             `deadlock`, `busy`, `connection_lost`, `server_unavailable`,
-            `too_many_connections`, `read_only` or `outdated_plan`.
+            `too_many_connections`, `read_only` or `outdated_plan`, or `retry_on` for
+            errors that only the caller's `retry_on` names.
         connections: The connections up to now.
         holders: Who holds the connections in use, the longest first.
     """

@@ -8,9 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
 
 from ._core.context import current_frame, current_scope
-from ._core.definition import Propagation, TransactionOptions, attempts, define
+from ._core.definition import Propagation, TransactionOptions, define
 from ._core.hooks import to_call
-from ._core.retry import run_with_retries
+from ._core.retry import RetryOn, define_retries, run_with_retries
 from ._core.session_hooks import call_after_commit
 from ._core.transaction import Hook, Transaction
 from ._core.transaction_block import TransactionBlock
@@ -204,6 +204,7 @@ class TransactionManager:
         function: Callable[[*Ts], Awaitable[R]],
         *args: *Ts,
         retries: int = 0,
+        retry_on: RetryOn | None = None,
         propagation: Propagation = Propagation.REQUIRED,
         **options: Unpack[TransactionOptions],
     ) -> R:
@@ -217,17 +218,21 @@ class TransactionManager:
             function: A coroutine function.
             args: Its arguments.
             retries: How many more attempts there may be.
+            retry_on: Further errors after which there is another attempt: exception
+                types, which an error or one of its causes may have, or a function that
+                takes the error and returns whether to try again. Never after
+                `CommitOutcomeUnknownError` or a deadline.
             propagation: That of the block.
             options: Those of the block.
 
         Raises:
-            TypeError: The function can't be called with these arguments, or an option
-                is of a wrong type.
+            TypeError: The function can't be called with these arguments, an option is
+                of a wrong type, or there is `retry_on` without `retries`.
             ValueError: An option has a value that is not allowed.
         """
         to_call(function, "run()", *args)
         call = partial(function, *args)
-        definition = define(propagation, **options)
+        definition, rule = define(propagation, **options), define_retries(retries, retry_on)
         return await run_with_retries(
-            self._database, definition, attempts(retries), call, site_of(function) or calling_site()
+            self._database, definition, rule, call, site_of(function) or calling_site()
         )

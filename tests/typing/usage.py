@@ -65,6 +65,7 @@ class Service:
         isolation="SERIALIZABLE",
         timeout=timedelta(seconds=1),
         retries=5,
+        retry_on=(LookupError, TimeoutError),
         of="archive",
     )
     async def with_options(self, item: int, *, currency: str = "EUR") -> float:
@@ -129,6 +130,7 @@ async def use_wrongly(service: Service) -> None:
     await service.names_of_the_archive("1")  # type: ignore[arg-type]
     await over("1")  # type: ignore[arg-type]
     transactional(isolation_level="SERIALIZABLE")  # type: ignore[call-overload]
+    transactional(retries=1, retry_on="LookupError")  # type: ignore[call-overload]
     read_only(retries=1)  # type: ignore[call-overload]
 
 

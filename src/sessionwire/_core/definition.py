@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum, auto
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from sessionwire._config.keys import did_you_mean
 from sessionwire._database.options import ConnectionOptions
@@ -52,6 +52,8 @@ INSTEAD_OF = {  # what others call an option
     "readonly": "write read_only=True",
     "retries": "only @transactional(retries=…) and run(function, retries=…) "
     "can call a function again",
+    "retry_on": "only @transactional(retries=…, retry_on=…) and run(function, retries=…, "
+    "retry_on=…) can call a function again",
     "of": "only @transactional and @read_only look for their TransactionManager",
     "nested": "write transaction(Propagation.NESTED)",
 }
@@ -122,15 +124,21 @@ def define(
     )
 
 
-def attempts(retries: object) -> int:
-    """Return how many attempts they allow. Raises `TypeError`, `ValueError`."""
-    if isinstance(retries, bool) or not isinstance(retries, int):
-        raise TypeError(
-            f"retries={retries!r} is not a number of retries: write an int, such as retries=3"
-        )
-    if retries < 0:
-        raise ValueError(f"retries={retries} is less than none: write retries=0 for one attempt")
-    return retries + 1
+def exception_types(given: object, option: str) -> tuple[type[Exception], ...]:
+    """Return the types that an option names. Raises `TypeError`."""
+    types = cast("tuple[object, ...]", given) if isinstance(given, tuple) else (given,)
+    for each in types:
+        if not (isinstance(each, type) and issubclass(each, BaseException)):
+            raise TypeError(
+                f"{option}={given!r}: {each!r} is not an exception type: write one, or a tuple of "
+                f"them, such as {option}=(LookupError,)"
+            )
+        if not issubclass(each, Exception):
+            raise TypeError(
+                f"{option}={given!r}: {each.__name__} is no error, but stops the task or the "
+                "process: name subclasses of Exception"
+            )
+    return cast("tuple[type[Exception], ...]", types)
 
 
 def _seconds(timeout: float | timedelta) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import cast
@@ -16,10 +16,11 @@ from sqlalchemy.orm import SessionTransaction
 
 from sessionwire._database.call_sites import CallSite
 from sessionwire._database.completion import finish_rollback
-from sessionwire._database.driver_errors import retry_reason, root_cause
+from sessionwire._database.driver_errors import root_cause
 from sessionwire._database.options import ConnectionOptions
 from sessionwire._database.runtime import Database
 from sessionwire._error_reports import (
+    chain_errors,
     closed_while_open_error,
     unexpected_rollback,
 )
@@ -52,8 +53,8 @@ class TransactionBlock(Block):
         database: The database of the transaction.
         definition: What the block asks for.
         call_site: Where it was opened.
-        may_retry: The caller repeats the block after an error that a retry may mend.
-            Hooks of such an end are left in `postponed_hooks`.
+        find_retry_reason: Tells why the caller repeats the block after an error, or
+            None. Hooks of such an end are left in `postponed_hooks`.
     """
 
     # Many may wait for a connection at once, and slots take less memory.
@@ -62,8 +63,8 @@ class TransactionBlock(Block):
         "_changes_before",
         "_deadline",
         "_definition",
+        "_find_retry_reason",
         "_frame",
-        "_may_retry",
         "_opened_scope",
         "_options",
         "_savepoint",
@@ -79,7 +80,7 @@ class TransactionBlock(Block):
         definition: TransactionDefinition,
         call_site: CallSite | None,
         *,
-        may_retry: bool = False,
+        find_retry_reason: Callable[[BaseException | None], str | None] | None = None,
     ) -> None:
         super().__init__(database, call_site)
         self._definition = definition
@@ -87,7 +88,7 @@ class TransactionBlock(Block):
         self._deadline: asyncio.Timeout | None = None
         self._transaction: Transaction | None = None  # rolls back if this block fails
         self._savepoint: AsyncSessionTransaction | None = None
-        self._may_retry = may_retry
+        self._find_retry_reason = find_retry_reason
         # Why the caller repeats the block; None if it does not.
         self.retry_reason: str | None = None
         self.postponed_hooks: Sequence[Hook] = ()  # due, unless the next attempt begins
@@ -367,8 +368,11 @@ class TransactionBlock(Block):
         hooks = transaction.take_due_hooks()
         if isinstance(transaction_error, CommitOutcomeUnknownError):
             return failure
-        if self._may_retry:
-            self.retry_reason = retry_reason(first_cause)
+        if self._find_retry_reason is not None:
+            try:
+                self.retry_reason = self._find_retry_reason(first_cause)
+            except BaseException as error:
+                failure = chain_errors(failure, error, "retry_on")
         if self.retry_reason:
             self.postponed_hooks = hooks
             return failure

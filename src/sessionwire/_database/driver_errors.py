@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 from sqlalchemy import Connection, Engine, event
@@ -106,13 +106,24 @@ def is_retryable(error: BaseException | None) -> bool:
     return retry_reason(error) is not None
 
 
-def retry_reason(error: BaseException | None) -> str | None:
-    """Return why a retry may succeed, in a word, or None if `is_retryable()` is false."""
+def retry_reason(
+    error: BaseException | None, is_wanted: Callable[[Sequence[Exception]], bool] | None = None
+) -> str | None:
+    """Return why to try again, in a word, or None.
+
+    Args:
+        error: The error of the last attempt.
+        is_wanted: Tells of an error that is not retryable, followed by its causes,
+            whether to try again all the same.
+    """
     errors = list(_with_causes(error, set()))
     final = CommitOutcomeUnknownError, TransactionTimeoutError
     if any(isinstance(each, final) for each in errors):
         return None
-    return next(filter(None, map(_reason_to_retry, errors)), None)
+    reason = next(filter(None, map(_reason_to_retry, errors)), None)
+    if reason is None and errors and is_wanted is not None and is_wanted(errors):
+        return "retry_on"
+    return reason
 
 
 def _with_causes(error: BaseException | None, seen: set[int]) -> Iterator[Exception]:
