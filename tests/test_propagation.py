@@ -27,6 +27,7 @@ from sessionwire import (
     read_only,
     transactional,
 )
+from sessionwire.testing import sandbox
 
 from .conftest import Postgres, checked_out, notes
 from .models import Note
@@ -759,3 +760,94 @@ class TestWithoutBlocksOfItsOwn:
             with pytest.raises(UnexpectedRollbackError):
                 await session.commit()
         assert await notes(manager) == []
+
+
+class TestDurable:
+    """`durable=True`: what the block has done is committed at its end, or it is refused."""
+
+    async def test_a_durable_block_of_its_own_commits(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        class Service:
+            transaction = manager.transaction
+
+            @transactional(durable=True)
+            async def write(self, text: str) -> None:
+                await CurrentSession(manager).execute(insert(Note).values(text=text))
+
+        service = Service()
+        await service.write("by the decorator")
+        async with manager.transaction(durable=True) as session:
+            session.add(Note(text="by the block"))
+            async with manager.transaction():  # joins, and is not durable
+                session.add(Note(text="joined"))
+        async with manager.session():
+            await service.write("in a session")
+        async with manager.transaction(Propagation.NOT_SUPPORTED):
+            await service.write("in autocommit")
+        assert len(await notes(manager)) == 5
+
+    @pytest.mark.parametrize(
+        "mode", [mode for mode in Propagation if mode is not Propagation.MANDATORY], ids=str
+    )
+    @pytest.mark.parametrize("around", ["transaction", "savepoint"])
+    async def test_a_durable_block_is_refused_inside_a_transaction_and_does_it_no_harm(
+        self, manager: DatabaseSessionManager, around: str, mode: Propagation
+    ) -> None:
+        async with manager.transaction() as outer:
+            outer.add(Note(text="outer"))
+            async with AROUND[around](manager):
+                with pytest.raises(
+                    IncompatibleTransactionError, match=r"at test_propagation\.py:\d+.*before or af"
+                ):
+                    async with manager.transaction(mode, durable=True):
+                        raise AssertionError("never")
+        assert await notes(manager) == ["outer"]
+
+    @pytest.mark.several_connections("a block goes without the transaction around it")
+    async def test_a_durable_block_is_refused_if_a_transaction_is_further_outside(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        async with (
+            manager.transaction(read_only=True),
+            manager.transaction(Propagation.NOT_SUPPORTED),
+        ):
+            with pytest.raises(IncompatibleTransactionError, match="durable"):
+                async with manager.transaction(durable=True):
+                    raise AssertionError("never")
+            async with manager.transaction(Propagation.SUPPORTS):
+                await manager.transaction.detached(self.write_durably(manager))
+        assert await notes(manager) == ["detached"]
+
+    @staticmethod
+    async def write_durably(manager: DatabaseSessionManager) -> None:
+        async with manager.transaction(durable=True) as session:
+            session.add(Note(text="detached"))
+
+    async def test_a_transaction_of_another_database_is_no_obstacle(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        async with (
+            DatabaseSessionManager("sqlite://") as other,
+            other.transaction(),
+            manager.transaction(durable=True) as session,
+        ):
+            session.add(Note(text="a"))
+        assert await notes(manager) == ["a"]
+
+    async def test_a_sandbox_is_not_taken_for_a_transaction_around_the_block(
+        self, manager: DatabaseSessionManager
+    ) -> None:
+        async with sandbox(manager):
+            async with manager.transaction(durable=True) as session:
+                session.add(Note(text="a"))
+            assert await notes(manager) == ["a"]
+            async with manager.transaction():
+                with pytest.raises(IncompatibleTransactionError, match="durable"):
+                    async with manager.transaction(durable=True):
+                        raise AssertionError("never")
+        assert await notes(manager) == []
+
+    def test_mandatory_contradicts_durable(self) -> None:
+        with pytest.raises(ValueError, match=r"^durable=True.*leave one of them out"):
+            transactional(Propagation.MANDATORY, durable=True)

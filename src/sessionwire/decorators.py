@@ -68,7 +68,7 @@ def transactional(
         of: The parameter that holds the `TransactionManager`, or the attribute of
             `self` if the function has no such parameter.
         **options: The options of `transaction()`: `isolation`, `read_only`, `timeout`
-            in seconds, `execution_options`, `settings`.
+            in seconds, `execution_options`, `settings`, `durable`.
 
     Raises:
         TypeError: The function is no coroutine function, or an option is unknown or has

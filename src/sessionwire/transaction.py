@@ -58,14 +58,17 @@ class TransactionManager:
             execution_options: SQLAlchemy's, for the connection of the block.
             settings: The server's, such as `{"app.tenant": "7"}`, until the transaction
                 ends. PostgreSQL only.
+            durable: Refuse to be inside another transaction, so that all is committed
+                at the end of the block. The name is Django's.
 
         Raises:
             TypeError: An option is unknown, or `timeout` is not a time.
-            ValueError: An isolation level is unknown, or `timeout` is negative.
+            ValueError: An isolation level is unknown, `timeout` is negative, or
+                `durable` meets `MANDATORY`.
             TransactionRequiredError: On entering, by `MANDATORY`.
             TransactionForbiddenError: On entering, by `NEVER`.
             IncompatibleTransactionError: On entering, if the current transaction has
-                other options.
+                other options, or if the block is `durable` and there is one.
             ConcurrentSessionError: On entering, if code in another task has joined the
                 session.
             UnexpectedRollbackError: On leaving, if the block ended well and its

@@ -64,6 +64,7 @@ class Service:
         Propagation.NESTED,
         isolation="SERIALIZABLE",
         timeout=timedelta(seconds=1),
+        durable=True,
         retries=5,
         retry_on=(LookupError, TimeoutError),
         of="archive",

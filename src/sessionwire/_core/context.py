@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
+from sessionwire._database.call_sites import line_of
 from sessionwire._database.runtime import Database
 from sessionwire.errors import NoSessionError
 
-from .usage_errors import second_writer_error
+from .usage_errors import inner_durable_error, second_writer_error
 
 if TYPE_CHECKING:
     from .scope import Scope
@@ -86,6 +87,17 @@ def require_no_enclosing_writer(database: Database) -> None:
     """
     if database.is_sqlite and any(scope.holds_write_lock for scope in enclosing_scopes(database)):
         raise second_writer_error()
+
+
+def require_no_enclosing_transaction(database: Database) -> None:
+    """Check that no transaction encloses the running code.
+
+    Raises:
+        IncompatibleTransactionError: One is.
+    """
+    for _, scope in enclosing_frames():
+        if scope.database is database and scope.transaction is not None:
+            raise inner_durable_error(line_of(scope.call_site))
 
 
 def _no_session_error(database: Database) -> NoSessionError:

@@ -71,6 +71,7 @@ class TransactionOptions(TypedDict, total=False):
     timeout: float | timedelta | None
     execution_options: Mapping[str, Any] | None
     settings: Mapping[str, object] | None
+    durable: bool
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class TransactionDefinition:
     action_outside: Action  # of any
     options: ConnectionOptions
     timeout: float | None  # seconds
+    durable: bool  # refused inside another transaction
 
 
 def define(
@@ -92,6 +94,7 @@ def define(
     timeout: float | timedelta | None = None,
     execution_options: Mapping[str, Any] | None = None,
     settings: Mapping[str, object] | None = None,
+    durable: bool = False,
     **unknown: object,
 ) -> TransactionDefinition:
     """Validate the propagation mode and the options of a block.
@@ -107,6 +110,11 @@ def define(
     for name, instead in RESERVED_EXECUTION_OPTIONS.items():
         if name in (execution_options or {}):
             raise ValueError(f"execution_options: {name!r} cannot be set here: {instead}")
+    if durable and propagation is Propagation.MANDATORY:
+        raise ValueError(
+            "durable=True is refused inside a transaction, and Propagation.MANDATORY without one: "
+            "leave one of them out"
+        )
     autocommit = propagation in NON_TRANSACTIONAL_MODES
     connection_options = ConnectionOptions(
         autocommit=autocommit,
@@ -121,6 +129,7 @@ def define(
         *ACTIONS[propagation],
         connection_options,
         None if timeout is None else _seconds(timeout),
+        durable,
     )
 
 

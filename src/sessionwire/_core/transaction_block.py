@@ -35,7 +35,11 @@ from sessionwire.errors import (
 )
 
 from .block import Block
-from .context import current_scope, require_no_enclosing_writer
+from .context import (
+    current_scope,
+    require_no_enclosing_transaction,
+    require_no_enclosing_writer,
+)
 from .definition import Action, Propagation, TransactionDefinition
 from .generators import early_end_error, is_left_early
 from .hooks import run_hooks
@@ -133,6 +137,8 @@ class TransactionBlock(Block):
 
         Errors raised here leave the enclosing transaction intact.
         """
+        if self._definition.durable:
+            require_no_enclosing_transaction(self._database)
         if self._action is Action.REJECT:
             if self._definition.propagation is Propagation.NEVER:
                 raise TransactionForbiddenError(

@@ -46,6 +46,14 @@ def second_writer_error() -> IncompatibleTransactionError:
     )
 
 
+def inner_durable_error(line: str) -> IncompatibleTransactionError:
+    return IncompatibleTransactionError(
+        "durable=True asks that all of this block is committed at its end, and it is inside the "
+        f"transaction that was opened at {line}: call it before or after that one, leave out "
+        "durable=True to join it, or use Propagation.REQUIRES_NEW without it"
+    )
+
+
 def write_in_iteration_error() -> IncompatibleTransactionError:
     """Make the error of a write that would silently leave the enclosing transaction."""
     return IncompatibleTransactionError(
