@@ -183,6 +183,23 @@ class TestErrors:
         with pytest.raises(TypeError, match=r"without retries= there is none.*retries=3"):
             ask(DatabaseSessionManager().transaction, retry_on=ValueError)
 
+    @pytest.mark.parametrize("ask", [in_block, by_decorator, by_run])
+    @pytest.mark.parametrize(
+        ("given", "why"),
+        [
+            pytest.param(ValueError("a"), "is not an exception type", id="an error"),
+            pytest.param([ValueError], "a tuple of them", id="a list"),
+            pytest.param((ValueError, "KeyError"), "'KeyError' is not an exc", id="text"),
+            pytest.param(asyncio.CancelledError, "CancelledError is no error", id="cancellation"),
+            pytest.param(BaseException, "BaseException is no error", id="everything"),
+        ],
+    )
+    def test_what_is_no_type_of_errors_is_refused_as_no_rollback_for(
+        self, ask: Callable[..., None], given: Any, why: str
+    ) -> None:
+        with pytest.raises(TypeError, match=f"^no_rollback_for=.*{why}"):
+            ask(DatabaseSessionManager().transaction, no_rollback_for=given)
+
     def test_a_block_has_no_retry_on(self) -> None:
         with pytest.raises(TypeError, match=r"'retry_on': only @transactional\(retries=…"):
             in_block(DatabaseSessionManager().transaction, retry_on=ValueError)

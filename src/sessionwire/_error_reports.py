@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy.exc import PendingRollbackError
 
-from .errors import UnexpectedRollbackError
+from .errors import CommitOutcomeUnknownError, UnexpectedRollbackError
 
 
 def summarize(error: BaseException) -> str:
@@ -39,6 +39,24 @@ def chain_errors(first: BaseException | None, later: BaseException, action: str)
         return first
     later.__cause__ = first
     return later
+
+
+def not_committed(kept: BaseException | None, failure: BaseException) -> BaseException:
+    """Return what to raise if a block can't commit.
+
+    Args:
+        kept: The error after which it was to commit, named by `no_rollback_for`. It is
+            raised, and says why all was rolled back.
+        failure: Why it can't commit. It is raised if it is a cancellation or an exit,
+            or if the outcome is unknown.
+    """
+    if kept is None:
+        return failure
+    if not isinstance(failure, Exception) or isinstance(failure, CommitOutcomeUnknownError):
+        return failure
+    cause = failure.__cause__ if isinstance(failure, UnexpectedRollbackError) else None
+    kept.add_note(f"rolled back in spite of no_rollback_for: {summarize(cause or failure)}")
+    return kept
 
 
 def unexpected_rollback(cause: BaseException) -> UnexpectedRollbackError:

@@ -68,7 +68,8 @@ def transactional(
         of: The parameter that holds the `TransactionManager`, or the attribute of
             `self` if the function has no such parameter.
         **options: The options of `transaction()`: `isolation`, `read_only`, `timeout`
-            in seconds, `execution_options`, `settings`, `durable`.
+            in seconds, `execution_options`, `settings`, `durable`,
+            `no_rollback_for`.
 
     Raises:
         TypeError: The function is no coroutine function, or an option is unknown or has

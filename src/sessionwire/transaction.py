@@ -46,7 +46,8 @@ class TransactionManager:
         """Open a block that joins or begins a transaction, as `propagation` says.
 
         The block that began a transaction commits it when the block ends well, and
-        otherwise rolls it back. Nothing is sent before the first statement.
+        otherwise rolls it back, unless `no_rollback_for` names the error. Nothing is
+        sent before the first statement.
 
         Args:
             propagation: What to do about the current transaction.
@@ -60,9 +61,13 @@ class TransactionManager:
                 ends. PostgreSQL only.
             durable: Refuse to be inside another transaction, so that all is committed
                 at the end of the block. The name is Django's.
+            no_rollback_for: Exception types. If such an error leaves the block, the
+                block commits, and then raises it. If that can't be, all is rolled back,
+                and a note on the error says why. The rule is Spring's.
 
         Raises:
-            TypeError: An option is unknown, or `timeout` is not a time.
+            TypeError: An option is unknown, `timeout` is not a time, or
+                `no_rollback_for` names something else than errors.
             ValueError: An isolation level is unknown, `timeout` is negative, or
                 `durable` meets `MANDATORY`.
             TransactionRequiredError: On entering, by `MANDATORY`.

@@ -65,6 +65,7 @@ class Service:
         isolation="SERIALIZABLE",
         timeout=timedelta(seconds=1),
         durable=True,
+        no_rollback_for=(LookupError, ValueError),
         retries=5,
         retry_on=(LookupError, TimeoutError),
         of="archive",

@@ -72,6 +72,7 @@ class TransactionOptions(TypedDict, total=False):
     execution_options: Mapping[str, Any] | None
     settings: Mapping[str, object] | None
     durable: bool
+    no_rollback_for: type[Exception] | tuple[type[Exception], ...]
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class TransactionDefinition:
     options: ConnectionOptions
     timeout: float | None  # seconds
     durable: bool  # refused inside another transaction
+    no_rollback_for: tuple[type[Exception], ...]
 
 
 def define(
@@ -95,6 +97,7 @@ def define(
     execution_options: Mapping[str, Any] | None = None,
     settings: Mapping[str, object] | None = None,
     durable: bool = False,
+    no_rollback_for: type[Exception] | tuple[type[Exception], ...] = (),
     **unknown: object,
 ) -> TransactionDefinition:
     """Validate the propagation mode and the options of a block.
@@ -130,6 +133,7 @@ def define(
         connection_options,
         None if timeout is None else _seconds(timeout),
         durable,
+        exception_types(no_rollback_for, "no_rollback_for") if no_rollback_for else (),
     )
 
 

@@ -12,6 +12,9 @@ Hook = Callable[[], object]
 class Transaction:
     """What rolls back as one: a transaction, or a savepoint, which has a parent."""
 
+    # The types of errors after which its outer block commits.
+    no_rollback_for: tuple[type[Exception], ...] = ()
+
     def __init__(
         self, owner: object, parent: Transaction | None = None, failure_mark: int = 0
     ) -> None:

@@ -22,6 +22,7 @@ from sessionwire._database.runtime import Database
 from sessionwire._error_reports import (
     chain_errors,
     closed_while_open_error,
+    not_committed,
     unexpected_rollback,
 )
 from sessionwire.errors import (
@@ -119,6 +120,8 @@ class TransactionBlock(Block):
         self._changes_before = self._scope.change_count
         if self._action is Action.BEGIN:
             self._scope.transaction = Transaction(self._frame)
+            if definition.no_rollback_for:
+                self._scope.transaction.no_rollback_for = definition.no_rollback_for
             if not self._opened_scope:
                 self._scope.transaction.has_begun = self._scope.session.in_transaction()
         self._transaction = self._scope.transaction
@@ -208,6 +211,7 @@ class TransactionBlock(Block):
         failure_mark = self._scope.failure_count
         self._savepoint = await self._scope.session.begin_nested()
         self._transaction = Transaction(self._frame, self._scope.transaction, failure_mark)
+        self._transaction.no_rollback_for = self._definition.no_rollback_for
         self._scope.transaction = self._transaction
 
     # End
@@ -227,26 +231,33 @@ class TransactionBlock(Block):
             return
         failure, transaction = error, self._transaction
         must_report = error is None or not is_left_early(error) or self._loses_work()
-        if error is None:
+        kept: BaseException | None = None  # an error after which the block commits
+        obstacle: BaseException | None = None
+        if error is not None and isinstance(error, self._definition.no_rollback_for):
+            kept = error
+        if error is None or kept is not None:
+            failure = None
             try:
                 await self._prepare_commit()
             except BaseException as found:
-                failure = found
+                obstacle, failure = found, not_committed(kept, found)
         elif must_report:
             cause = None if transaction is None else transaction.rollback_cause
             failure = early_end_error(error, cause) or error
         if self._deadline is not None:
             failure = await self._apply_deadline(self._deadline, failure)
         if self._action is Action.BEGIN:
-            failure = await self._end_transaction(failure, error)
+            failure = await self._end_transaction(failure, error, kept, obstacle)
         elif self._savepoint is not None and transaction is not None and not transaction.has_ended:
-            failure = await self._end_savepoint(self._savepoint, transaction, failure)
+            failure = await self._end_savepoint(self._savepoint, transaction, failure, kept)
         elif self._opened_scope:
             await self._scope.close(failure)
         else:  # it had joined, or is a savepoint that ended with the enclosing transaction
             self._scope.pop_frame(self._frame)
             if failure is not None and transaction is not None and must_report:
-                transaction.mark_rollback_only(failure)
+                is_kept_outside = isinstance(failure, transaction.no_rollback_for)
+                if not (is_kept_outside and failure is error):
+                    transaction.mark_rollback_only(failure)
         if failure is not None and failure is not error:
             raise failure
 
@@ -310,6 +321,7 @@ class TransactionBlock(Block):
         savepoint: AsyncSessionTransaction,
         transaction: Transaction,
         failure: BaseException | None,
+        kept: BaseException | None,
     ) -> BaseException | None:
         scope, parent = self._scope, transaction.parent
         assert parent is not None
@@ -331,7 +343,7 @@ class TransactionBlock(Block):
             transaction.mark_rolled_back()
             # SQLAlchemy cannot roll back to a savepoint that failed to end.
             parent.mark_rollback_only(error)
-            failure = error
+            failure = not_committed(kept, error)
         finally:
             if not transaction.has_ended:
                 scope.end_savepoints(inside=parent)
@@ -339,11 +351,15 @@ class TransactionBlock(Block):
         return failure
 
     async def _end_transaction(
-        self, failure: BaseException | None, raised_inside: BaseException | None
+        self,
+        failure: BaseException | None,
+        raised_inside: BaseException | None,
+        kept: BaseException | None,
+        obstacle: BaseException | None,
     ) -> BaseException | None:
         scope, transaction = self._scope, self._transaction
         assert transaction is not None
-        first_cause = failure and root_cause(failure, scope.failure_since(0))
+        first_cause = failure and root_cause(obstacle or failure, scope.failure_since(0))
         scope.end_savepoints(inside=transaction)
         transaction.is_ending = True
         scope.pop_frame(self._frame, including_nested=True)
@@ -352,9 +368,9 @@ class TransactionBlock(Block):
             try:
                 await scope.commit()
             except BaseException as error:
-                failure = first_cause = error
+                first_cause, failure = error, not_committed(kept, error)
                 transaction_error = (
-                    error.__cause__ if isinstance(error, asyncio.CancelledError) else error
+                    error.__cause__ if isinstance(error, asyncio.CancelledError) else failure
                 )
         if transaction_error is not None or transaction.rollback_requested:
             transaction.mark_rolled_back()
@@ -382,5 +398,7 @@ class TransactionBlock(Block):
         if self.retry_reason:
             self.postponed_hooks = hooks
             return failure
+        if failure is None:
+            failure = kept
         hooks = [*scope.take_due_hooks(), *hooks]
         return await run_hooks(hooks, failure) if hooks else failure
