@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
 from functools import partial
 
@@ -482,6 +482,68 @@ class TestCancellation:
         with pytest.raises(asyncio.CancelledError) as raised:
             await task
         assert isinstance(raised.value.__cause__, ValueError)
+
+
+class TestRobust:
+    """`on_commit(function, robust=True)`: its failure is logged and not raised."""
+
+    @staticmethod
+    def fail() -> None:
+        raise ZeroDivisionError("sync")
+
+    @staticmethod
+    async def fail_later() -> None:
+        await asyncio.sleep(0)
+        raise ZeroDivisionError("async")
+
+    @pytest.mark.parametrize("hook", [fail, fail_later, partial(fail)], ids=["s", "a", "p"])
+    async def test_its_failure_is_logged_and_the_others_go_on(
+        self,
+        manager: DatabaseSessionManager,
+        diary: Diary,
+        caplog: pytest.LogCaptureFixture,
+        hook: Callable[[], object],
+    ) -> None:
+        async with manager.transaction() as session:
+            session.add(Note(text="a"))
+            manager.transaction.on_commit(hook, robust=True)
+            manager.transaction.on_commit(partial(diary.note_later, "next"))
+        assert diary.entries == ["next"]
+        assert await notes(manager) == ["a"]
+        (record,) = [each for each in caplog.records if each.levelname == "ERROR"]
+        assert record.name == "sessionwire"
+        assert record.getMessage().startswith("the on_commit hook fail")
+        assert record.exc_info is not None
+        assert isinstance(record.exc_info[1], ZeroDivisionError)
+
+    async def test_one_that_succeeds_is_called_and_awaited(
+        self, manager: DatabaseSessionManager, diary: Diary, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async with manager.transaction():
+            manager.transaction.on_commit(partial(diary.note, "sync"), robust=True)
+            manager.transaction.on_commit(partial(diary.note_later, "async"), robust=True)
+        assert diary.entries == ["sync", "async"]
+        assert caplog.records == []
+
+    async def test_in_a_session_and_without_a_transaction_it_is_logged_too(
+        self, manager: DatabaseSessionManager, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async with manager.session() as session:
+            manager.transaction.on_commit(self.fail_later, robust=True)
+            await session.commit()
+        manager.transaction.on_commit(self.fail, robust=True)
+        with pytest.raises(TransactionRequiredError):
+            manager.transaction.on_commit(self.fail_later, robust=True)
+        said = [record.getMessage() for record in caplog.records]
+        assert said == ["the on_commit hook fail_later failed", "the on_commit hook fail failed"]
+
+    async def test_a_cancellation_in_it_goes_on(self, manager: DatabaseSessionManager) -> None:
+        async def be_cancelled() -> None:
+            raise asyncio.CancelledError
+
+        with pytest.raises(asyncio.CancelledError):
+            async with manager.transaction():
+                manager.transaction.on_commit(be_cancelled, robust=True)
 
 
 class TestUnknownOutcome(OnPostgres):

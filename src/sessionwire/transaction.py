@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
 
 from ._core.context import current_frame, current_scope
 from ._core.definition import Propagation, TransactionOptions, define
-from ._core.hooks import to_call
+from ._core.hooks import call_at_once, log_failures, to_call
 from ._core.retry import RetryOn, define_retries, run_with_retries
 from ._core.session_hooks import call_after_commit
 from ._core.transaction import Hook, Transaction
@@ -121,35 +120,33 @@ class TransactionManager:
             raise TransactionRequiredError("set_rollback_only() is for the inside of transaction()")
         transaction.set_rollback_only(scope.frames[-1])
 
-    def on_commit(self, function: Hook) -> None:
+    def on_commit(self, function: Hook, *, robust: bool = False) -> None:
         """Call `function` after the commit of the current transaction.
 
         It is dropped if the enclosing savepoint is rolled back. In `session()` it waits
         for the next `commit()` of that session, and is dropped at a rollback. Without
         any of them it is called at once. An error in a hook rolls nothing back: the
-        other hooks run, then the block raises it.
+        other hooks run, then the block raises it, unless the hook is `robust`.
 
         Args:
             function: A function without arguments, sync or async; only sync if no
                 transaction is current.
+            robust: Log its error, with the logger `sessionwire`, instead of raising it.
 
         Raises:
             TypeError: It can't be called without arguments.
             TransactionRequiredError: It is async, and no transaction is current.
         """
         to_call(function, "on_commit()")
+        hook = log_failures(function) if robust else function
         transaction, scope = self._current(), current_scope(self._database)
         if transaction is not None:
-            transaction.add_hook(function, on_rollback=False)
+            transaction.add_hook(hook, on_rollback=False)
         elif scope is not None and scope.is_bare:
             scope.require_innermost_frame()
-            call_after_commit(scope, function)
-        elif inspect.isawaitable(result := function()):  # of which nothing has run yet
-            if inspect.iscoroutine(result):
-                result.close()
-            raise TransactionRequiredError(
-                "no transaction is current, so there is nothing to wait for: await it"
-            )
+            call_after_commit(scope, hook)
+        else:
+            call_at_once(function, robust=robust)
 
     def on_rollback(self, function: Hook) -> None:
         """Call `function` after a rollback, once the outermost transaction has ended.

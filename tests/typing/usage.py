@@ -203,7 +203,7 @@ async def use_transactions(transaction: TransactionManager) -> None:
         Propagation.REQUIRES_NEW, read_only=True, timeout=timedelta(seconds=1)
     ) as session:
         assert_type(session, AsyncSession)
-    transaction.on_commit(lambda: print("done"))
+    transaction.on_commit(lambda: print("done"), robust=True)
     transaction.on_commit(lambda: add(1, "2"))
     transaction.on_rollback(lambda: None)
 

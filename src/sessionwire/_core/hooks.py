@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Coroutine, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from sessionwire._error_reports import chain_errors
+from sessionwire.errors import TransactionRequiredError
 
+logger = logging.getLogger("sessionwire")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -46,7 +49,53 @@ def to_call(function: F, taken_by: str, *arguments: object) -> F:
 
 
 def _name(function: Any) -> str:
-    return str(getattr(function, "__name__", type(function).__name__))
+    named = getattr(function, "func", function)  # of a partial
+    return str(getattr(named, "__name__", type(function).__name__))
+
+
+def log_failures(hook: Callable[[], object]) -> Callable[[], object]:
+    """Return a hook whose failure is logged and not raised."""
+
+    def call() -> object:
+        try:
+            result = hook()
+        except Exception:
+            _log_failure(hook)
+            return None
+        return log_failure_of(result) if inspect.isawaitable(result) else result
+
+    async def log_failure_of(result: Awaitable[object]) -> None:
+        try:
+            await result
+        except Exception:
+            _log_failure(hook)
+
+    return call
+
+
+def call_at_once(hook: Callable[[], object], *, robust: bool) -> None:
+    """Call a hook that has no transaction to wait for.
+
+    Raises:
+        TransactionRequiredError: It is async.
+    """
+    try:
+        result = hook()
+    except Exception:
+        if not robust:
+            raise
+        _log_failure(hook)
+        return
+    if inspect.isawaitable(result):  # of which nothing has run yet
+        if inspect.iscoroutine(result):
+            result.close()
+        raise TransactionRequiredError(
+            "no transaction is current, so there is nothing to wait for: await it"
+        )
+
+
+def _log_failure(hook: Callable[[], object]) -> None:
+    logger.exception("the on_commit hook %s failed", _name(hook))
 
 
 async def run_hooks(
