@@ -19,7 +19,7 @@ from sessionwire.asgi import TransactionMiddleware
 from .conftest import notes
 from .models import Note
 
-TAKE_HOOKS = ("on_commit", "on_rollback", "on_begin")
+TAKE_HOOKS = ("before_commit", "on_commit", "on_rollback", "on_begin")
 
 
 async def send(mail: str) -> None:

@@ -10,7 +10,7 @@ from ._core.context import current_frame, current_scope
 from ._core.definition import Propagation, TransactionOptions, define
 from ._core.hooks import call_at_once, log_failures, to_call
 from ._core.retry import RetryOn, define_retries, run_with_retries
-from ._core.session_hooks import call_after_commit
+from ._core.session_hooks import call_after_commit, call_before_commit
 from ._core.transaction import Hook, Transaction
 from ._core.transaction_block import TransactionBlock
 from ._database.begin_hooks import BeginHook
@@ -147,6 +147,46 @@ class TransactionManager:
             call_after_commit(scope, hook)
         else:
             call_at_once(function, robust=robust)
+
+    def before_commit(self, function: Hook) -> None:
+        """Call `function` before the commit of the current transaction.
+
+        It is called when the outermost block has ended well and its changes are
+        flushed, in the order registered, still inside the block: it may use the session
+        and join the transaction. An error rolls all back and leaves the block. It is
+        dropped if the enclosing savepoint is rolled back, and never called if the block
+        fails. In `session()` it precedes the next `commit()` of that session.
+
+        Args:
+            function: A function without arguments, sync or async. It may register
+                further ones.
+
+        Raises:
+            TypeError: It can't be called without arguments.
+            TransactionRequiredError: No transaction is current.
+
+        Example:
+            ```python
+            async def check_total() -> None:
+                if await orders.total() > limit:
+                    raise LimitExceeded
+
+
+            transaction.before_commit(check_total)
+            ```
+        """
+        to_call(function, "before_commit()")
+        transaction, scope = self._current(), current_scope(self._database)
+        if transaction is not None:
+            transaction.add_hook_before_commit(function)
+        elif scope is not None and scope.is_bare:
+            scope.require_innermost_frame()
+            call_before_commit(scope, function)
+        else:
+            raise TransactionRequiredError(
+                "before_commit() is for the inside of transaction() or session(): here is no "
+                "commit that it could precede"
+            )
 
     def on_rollback(self, function: Hook) -> None:
         """Call `function` after a rollback, once the outermost transaction has ended.

@@ -204,6 +204,7 @@ async def use_transactions(transaction: TransactionManager) -> None:
     ) as session:
         assert_type(session, AsyncSession)
     transaction.on_commit(lambda: print("done"), robust=True)
+    transaction.before_commit(lambda: print("nearly done"))
     transaction.on_commit(lambda: add(1, "2"))
     transaction.on_rollback(lambda: None)
 

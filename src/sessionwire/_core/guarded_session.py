@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Executable, TextClause, event
 from sqlalchemy.exc import InvalidRequestError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.util import await_only
 
 from sessionwire._database.driver_errors import sqlstate
 from sessionwire._database.options import CONNECTION_OPTIONS
@@ -134,12 +135,16 @@ def _as_transaction_control(name: str) -> Callable[..., Any]:
             return None  # the end of its block has done so; close_all_sessions() comes by here
         if scope.transaction is not None and not options.get("nested"):
             raise managed_transaction_error(f"{name}()")
-        if name == "commit" and scope.frames and (failure := scope.failure_since(0)):
-            unexpected = unexpected_rollback(failure)
-            scope.count_end(unexpected)
-            rollback(self)
-            scope.has_uncommitted_writes = False
-            raise unexpected
+        if name == "commit" and scope.frames:
+            try:
+                _prepare_commit(self)
+            except BaseException as error:
+                scope.count_end(error)
+                rollback(self)
+                scope.has_uncommitted_writes = False
+                if self.commit_hooks is not None:
+                    self.commit_hooks.finish(scope)
+                raise
         if name in DISCARDING and scope.has_uncommitted_writes:
             scope.count_end(None, rolls_back=True)
         try:
@@ -155,6 +160,21 @@ def _as_transaction_control(name: str) -> Callable[..., Any]:
         return result
 
     return control
+
+
+def _prepare_commit(session: GuardedSession) -> None:
+    """Check that nothing has failed, and call the hooks that precede the commit.
+
+    Raises:
+        UnexpectedRollbackError: A statement has failed.
+    """
+    scope, hooks = session.scope, session.commit_hooks
+    if failure := scope.failure_since(0):
+        raise unexpected_rollback(failure)
+    if hooks is not None and hooks.has_any_before_commit:
+        await_only(hooks.call_before_commit(scope))
+        if failure := scope.failure_since(0):
+            raise unexpected_rollback(failure)
 
 
 class GuardedSession(Session):
@@ -309,10 +329,11 @@ def _on_before_commit(session: GuardedSession) -> None:
     if session.in_nested_transaction():
         return
     if scope.transaction is None:
-        if failure := scope.failure_since(0):
-            unexpected = unexpected_rollback(failure)
-            scope.count_end(unexpected)
-            raise unexpected
+        try:
+            _prepare_commit(session)
+        except BaseException as error:
+            scope.count_end(error)
+            raise
     elif not scope.transaction.is_ending:
         raise managed_transaction_error("commit()")
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 from sessionwire._error_reports import chain_errors
-from sessionwire.errors import TransactionRequiredError
+from sessionwire.errors import TransactionError, TransactionRequiredError
 
 logger = logging.getLogger("sessionwire")
 F = TypeVar("F", bound=Callable[..., Any])
+H = TypeVar("H", bound=Callable[[], object])
+MAX_ROUNDS = 100  # of hooks that add hooks
 
 
 def to_call(function: F, taken_by: str, *arguments: object) -> F:
@@ -98,15 +100,36 @@ def _log_failure(hook: Callable[[], object]) -> None:
     logger.exception("the on_commit hook %s failed", _name(hook))
 
 
+def in_rounds(take: Callable[[], Sequence[H]]) -> Iterator[H]:
+    """Yield hooks, then those that these have added, and so on.
+
+    Raises:
+        TransactionError: They do not come to an end.
+    """
+    for _ in range(MAX_ROUNDS):
+        hooks = take()
+        if not hooks:
+            return
+        yield from hooks
+    raise TransactionError(
+        f"before_commit hooks have added further ones {MAX_ROUNDS} times in a row, and it does not "
+        "end: let a hook add none of its own kind, or use on_commit()"
+    )
+
+
+async def call_hook(hook: Callable[[], object]) -> None:
+    result = hook()
+    if inspect.isawaitable(result):
+        await result
+
+
 async def run_hooks(
     hooks: Sequence[Callable[[], object]], failure: BaseException | None
 ) -> BaseException | None:
     """Call them all; the first error is what the block raises, the others are notes on it."""
     for hook in hooks:
         try:
-            result = hook()
-            if inspect.isawaitable(result):
-                await result
+            await call_hook(hook)
         except BaseException as error:
             failure = chain_errors(failure, error, "a hook")
     return failure

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sessionwire.errors import TransactionError
 
@@ -14,6 +14,9 @@ class Transaction:
 
     # The types of errors after which its outer block commits.
     no_rollback_for: tuple[type[Exception], ...] = ()
+    # Those of before_commit(), each with the savepoint in which it was added. They are
+    # kept by the outermost transaction.
+    hooks_before_commit: Sequence[tuple[Hook, Transaction]] = ()
 
     def __init__(
         self, owner: object, parent: Transaction | None = None, failure_mark: int = 0
@@ -61,6 +64,17 @@ class Transaction:
     def add_hook(self, hook: Hook, *, on_rollback: bool) -> None:
         self._hooks.append((hook, self, on_rollback))
 
+    def add_hook_before_commit(self, hook: Hook) -> None:
+        outermost = self
+        while outermost.parent is not None:
+            outermost = outermost.parent
+        outermost.hooks_before_commit = (*outermost.hooks_before_commit, (hook, self))
+
+    def take_hooks_before_commit(self) -> list[Hook]:
+        """Return the hooks to call before the commit, in the order added, once."""
+        waiting, self.hooks_before_commit = self.hooks_before_commit, ()
+        return [hook for hook, added_in in waiting if not added_in.rolled_back]
+
     def take_due_hooks(self) -> list[Hook]:
         """Return the hooks to run now, in the order added, and forget all hooks."""
         due = [
@@ -68,5 +82,6 @@ class Transaction:
             for hook, added_in, on_rollback in self._hooks
             if added_in.rolled_back is on_rollback
         ]
+        self.hooks_before_commit = ()
         self._hooks.clear()  # they know this transaction: without them it is freed at once
         return due

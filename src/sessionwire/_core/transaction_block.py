@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import cast
 
@@ -37,14 +38,16 @@ from sessionwire.errors import (
 
 from .block import Block
 from .context import (
+    current_frame,
     current_scope,
     require_no_enclosing_transaction,
     require_no_enclosing_writer,
 )
 from .definition import Action, Propagation, TransactionDefinition
 from .generators import early_end_error, is_left_early
-from .hooks import run_hooks
+from .hooks import call_hook, in_rounds, run_hooks
 from .scope import Scope
+from .session_hooks import take_hooks_before_commit
 from .transaction import Hook, Transaction
 from .usage_errors import already_entered_error, write_in_iteration_error
 
@@ -284,6 +287,12 @@ class TransactionBlock(Block):
             self._action is Action.AUTOCOMMIT and not self._opened_scope
         ):
             return
+        await self._flush(transaction)
+        if transaction is not None and (transaction.hooks_before_commit or scope.is_bare):
+            await self._call_hooks_before_commit(transaction)
+
+    async def _flush(self, transaction: Transaction | None) -> None:
+        scope = self._scope
         if scope.frames[-1] is not self._frame:
             raise unexpected_rollback(
                 ConcurrentSessionError("a block that joined this one is still open; end it first")
@@ -298,6 +307,28 @@ class TransactionBlock(Block):
         await scope.flush()
         if failed := scope.failure_since(transaction.failure_mark):
             raise unexpected_rollback(failed)
+
+    async def _call_hooks_before_commit(self, transaction: Transaction) -> None:
+        """Call them as from inside this block, and flush what each has done."""
+        around = current_frame.get()
+        current_frame.set(self._frame)
+        try:
+            for hook in in_rounds(partial(self._take_hooks_before_commit, transaction)):
+                await call_hook(hook)
+                if self._scope.is_aborted:
+                    raise closed_while_open_error()
+                await self._flush(transaction)
+        finally:
+            current_frame.set(around)
+
+    def _take_hooks_before_commit(self, transaction: Transaction) -> list[Hook]:
+        """Return the hooks to call now, those of the session around the transaction first."""
+        if transaction.rollback_requested:
+            return []
+        hooks = transaction.take_hooks_before_commit()
+        if self._action is Action.BEGIN and self._scope.is_bare:
+            hooks = [*take_hooks_before_commit(self._scope), *hooks]
+        return hooks
 
     async def _apply_deadline(
         self, deadline: asyncio.Timeout, failure: BaseException | None
