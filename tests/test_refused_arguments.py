@@ -19,7 +19,7 @@ from sessionwire.asgi import TransactionMiddleware
 from .conftest import notes
 from .models import Note
 
-TAKE_HOOKS = ("before_commit", "on_commit", "on_rollback", "on_begin")
+TAKE_HOOKS = ("before_commit", "on_commit", "on_rollback", "on_begin", "on_connect")
 
 
 async def send(mail: str) -> None:
@@ -41,6 +41,7 @@ class TestHooks:
         assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED
         assert await notes(manager) == []
         assert not database_of(manager).begin_hooks
+        assert not database_of(manager).connect_hooks
 
     @pytest.mark.parametrize("given", [None, "send", 3], ids=str)
     async def test_a_hook_that_is_not_callable_is_refused_at_the_call(

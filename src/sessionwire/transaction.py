@@ -15,6 +15,7 @@ from ._core.transaction import Hook, Transaction
 from ._core.transaction_block import TransactionBlock
 from ._database.begin_hooks import BeginHook
 from ._database.call_sites import calling_site, site_of
+from ._database.connect_hooks import ConnectHook
 from ._database.runtime import database_of
 from .errors import TransactionRequiredError
 
@@ -233,6 +234,37 @@ class TransactionManager:
             TypeError: It can't be called with one argument.
         """
         self._database.begin_hooks.append(to_call(function, "on_begin()", "the connection"))
+        return function
+
+    def on_connect(self, function: ConnectHook) -> ConnectHook:
+        """Call `function` with each later connection of this manager, before anyone uses it.
+
+        Use it for what must hold for the whole life of a connection, such as `SET ROLE`
+        or a codec for a type of the server. Each statement in it commits by itself. A
+        failure closes the connection, and is the error of the code that asked for one.
+        Connections that are open already stay as they are.
+
+        Args:
+            function: A function of the `AsyncConnection`, sync or async. It may use no
+                other connection of this database.
+
+        Raises:
+            TypeError: It can't be called with one argument.
+
+        Example:
+            ```python
+            @manager.transaction.on_connect
+            async def decode_json(connection: AsyncConnection) -> None:
+                raw = await connection.get_raw_connection()
+                await raw.driver_connection.set_type_codec(
+                    "jsonb",
+                    schema="pg_catalog",
+                    encoder=orjson.dumps,
+                    decoder=orjson.loads,
+                )
+            ```
+        """
+        self._database.connect_hooks.append(to_call(function, "on_connect()", "the connection"))
         return function
 
     async def detached(self, work: Coroutine[Any, Any, R]) -> R:

@@ -214,6 +214,12 @@ async def use_transactions(transaction: TransactionManager) -> None:
 
     assert_type(set_tenant, Callable[[AsyncConnection], Awaitable[object] | None])
     transaction.on_begin(lambda connection: None)
+
+    @transaction.on_connect
+    async def set_codec(connection: AsyncConnection) -> None:
+        await connection.get_raw_connection()
+
+    assert_type(set_codec, Callable[[AsyncConnection], Awaitable[object] | None])
     assert_type(transaction.active, bool)
     transaction.set_rollback_only()
 

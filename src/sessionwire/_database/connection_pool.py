@@ -6,6 +6,7 @@ from typing import Self, cast
 
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
+from sqlalchemy.pool.base import _ConnectionRecord  # pyright: ignore[reportPrivateUsage]
 
 from sessionwire.status import PoolStatus
 
@@ -15,7 +16,10 @@ from .totals import Totals
 
 
 class ConnectionPool(AsyncAdaptedQueuePool):
-    """A pool that knows who holds its connections. If it has none left, it says so."""
+    """A pool that knows who holds its connections. If it has none left, it says so.
+
+    It closes a connection if setting it up fails or is cancelled.
+    """
 
     _queue_class = FairQueue
     holders: Holders
@@ -50,6 +54,15 @@ class ConnectionPool(AsyncAdaptedQueuePool):
             raise self._timeout_error() from None
         self.holders.begin(place)
         return place
+
+    def _create_connection(self) -> _ConnectionRecord:
+        record = _ConnectionRecord(self, connect=False)
+        try:
+            record.get_connection()
+        except BaseException as error:
+            record.invalidate(error)
+            raise
+        return record
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         self.holders.end(record)

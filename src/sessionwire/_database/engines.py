@@ -31,6 +31,7 @@ from sessionwire.settings import DatabaseSettings
 
 from . import postgresql, psycopg_driver, sqlite, sqlite_connections
 from .begin_hooks import BeginHooks
+from .connect_hooks import ConnectHooks
 from .connection_pool import ConnectionPool
 from .credential_source import credential_source
 from .driver_errors import install_disconnect_listener
@@ -95,6 +96,7 @@ class DatabaseEngines:
     Args:
         settings: The settings of the database.
         begin_hooks: The hooks of `on_begin`, which more may be added to later.
+        connect_hooks: The hooks of `on_connect`, likewise.
         units: The units that are open, at any time.
         totals: The counters of the manager.
         credentials: Returns the password of a new connection.
@@ -106,6 +108,7 @@ class DatabaseEngines:
         self,
         settings: DatabaseSettings,
         begin_hooks: BeginHooks,
+        connect_hooks: ConnectHooks,
         units: Collection[Unit],
         totals: Totals,
         credentials: CredentialsFunction | None = None,
@@ -123,7 +126,7 @@ class DatabaseEngines:
             url = URL.create(url.drivername, database=str(self._temporary_file))
         self._url = url
         self._settings = settings
-        self._begin_hooks = begin_hooks
+        self._begin_hooks, self._connect_hooks = begin_hooks, connect_hooks
         self.units, self.totals = units, totals
         self.is_closed = False  # by the manager's close(): nothing commits any more
         self._is_disposing = False
@@ -340,6 +343,8 @@ class DatabaseEngines:
         # Without jitter, a pool that was filled at once would be renewed at once.
         jitter = random.uniform(1 - LIFETIME_JITTER, 1)
         record.info[EXPIRES_AT] = monotonic() + lifetime * jitter
+        if self._connect_hooks:
+            self._connect_hooks.run(self.primary.sync_engine, connection, record)
 
     def _on_invalidate(
         self, connection: AdaptedConnection, _record: Any, error: BaseException | None

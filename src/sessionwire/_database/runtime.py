@@ -27,6 +27,7 @@ from sessionwire.settings import DatabaseSettings
 from sessionwire.status import PoolStatus, Status
 
 from .begin_hooks import BeginHooks
+from .connect_hooks import ConnectHooks
 from .credential_source import CredentialsError
 from .engines import DatabaseEngines
 from .holders import Unit
@@ -56,6 +57,7 @@ class Database:
     ) -> None:
         self._transaction_settings = TransactionSettings(session_settings)
         self.begin_hooks = BeginHooks(self._transaction_settings)
+        self.connect_hooks = ConnectHooks()
         self.is_open = False  # the database has answered
         # None until they are given; the properties below raise then.
         self.constructor_settings = self.given_settings = settings
@@ -65,6 +67,7 @@ class Database:
         self.make_engines: Callable[[DatabaseSettings], DatabaseEngines] = partial(
             DatabaseEngines,
             begin_hooks=self.begin_hooks,
+            connect_hooks=self.connect_hooks,
             units=self._open_units,
             totals=self.totals,
             credentials=credentials,

@@ -13,7 +13,6 @@ from time import monotonic
 from typing import Any
 
 from sqlalchemy.pool import ConnectionPoolEntry
-from sqlalchemy.pool.base import _ConnectionRecord  # pyright: ignore[reportPrivateUsage]
 
 from .connection_pool import ConnectionPool
 from .sqlite_write_queue import WriteQueue
@@ -81,20 +80,11 @@ class ConnectionOpening:
 
 
 class SQLitePool(ConnectionPool):
-    """A pool that closes a connection if setting it up fails or is cancelled."""
+    """A pool of connections whose writers take turns."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.write_queue = WriteQueue()
-
-    def _create_connection(self) -> _ConnectionRecord:
-        record = _ConnectionRecord(self, connect=False)
-        try:
-            record.get_connection()
-        except BaseException as error:
-            record.invalidate(error)
-            raise
-        return record
 
     def _take_back(self, record: ConnectionPoolEntry) -> None:
         driver: Any = record.driver_connection

@@ -22,7 +22,7 @@ class NullTransactionManager(TransactionManager):
 
     `@transactional`, `@read_only`, `transaction()` and `run()` do what they do with a
     database: hooks are called, retries are made, and propagation is checked. Nothing is
-    sent anywhere. `on_begin` hooks, which need a connection, are never called. One
+    sent anywhere. `on_begin` and `on_connect` hooks, which need a connection, are never called. One
     serves any number of tests, threads and event loops.
 
     Raises:
