@@ -63,7 +63,7 @@ class TransactionMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        block = self._transaction(**self._options)
+        block: Any = self._transaction(**self._options)
         await block.__aenter__()
         response = _TransactionalSend(block, send)
         try:

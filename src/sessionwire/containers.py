@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Self, TypeVar, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast, overload
 
 from dependency_injector import containers, providers
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from .base import Base
 from .manager import DatabaseSessionManager
@@ -13,6 +15,16 @@ from .settings import DatabaseSettings
 from .transaction import TransactionManager
 
 C = TypeVar("C", bound=containers.DeclarativeContainer)
+S = TypeVar("S", bound=AsyncSession)
+# The session class of a container, and the class of what stands for its sessions.
+if TYPE_CHECKING:
+    # Before Python 3.13 only this one has a default.
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    SessionT = TypeVarWithDefault("SessionT", bound=AsyncSession, default=AsyncSession)
+    CurrentT = TypeVarWithDefault("CurrentT", bound=AsyncSession, default=CurrentSession)
+else:
+    SessionT, CurrentT = TypeVar("SessionT"), TypeVar("CurrentT")
 
 
 def nested_container(container_class: type[C], /, **overriding_providers: Any) -> C:
@@ -44,7 +56,14 @@ def nested_container(container_class: type[C], /, **overriding_providers: Any) -
     return cast(C, providers.Container(container_class, **overriding_providers))
 
 
-class DatabaseContainer(containers.DeclarativeContainer):
+class _Shared(dict[str, Any]):
+    """Options that copies of a container share: a TLS context, say, has no copy."""
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+
+class DatabaseContainer(containers.DeclarativeContainer, Generic[SessionT, CurrentT]):
     """Provide one database: its manager, sessions and transactions.
 
     `sessionmanager` provides the manager; `manager` is the resource that opens and
@@ -61,6 +80,10 @@ class DatabaseContainer(containers.DeclarativeContainer):
             transaction, or a provider of one.
         credentials: A function that returns the password of a new connection, or a
             provider of one.
+        session_class: The class of the sessions, derived from `AsyncSession`.
+        session_options: Arguments for its constructor.
+        engine_options: Arguments for SQLAlchemy's `create_async_engine()`.
+        connect_args: Arguments for the driver's `connect()`.
 
     Raises:
         ConfigurationError: A value is wrong, missing or unknown. Raised when the first
@@ -86,23 +109,48 @@ class DatabaseContainer(containers.DeclarativeContainer):
     metadata = providers.Object(Base.metadata)
     session_settings: providers.Provider[Any] = providers.Object(None)
     credentials: providers.Provider[Any] = providers.Object(None)
+    session_class: providers.Provider[Any] = providers.Object(None)
+    session_options: providers.Provider[Any] = providers.Object(None)
+    engine_options: providers.Provider[Any] = providers.Object(None)
+    connect_args: providers.Provider[Any] = providers.Object(None)
+    sessionmanager: providers.ThreadSafeSingleton[DatabaseSessionManager[SessionT]]
     sessionmanager = providers.ThreadSafeSingleton(
         DatabaseSessionManager,
         settings,
         metadata=metadata,
         session_settings=session_settings,
         credentials=credentials,
+        session_class=session_class,
+        session_options=session_options,
+        engine_options=engine_options,
+        connect_args=connect_args,
     )
+    manager: providers.Resource[DatabaseSessionManager[SessionT]]
     manager = providers.Resource(sessionmanager)
-    session = providers.Factory(CurrentSession, sessionmanager)
-    transaction = providers.Factory(TransactionManager, sessionmanager)
+    session: providers.Factory[CurrentT]
+    session = providers.Factory(cast("type[CurrentT]", CurrentSession), sessionmanager)
+    transaction: providers.Factory[TransactionManager[SessionT]]
+    transaction = providers.Factory(
+        cast("type[TransactionManager[SessionT]]", TransactionManager), sessionmanager
+    )
+
+    @overload
+    @classmethod
+    def nested(
+        cls, *, session_class: type[S], **overriding_providers: Any
+    ) -> DatabaseContainer[S, S]: ...
+
+    @overload
+    @classmethod
+    def nested(cls, **overriding_providers: Any) -> Self: ...
 
     @classmethod
-    def nested(cls, **overriding_providers: Any) -> Self:
+    def nested(cls, **overriding_providers: Any) -> Any:
         """Nest the database in a container: `db = DatabaseContainer.nested(settings=…)`.
 
         It returns `providers.Container(DatabaseContainer, …)`. mypy and pyright know
-        what its providers give: `db.session()` is a `CurrentSession`.
+        what its providers give: `db.session()` is a `CurrentSession`, or of the
+        `session_class` that is given here.
 
         Args:
             **overriding_providers: `settings` and the like: a provider, or the object
@@ -111,4 +159,7 @@ class DatabaseContainer(containers.DeclarativeContainer):
         Raises:
             AttributeError: There is no provider of such a name.
         """
+        for name in ("session_options", "engine_options", "connect_args"):
+            if isinstance(overriding_providers.get(name), Mapping):
+                overriding_providers[name] = _Shared(overriding_providers[name])
         return nested_container(cls, **overriding_providers)

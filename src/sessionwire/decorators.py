@@ -189,7 +189,7 @@ def _manager_resolver(
             holder = args[0] if args else kwargs.get(first)
             found = getattr(holder, of, MISSING)
         if isinstance(found, TransactionManager):
-            return found
+            return found  # pyright: ignore[reportUnknownVariableType]  # of any session class
         location = f"argument {of!r}"
         if not is_parameter:
             location = f"attribute {of!r} of {type(holder).__name__}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Generic, Self
 
 from sqlalchemy import URL, MetaData, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
@@ -14,18 +15,20 @@ from ._core.connection_block import connection_block
 from ._core.context import enclosing_scopes
 from ._core.hooks import to_call
 from ._core.session_block import SessionBlock
+from ._core.session_classes import check_session, session_factory
 from ._database.call_sites import calling_site
+from ._database.engine_options import EngineOptions, checked
 from ._database.runtime import Database
 from .base import Base
 from .credentials import CredentialsFunction
 from .settings import DatabaseSettings, as_settings
 from .status import Status
-from .transaction import TransactionManager
+from .transaction import SessionT, TransactionManager
 
 SCHEMA_LOCK = int.from_bytes(b"sessionw")  # the key of the advisory lock, 8315179226536832631
 
 
-class DatabaseSessionManager:
+class DatabaseSessionManager(Generic[SessionT]):
     """Open one database, hand out sessions and transactions, and close cleanly.
 
     The constructor does no I/O. A manager belongs to the event loop and process in
@@ -41,6 +44,18 @@ class DatabaseSessionManager:
             does not join another one. PostgreSQL only.
         credentials: Returns the password of a new connection, or `Credentials`, for
             passwords that change. It may be async, and needs `pool.max_lifetime`.
+        session_class: The class of its sessions: `AsyncSession`, or one derived from
+            it. They keep the rules of their scope.
+        session_options: Arguments for the constructor of that class, such as
+            `{"autoflush": False}`.
+        engine_options: Arguments for SQLAlchemy's `create_async_engine()`, such as
+            `{"json_serializer": dumps}`. They take precedence over the setting `engine`.
+        connect_args: Arguments for the driver's `connect()`, such as
+            `{"command_timeout": 5}`. They take precedence over the setting `connect`.
+
+    Raises:
+        ConfigurationError: Settings or options can't work. The library needs some
+            options itself; the message names the place for each of them.
 
     Example:
         ```python
@@ -51,7 +66,7 @@ class DatabaseSessionManager:
     """
 
     metadata: MetaData
-    transaction: TransactionManager
+    transaction: TransactionManager[SessionT]
 
     def __init__(
         self,
@@ -60,14 +75,30 @@ class DatabaseSessionManager:
         metadata: MetaData | None = None,
         session_settings: Callable[[], Mapping[str, object]] | None = None,
         credentials: CredentialsFunction | None = None,
+        session_class: type[SessionT] | None = None,
+        session_options: Mapping[str, Any] | None = None,
+        engine_options: Mapping[str, Any] | None = None,
+        connect_args: Mapping[str, Any] | None = None,
     ) -> None:
         self._database = Database(
             None if settings is None else as_settings(settings),
             session_settings and to_call(session_settings, "session_settings"),
             credentials and to_call(credentials, "credentials"),
+            EngineOptions.check(engine_options, connect_args),
         )
+        self._choose_sessions(session_class or AsyncSession, session_options)
         self.metadata = Base.metadata if metadata is None else metadata
         self.transaction = TransactionManager(self)
+
+    def _choose_sessions(
+        self, session_class: type[AsyncSession], options: Mapping[str, Any] | None
+    ) -> None:
+        database = self._database
+        options = checked("session_options", dict, options)
+        database.new_session = session_factory(session_class, options)
+        database.session_class = session_class
+        if options or session_class is not AsyncSession:
+            database.check_session = partial(check_session, database.new_session)
 
     def __copy__(self) -> Self:
         """Return the manager itself: a copy would not find its open scopes."""
@@ -156,7 +187,7 @@ class DatabaseSessionManager:
 
     # Use
 
-    def session(self) -> AbstractAsyncContextManager[AsyncSession]:
+    def session(self) -> AbstractAsyncContextManager[SessionT]:
         """Open a new `AsyncSession`, which is the current one inside the block.
 
         It commits nothing by itself, and is rolled back and closed at the block's end.

@@ -22,6 +22,7 @@ from pydantic_core import InitErrorDetails, PydanticUndefined
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import URL
 
+from ._config.engine_options import check_connect_args, check_engine_options
 from ._config.keys import models_in
 from ._config.report import ConfigurationErrorMeta, build
 from ._config.sources import (
@@ -247,6 +248,16 @@ class DatabaseSettings(_Model):
                 ],
             )
         return self
+
+    engine: Annotated[dict[str, Any], AfterValidator(check_engine_options)] = Field(
+        {}, description="further options for SQLAlchemy's engine, such as query_cache_size"
+    )
+    connect: Annotated[dict[str, Any], AfterValidator(check_connect_args)] = Field(
+        {}, description="further arguments for the driver, such as command_timeout"
+    )
+
+    def __hash__(self) -> int:
+        return hash(self.url)
 
     @classmethod
     def load(cls, raw: Mapping[str, Any] | None) -> Self:

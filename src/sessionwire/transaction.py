@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, TypeVarTuple, Unpack
+
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from ._core.context import current_frame, current_scope
 from ._core.definition import Propagation, TransactionOptions, define
@@ -20,13 +23,22 @@ from ._database.runtime import database_of
 from .errors import TransactionRequiredError
 
 if TYPE_CHECKING:
+    # Before Python 3.13 only this one has a default.
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
     from .manager import DatabaseSessionManager
+
+    SessionT = TypeVarWithDefault(
+        "SessionT", bound=AsyncSession, default=AsyncSession, covariant=True
+    )
+else:
+    SessionT = TypeVar("SessionT", bound=AsyncSession, covariant=True)
 
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
 
-class TransactionManager:
+class TransactionManager(Generic[SessionT]):
     """Open transactions of one manager: `async with transaction() as session:`.
 
     Stateless: one serves any number of tasks, and every service may have its own.
@@ -35,14 +47,14 @@ class TransactionManager:
         manager: The manager whose transactions it opens.
     """
 
-    def __init__(self, manager: DatabaseSessionManager) -> None:
+    def __init__(self, manager: DatabaseSessionManager[SessionT]) -> None:
         self._database = database_of(manager)
 
     def __call__(
         self,
         propagation: Propagation = Propagation.REQUIRED,
         **options: Unpack[TransactionOptions],
-    ) -> TransactionBlock:
+    ) -> AbstractAsyncContextManager[SessionT]:
         """Open a block that joins or begins a transaction, as `propagation` says.
 
         The block that began a transaction commits it when the block ends well, and

@@ -13,7 +13,11 @@ from dependency_injector import containers, providers
 from dependency_injector.wiring import Provide, inject
 from fastapi import Depends, FastAPI
 from sqlalchemy import MetaData, select
+from sqlalchemy.engine import ScalarResult
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlmodel import Field, SQLModel
+from sqlmodel import select as select_models
+from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
 from sessionwire import (
     Credentials,
@@ -355,3 +359,55 @@ async def use_containers(plant: Plant, shop: Shop) -> None:
         databases.shop.sessionmanager().init("sqlite://")
     Service(databases.shop.transaction(), databases.shop.session())  # type: ignore[arg-type]
     nested_container(Service)  # type: ignore[type-var]
+
+
+class Hero(SQLModel, table=True):
+    id: int | None = Field(default=None, primary_key=True)
+    name: str
+
+
+class Heroes:
+    def __init__(
+        self, session: SQLModelSession, transaction: TransactionManager[SQLModelSession]
+    ) -> None:
+        self.session, self.transaction = session, transaction
+
+    @transactional(retries=1)
+    async def rename(self, name: str, new: str) -> Hero:
+        hero = (await self.session.exec(select_models(Hero).where(Hero.name == name))).one()
+        assert_type(hero, Hero)
+        hero.name = new
+        return hero
+
+
+class HeroContainer(containers.DeclarativeContainer):
+    db = DatabaseContainer.nested(
+        settings="sqlite://",
+        session_class=SQLModelSession,
+        session_options={"autoflush": False},
+        engine_options={"query_cache_size": 100},
+        connect_args={"cached_statements": 100},
+        metadata=SQLModel.metadata,
+    )
+    heroes = providers.Factory(Heroes, session=db.session, transaction=db.transaction)
+
+
+HeroSession = Annotated[SQLModelSession, Provide[HeroContainer.db.session]]
+
+
+async def use_a_session_class(container: HeroContainer, plain: TransactionManager) -> None:
+    session, transaction = container.db.session(), container.db.transaction()
+    assert_type(session, SQLModelSession)
+    assert_type(transaction, TransactionManager[SQLModelSession])
+    assert_type(container.db.sessionmanager(), DatabaseSessionManager[SQLModelSession])
+    assert_type(await session.exec(select_models(Hero)), ScalarResult[Hero])
+    assert_type(await container.heroes().rename("Ada", "Grace"), Hero)
+    async with transaction() as opened, container.db.sessionmanager().session() as bare:
+        assert_type((await opened.exec(select_models(Hero))).first(), Hero | None)
+        assert_type(bare, SQLModelSession)
+    manager = DatabaseSessionManager("sqlite://", session_class=SQLModelSession)
+    assert_type(manager.transaction, TransactionManager[SQLModelSession])
+    Heroes(session, manager.transaction)
+    Service(session, manager.transaction)
+    Heroes(session, plain)  # type: ignore[arg-type]
+    DatabaseSessionManager("sqlite://", session_class=Hero)  # type: ignore[type-var]

@@ -182,6 +182,7 @@ class GuardedSession(Session):
 
     scope: Scope
     commit_hooks: CommitHooks | None = None
+    reading_class: type[ReadingSession]
 
     if not TYPE_CHECKING:  # the signatures are those of Session
         flush = _as_operation("flush")
@@ -241,11 +242,14 @@ class ReadingSession(GuardedSession):
         scalar = _refusing("scalar", _is_write)
         scalars = _refusing("scalars", _is_write)
 
-    @classmethod
-    def of(cls, session: GuardedSession) -> ReadingSession:
-        reading = cls.__new__(cls)
+    @staticmethod
+    def of(session: GuardedSession) -> ReadingSession:
+        reading = object.__new__(session.reading_class)
         reading.__dict__ = session.__dict__
         return reading
+
+
+GuardedSession.reading_class = ReadingSession
 
 
 def _take_write_lock(session: GuardedSession) -> None:

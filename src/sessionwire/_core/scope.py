@@ -31,7 +31,6 @@ from .context import (
     innermost_open_frame,
 )
 from .generators import is_at_yield, iterated_generator
-from .guarded_session import GuardedSession
 from .hooks import run_hooks
 from .transaction import Hook, Transaction
 from .usage_errors import concurrent_use_error, other_loop_error
@@ -117,9 +116,7 @@ class Scope:
             OwnershipError: It belongs to another event loop or process.
         """
         engines = database.admit(is_enclosed=enclosing is not None)
-        session = AsyncSession(
-            engines.engine_for(options), sync_session_class=GuardedSession, expire_on_commit=False
-        )
+        session = database.new_session(engines.engine_for(options))
         scope = cls(database, session, options, call_site)
         guarded_session: Any = session.sync_session
         guarded_session.scope = scope

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 from types import TracebackType
-
-from sqlalchemy.ext.asyncio import AsyncSession
+from typing import Any
 
 from sessionwire._database.options import ConnectionOptions
 from sessionwire.errors import UncommittedChangesWarning
@@ -20,7 +19,7 @@ from .usage_errors import already_entered_error
 class SessionBlock(Block):
     """`async with manager.session()`: a session that commits nothing by itself."""
 
-    async def __aenter__(self) -> AsyncSession:
+    async def __aenter__(self) -> Any:  # the session, of the class that the user has chosen
         if self._was_entered:
             raise already_entered_error()
         self._was_entered = True

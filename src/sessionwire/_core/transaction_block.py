@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import cast
+from typing import Any, cast
 
 from sqlalchemy.ext.asyncio import (
-    AsyncSession,
     AsyncSessionTransaction,
 )
 from sqlalchemy.orm import SessionTransaction
@@ -103,7 +102,7 @@ class TransactionBlock(Block):
 
     # Begin
 
-    async def __aenter__(self) -> AsyncSession:
+    async def __aenter__(self) -> Any:  # the session, of the class that the user has chosen
         if self._was_entered:
             raise already_entered_error()
         self._was_entered = True

@@ -22,6 +22,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
     """
 
     _queue_class = FairQueue
+    _sqla_logger_namespace = "sqlalchemy.pool.ConnectionPool"  # users set levels for that
     holders: Holders
 
     def watch(self, holders: Holders, totals: Totals) -> None:

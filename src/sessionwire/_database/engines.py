@@ -18,7 +18,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from sqlalchemy import URL, AdaptedConnection, Connection, Engine, event, make_url
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
@@ -35,6 +35,7 @@ from .connect_hooks import ConnectHooks
 from .connection_pool import ConnectionPool
 from .credential_source import credential_source
 from .driver_errors import install_disconnect_listener
+from .engine_options import EngineOptions
 from .failed_statements import install_failure_listener, record_savepoints
 from .holders import Holders, Unit
 from .options import CONNECTION_OPTIONS, ConnectionOptions
@@ -99,6 +100,7 @@ class DatabaseEngines:
         connect_hooks: The hooks of `on_connect`, likewise.
         units: The units that are open, at any time.
         totals: The counters of the manager.
+        options: What the user adds to the engine.
         credentials: Returns the password of a new connection.
     """
 
@@ -111,8 +113,10 @@ class DatabaseEngines:
         connect_hooks: ConnectHooks,
         units: Collection[Unit],
         totals: Totals,
+        options: EngineOptions,
         credentials: CredentialsFunction | None = None,
     ) -> None:
+        self._options = options
         url = make_url(settings.url)
         self.server: EmbeddedServer | None = None
         if url.drivername == "embedded":
@@ -323,8 +327,9 @@ class DatabaseEngines:
 
     def _create_engine(self, url: URL, **options: Any) -> AsyncEngine:
         pool = self._settings.pool
-        return create_async_engine(
+        return self._options.create_engine(
             DatabaseURL._make(url),
+            self._settings,
             echo=self._settings.echo,
             pool_size=pool.size,
             max_overflow=pool.max_overflow,

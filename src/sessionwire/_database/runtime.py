@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Self
 
 from sqlalchemy import Connection, make_url, text
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from sessionwire._config.url import whereabouts
 from sessionwire._shield import run_shielded
@@ -29,6 +29,7 @@ from sessionwire.status import PoolStatus, Status
 from .begin_hooks import BeginHooks
 from .connect_hooks import ConnectHooks
 from .credential_source import CredentialsError
+from .engine_options import EngineOptions
 from .engines import DatabaseEngines
 from .holders import Unit
 from .options import CONNECTION_OPTIONS, WITHOUT_HOOKS, ConnectionOptions
@@ -49,11 +50,17 @@ class Database:
     loop is closed.
     """
 
+    session_class: type[AsyncSession] = AsyncSession
+    new_session: Callable[[AsyncEngine], AsyncSession]
+    # Raises `ConfigurationError` if no such session can be made.
+    check_session: Callable[[AsyncEngine], None] | None = None
+
     def __init__(
         self,
         settings: DatabaseSettings | None,
         session_settings: SettingsSource | None = None,
         credentials: CredentialsFunction | None = None,
+        options: EngineOptions | None = None,
     ) -> None:
         self._transaction_settings = TransactionSettings(session_settings)
         self.begin_hooks = BeginHooks(self._transaction_settings)
@@ -71,6 +78,7 @@ class Database:
             units=self._open_units,
             totals=self.totals,
             credentials=credentials,
+            options=options or EngineOptions(),
         )
         self._is_closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -193,8 +201,10 @@ class Database:
             raise AlreadyInitializedError(
                 "close() it first, or make another manager for another database"
             )
-        self.given_settings = settings
-        self.current_engines = self.make_engines(settings)
+        engines = self.make_engines(settings)
+        if self.check_session is not None:
+            self.check_session(engines.primary)
+        self.given_settings, self.current_engines = settings, engines
 
     async def open(self) -> None:
         """Check that the database answers. Leaves nothing open if it does not.

@@ -80,7 +80,13 @@ class SandboxEngines(DatabaseEngines):
             use_lifo=True,
             dialect=dialect,
         )
-        engine = Engine(pool, dialect, real.url)
+        engine = Engine(
+            pool,
+            dialect,
+            real.url,
+            hide_parameters=real.hide_parameters,
+            execution_options=real.get_execution_options(),
+        )
         event.listen(engine, "begin", self._on_begin)
         event.listen(engine, "checkout", shared.on_checkout)
         event.listen(engine, "checkin", shared.on_checkin)

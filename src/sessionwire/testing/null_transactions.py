@@ -7,8 +7,9 @@ from typing import Any, NoReturn, cast
 
 from sqlalchemy import Connection, Engine, NullPool, event, make_url
 from sqlalchemy.dialects.postgresql.base import PGDialect
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
+from sessionwire._core.session_classes import session_factory
 from sessionwire._database.engines import DatabaseEngines
 from sessionwire._database.options import ConnectionOptions
 from sessionwire._database.runtime import Database
@@ -46,6 +47,7 @@ class _NullDatabase(Database):
 
     def __init__(self) -> None:
         super().__init__(DatabaseSettings(url="postgresql:///null"))
+        self.new_session = session_factory(AsyncSession, {})
         self.current_engines = _NullEngines()
 
     def check_loop(self) -> None:
