@@ -135,7 +135,8 @@ def _as_transaction_control(name: str) -> Callable[..., Any]:
             return None  # the end of its block has done so; close_all_sessions() comes by here
         if scope.transaction is not None and not options.get("nested"):
             raise managed_transaction_error(f"{name}()")
-        if name == "commit" and scope.frames:
+        # A commit without hooks and failures is spared the call.
+        if name == "commit" and scope.frames and (self.commit_hooks or scope.failure_since(0)):
             try:
                 _prepare_commit(self)
             except BaseException as error:
@@ -333,11 +334,12 @@ def _on_before_commit(session: GuardedSession) -> None:
     if session.in_nested_transaction():
         return
     if scope.transaction is None:
-        try:
-            _prepare_commit(session)
-        except BaseException as error:
-            scope.count_end(error)
-            raise
+        if session.commit_hooks or scope.failure_since(0):
+            try:
+                _prepare_commit(session)
+            except BaseException as error:
+                scope.count_end(error)
+                raise
     elif not scope.transaction.is_ending:
         raise managed_transaction_error("commit()")
 

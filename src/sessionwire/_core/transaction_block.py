@@ -235,12 +235,16 @@ class TransactionBlock(Block):
         must_report = error is None or not is_left_early(error) or self._loses_work()
         kept: BaseException | None = None  # an error after which the block commits
         obstacle: BaseException | None = None
-        if error is not None and isinstance(error, self._definition.no_rollback_for):
+        rule = self._definition.no_rollback_for
+        if error is not None and rule and isinstance(error, rule):
             kept = error
         if error is None or kept is not None:
             failure = None
             try:
                 await self._prepare_commit()
+                begun = transaction if self._action is Action.BEGIN else None
+                if begun is not None and (begun.hooks_before_commit or self._scope.is_bare):
+                    await self._call_hooks_before_commit(begun)
             except BaseException as found:
                 obstacle, failure = found, not_committed(kept, found)
         elif must_report:
@@ -286,12 +290,6 @@ class TransactionBlock(Block):
             self._action is Action.AUTOCOMMIT and not self._opened_scope
         ):
             return
-        await self._flush(transaction)
-        if transaction is not None and (transaction.hooks_before_commit or scope.is_bare):
-            await self._call_hooks_before_commit(transaction)
-
-    async def _flush(self, transaction: Transaction | None) -> None:
-        scope = self._scope
         if scope.frames[-1] is not self._frame:
             raise unexpected_rollback(
                 ConcurrentSessionError("a block that joined this one is still open; end it first")
@@ -314,9 +312,7 @@ class TransactionBlock(Block):
         try:
             for hook in in_rounds(partial(self._take_hooks_before_commit, transaction)):
                 await call_hook(hook)
-                if self._scope.is_aborted:
-                    raise closed_while_open_error()
-                await self._flush(transaction)
+                await self._prepare_commit()
         finally:
             current_frame.set(around)
 
@@ -325,7 +321,7 @@ class TransactionBlock(Block):
         if transaction.rollback_requested:
             return []
         hooks = transaction.take_hooks_before_commit()
-        if self._action is Action.BEGIN and self._scope.is_bare:
+        if self._scope.is_bare:
             hooks = [*take_hooks_before_commit(self._scope), *hooks]
         return hooks
 
