@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from dependency_injector import containers, providers
 from sqlalchemy import bindparam, event, insert, select, text, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from sqlmodel import Field, SQLModel
@@ -34,6 +34,7 @@ from sessionwire import (
     ScopeOwnsTransactionError,
     UnexpectedRollbackError,
 )
+from sessionwire.testing import sandbox
 
 from .conftest import assert_all_returned, notes
 from .models import Note
@@ -413,6 +414,16 @@ class Scoped(AsyncSession):
     sync_session_class = WithAScope
 
 
+class SettingAScope(Session):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.scope = "mine"
+
+
+class ScopedLater(AsyncSession):
+    sync_session_class = SettingAScope
+
+
 class WithFunction(AsyncSession):
     sync_session_class = staticmethod(lambda **options: Session(**options))  # type: ignore[assignment]
 
@@ -428,6 +439,7 @@ class WithFunction(AsyncSession):
         ({"session_class": Routed}, r"Routing.get_bind\(\): a scope has one engine"),
         ({"session_class": TwoPhases}, "sets twophase: blocks commit in one phase"),
         ({"session_class": Scoped}, r"WithAScope.scope: .* choose another one"),
+        ({"session_class": ScopedLater}, r"SettingAScope.scope: .* choose another one"),
         ({"session_class": WithFunction}, "must be a subclass of sqlalchemy.orm.Session"),
         ({"session_options": {"expire_on_commit": True}}, "expire_on_commit: objects stay"),
         ({"session_options": {"autobegin": False}}, "autobegin: blocks begin"),
@@ -481,6 +493,30 @@ async def test_the_class_of_a_container_can_be_overridden(manager: DatabaseSessi
     async with Lifespan(container), container.db.transaction()() as session:
         assert type(session) is AsyncSession
         assert session.info == {"place": "here"}
+
+
+async def test_a_class_that_is_overridden_too_late_is_refused() -> None:
+    container = Container(settings=DatabaseSettings(url="sqlite://"))
+    container.db.sessionmanager()
+    container.db.session_class.override(providers.Object(AsyncSession))
+    with pytest.raises(ConfigurationError, match=r"db\.session_class was overridden .*reset"):
+        async with Lifespan(container):
+            raise AssertionError("it was started")
+
+
+@pytest.mark.several_connections("a sandbox's manager and the checks use some")
+async def test_a_sandbox_has_sessions_of_the_class_and_options_of_the_engine(
+    manager: DatabaseSessionManager,
+) -> None:
+    container = Container(settings=manager.settings)
+    elsewhere = {"schema_translate_map": {None: "elsewhere"}}
+    container.db.engine_options.override({"execution_options": elsewhere})
+    async with sandbox(container), Lifespan(container):
+        async with container.db.transaction()() as session:
+            assert session.tenant == "tea"
+        with pytest.raises(DBAPIError, match="elsewhere"):
+            async with container.db.transaction()() as session:
+                await session.texts()
 
 
 # SQLModel

@@ -11,7 +11,9 @@ from types import TracebackType
 from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 from dependency_injector import containers, providers
+from sqlalchemy.ext.asyncio import AsyncSession
 
+from ._database.runtime import database_of
 from ._error_reports import chain_errors
 from .containers import DatabaseContainer
 from .errors import ConfigurationError
@@ -202,4 +204,9 @@ def _check_overrides(database: Any) -> None:
         raise ConfigurationError(
             f"{prefix}settings or metadata were overridden after sessionmanager was built from "
             f"others: call {prefix}sessionmanager.reset() first"
+        )
+    if database_of(manager).session_class is not (database.session_class() or AsyncSession):
+        raise ConfigurationError(
+            f"{prefix}session_class was overridden after sessionmanager was built with another: "
+            f"call {prefix}sessionmanager.reset() first"
         )

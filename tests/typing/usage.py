@@ -410,4 +410,10 @@ async def use_a_session_class(container: HeroContainer, plain: TransactionManage
     Heroes(session, manager.transaction)
     Service(session, manager.transaction)
     Heroes(session, plain)  # type: ignore[arg-type]
+    with count_statements(manager):
+        CurrentSession(manager)
+    TransactionMiddleware(app, transaction=transaction)
+    assert_type(DatabaseSessionManager("sqlite://"), DatabaseSessionManager)
+    provided = DatabaseContainer.nested(session_class=providers.Object(SQLModelSession))
+    assert_type(provided.session(), CurrentSession)
     DatabaseSessionManager("sqlite://", session_class=Hero)  # type: ignore[type-var]

@@ -80,6 +80,9 @@ def check_session(new_session: NewSession, engine: AsyncEngine) -> None:
             "session_class: its constructor makes a session of another class: "
             f"{NEEDED['sync_session_class'][1]}"
         )
+    for name in RESERVED:
+        if name in vars(session):
+            raise _reserved(type(session), name)
     actual = {
         "bind": None if session.bind is engine.sync_engine else session.bind,
         # SQLAlchemy 2.0 has a private name for them.
@@ -125,16 +128,20 @@ def _guarded_class(session_class: type[Any]) -> type[GuardedSession]:
         return GuardedSession
     for name in RESERVED:
         if hasattr(session_class, name):
-            raise ConfigurationError(
-                f"session_class: {session_class.__name__}.{name}: the library gives each session "
-                "an attribute of this name: choose another one"
-            )
+            raise _reserved(session_class, name)
     if session_class.get_bind is not Session.get_bind:
         raise ConfigurationError(
             f"session_class: {session_class.__name__}.get_bind(): {ONE_ENGINE}"
         )
     reading = _derive(session_class, ReadingSession)
     return _derive(session_class, GuardedSession, reading_class=reading)
+
+
+def _reserved(session_class: type[Session], name: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"session_class: {session_class.__name__}.{name}: the library gives each session an "
+        "attribute of this name: choose another one"
+    )
 
 
 def _derive(*bases: type[Any], **members: Any) -> type[Any]:
