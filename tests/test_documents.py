@@ -20,7 +20,7 @@ from configparser import ConfigParser
 from importlib.metadata import entry_points
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import get_args, get_origin
+from typing import Literal, get_args, get_origin
 from urllib.request import urlopen
 
 import pytest
@@ -429,6 +429,7 @@ def type_of(field: FieldInfo) -> str:
         return "mapping"
     parts = get_args(field.annotation) or (field.annotation,)
     words = [TYPES[part] for part in parts if part in TYPES]
+    words += [" or ".join(get_args(part)) for part in parts if get_origin(part) is Literal]
     for limit in field.metadata:
         if isinstance(limit, Ge):
             words.append(f"at least {limit.ge}")

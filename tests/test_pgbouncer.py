@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import asyncpg
 import pytest
@@ -67,6 +67,8 @@ class Way:
     pool_mode: str
     query: str = ""  # of the URL
     pipeline: bool = True
+    pooler: Literal["transaction", "session"] | None = None  # the setting
+    driver: str = "asyncpg"
 
     def __str__(self) -> str:
         words = (
@@ -74,10 +76,12 @@ class Way:
             self.pool_mode,
             self.query.strip("&"),
             "" if self.pipeline else "no pipeline",
+            f"set, {self.driver}" if self.pooler else "",
         )
         return " ".join(filter(None, words))
 
 
+MODES: tuple[Literal["transaction", "session"], ...] = "transaction", "session"
 NO_CACHE = "&statement_cache_size=0"
 WAYS = [
     Way(suite, pool_mode, query, pipeline)
@@ -90,7 +94,14 @@ WAYS = [
     )
     for pipeline in (True, False)
 ]
-IN_TRANSACTION_MODE = [way for way in WAYS if way.pool_mode == "transaction"]
+# With the one setting that names the mode, and nothing in the URL.
+ONE_LINE = [
+    Way(suite, mode, pooler=mode, driver=driver)
+    for suite in (DEBIAN_12, NEWEST)
+    for mode in MODES
+    for driver in ("asyncpg", "psycopg")
+]
+IN_TRANSACTION_MODE = [way for way in WAYS + ONE_LINE if way.pool_mode == "transaction"]
 
 
 def each_way(ways: list[Way]) -> pytest.MarkDecorator:
@@ -127,12 +138,15 @@ async def is_back(manager: DatabaseSessionManager) -> bool:
 
 
 def settings_for(
-    way: Way, bouncer: PgBouncer, *, user: str = "postgres", size: int = 10
+    way: Way, bouncer: PgBouncer, *, user: str = "postgres", size: int = 10, **more: Any
 ) -> DatabaseSettings:
+    url = make_url(bouncer.url(DATABASE, user=user, query=way.query))
     return DatabaseSettings(
-        url=bouncer.url(DATABASE, user=user, query=way.query),
+        url=url.set(drivername=f"postgresql+{way.driver}"),
         pool=PoolSettings(size=size, max_overflow=0),
         pipeline=way.pipeline,
+        pooler=way.pooler,
+        **more,
     )
 
 
@@ -506,7 +520,7 @@ def code_in(error: BaseException) -> str:
     return getattr(cause, "sqlstate", None) or ""
 
 
-@each_way(WAYS)
+@each_way(WAYS + ONE_LINE)
 class TestIgnoredStartupParameters(Behind):
     more_settings: ClassVar = {
         "ignore_startup_parameters": "extra_float_digits, options, default_transaction_read_only"
@@ -525,7 +539,7 @@ class TestIgnoredStartupParameters(Behind):
 # The page
 
 
-@pytest.mark.parametrize(("at", "suite"), [(0, NEWEST), (1, DEBIAN_12)])
+@pytest.mark.parametrize(("at", "suite"), [(0, NEWEST), (0, DEBIAN_12), (1, NEWEST)])
 class TestPage(OnPostgres):
     async def test_the_files_of_the_page_fit_together(
         self,
@@ -540,8 +554,6 @@ class TestPage(OnPostgres):
         ini = ConfigParser(interpolation=None)
         ini.read_string(PAGE.files["pgbouncer.ini"].text)
         of_page = dict(ini["pgbouncer"])
-        if suite == DEBIAN_12:
-            del of_page["max_prepared_statements"]
         files = [block for block in PAGE.blocks if block.language == "yaml"]
         (tmp_path / "shop.yaml").write_text(files[at].text)
         loaded = Settings.load(tmp_path / "shop.yaml").database
@@ -560,27 +572,31 @@ class TestPage(OnPostgres):
 @each_way([Way(DEBIAN_12, "transaction")])
 class TestWithoutTheSetting(Behind):
     async def test_a_prepared_statement_is_missing_on_the_next_server_connection(
-        self, remote: DatabaseSessionManager
+        self, way: Way, bouncer: PgBouncer
     ) -> None:
         query = text("SELECT 'prepared'")
-        with pytest.raises(DBAPIError, match=r"prepared statement .* does not exist"):
+        remote = DatabaseSessionManager()
+        remote.init(settings_for(way, bouncer))  # open() would refuse that.
+        with pytest.raises(DBAPIError, match=r"prepared statement .* does not exist") as raised:
             async with remote.connect() as first:
                 await first.execute(query)
                 await first.rollback()
                 async with remote.connect() as second:
                     await second.execute(select(1))  # It has the server connection now.
                     await first.execute(query)
+        assert "pooler: transaction" in raised.value.__notes__[0]
+        await remote.close()
 
 
 # Load
 
 PROGRAM = """
 import asyncio, sys
-from sessionwire import DatabaseSessionManager, DatabaseSettings, PoolSettings
+from sessionwire import DatabaseSessionManager, DatabaseSettings
 from tests.test_pgbouncer import load
 
-async def main(url, pipeline, name):
-    settings = DatabaseSettings(url=url, pool=PoolSettings(size=20), pipeline=pipeline == "True")
+async def main(settings, name):
+    settings = DatabaseSettings.model_validate_json(settings)
     async with DatabaseSessionManager(settings) as manager:
         await load(manager, name)
 
@@ -616,7 +632,7 @@ async def load(manager: DatabaseSessionManager, name: str) -> None:
             group.create_task(work(task))
 
 
-@each_way(WAYS)
+@each_way(WAYS + ONE_LINE)
 class TestLoad(Behind):
     more_settings: ClassVar = {"default_pool_size": 2}
 
@@ -636,13 +652,13 @@ class TestTwoProcesses(Behind):
     async def test_two_processes_share_two_server_connections(
         self, way: Way, bouncer: PgBouncer, manager: DatabaseSessionManager
     ) -> None:
-        url = bouncer.url(DATABASE, query=way.query)
+        settings = settings_for(way, bouncer, size=20).model_dump_json()
         variables = environment()
         variables["PYTHONPATH"] += f":{CHECKOUT}"
         processes = [
             await asyncio.create_subprocess_exec(
                 sys.executable,
-                *("-c", PROGRAM, url, str(way.pipeline), name),
+                *("-c", PROGRAM, settings, name),
                 env=variables,
                 stderr=asyncio.subprocess.PIPE,
             )
@@ -655,7 +671,7 @@ class TestTwoProcesses(Behind):
         assert len(await notes(manager)) == 2 * TASKS * ROUNDS * 3
 
 
-@each_way(WAYS)
+@each_way(WAYS + ONE_LINE)
 class TestRestart(Behind):
     async def test_a_restart_under_load_causes_only_errors_of_lost_connections(
         self, remote: DatabaseSessionManager, bouncer: PgBouncer, manager: DatabaseSessionManager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     AfterValidator,
@@ -51,6 +51,7 @@ SERVER_SETTINGS = (
     "statement_timeout",
     "lock_timeout",
     "idle_in_transaction_timeout",
+    "pooler",
 )
 
 
@@ -182,6 +183,13 @@ class DatabaseSettings(_Model):
     pipeline: bool = Field(
         True,
         description="send ahead what needs no answer, such as BEGIN; PostgreSQL with asyncpg",
+    )
+    pooler: Literal["transaction", "session"] | None = Field(
+        None,
+        description=(
+            "what is in front of the server, such as PgBouncer, by its pool_mode; "
+            "none: nothing; PostgreSQL"
+        ),
     )
     uncertified_driver: bool = Field(
         False, description="let a driver pass on which less holds, with a warning that says what"

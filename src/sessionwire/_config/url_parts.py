@@ -109,6 +109,12 @@ def check_keys(
     if backend not in ("postgresql", "embedded"):
         for key in filter(keys.__contains__, of_postgresql):
             yield key, f"only PostgreSQL has it, and the url is that of {backend}: leave it out"
+    if "pooler" in keys and "options" in url.query:
+        yield (
+            "pooler",
+            "a pooler refuses or ignores options= in the url: set search_path, statement_timeout, "
+            "lock_timeout or idle_in_transaction_timeout beside url, or all else by ALTER ROLE",
+        )
     if keys.keys() >= {"password", "password_file"}:
         yield "password_file", "password is set too: leave out one of them"
 

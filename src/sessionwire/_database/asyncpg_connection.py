@@ -8,7 +8,11 @@ from typing import Any
 
 import asyncpg
 
-from sessionwire.errors import CommitOutcomeUnknownError, UnexpectedRollbackError
+from sessionwire.errors import (
+    CommitOutcomeUnknownError,
+    ConfigurationError,
+    UnexpectedRollbackError,
+)
 
 from .asyncpg_protocol import BEGIN, Protocol
 from .commit_resolver import (
@@ -20,6 +24,7 @@ from .commit_resolver import (
 )
 from .driver_errors import is_answer_lost, is_outcome_unknown
 from .pipeline import Pipeline, Statement, values_in
+from .server_settings import LISTEN_REFUSED
 from .transaction_settings import SENT_AHEAD
 
 # The beginnings of statements whose answers nobody reads.
@@ -51,15 +56,25 @@ class Connection(asyncpg.Connection):
     _protocol: Any
     _listeners: Any
     _time_and_log: Any
+    _server_caps: Any
     tcp_timeout = 0.0  # seconds
     has_pipeline = True
     NUMBERS_PARAMETERS = True  # of a query, as $1
+    # What gives the server's settings, ahead of each statement that is in no transaction
+    # and of the first one in a transaction, or with BEGIN.
+    ahead_of_all: tuple[Statement, ...] = ()
+    at_begin = ""
+    shares_sessions = False  # of the server with other clients, by a pooler
     resolver: CommitResolver | None = None
 
     def __init__(self, protocol: Any, transport: Any, *others: Any) -> None:
         self.pipeline = Pipeline(protocol, transport)
         wrapped: Any = Protocol(protocol, self.pipeline)
         super().__init__(wrapped, transport, *others)
+        wrapped.ahead_of_each = self.ahead_of_all
+        if self.shares_sessions:
+            # asyncpg turns it off for the session while it asks for types.
+            self._server_caps = self._server_caps._replace(jit=False)
         if self.tcp_timeout:
             _enable_keepalive(transport.get_extra_info("socket"), self.tcp_timeout)
 
@@ -77,8 +92,8 @@ class Connection(asyncpg.Connection):
             self._protocol.ahead_of_each = statements
 
     def end_use(self) -> bool:
-        """Send nothing ahead of each statement. Return whether no transaction is open."""
-        self.send_ahead_of_each(())
+        """Send ahead what all users need. Return whether no transaction is open."""
+        self.send_ahead_of_each(self.ahead_of_all)
         self._protocol.last_statement = None
         return not self._protocol.is_in_transaction()
 
@@ -102,7 +117,7 @@ class Connection(asyncpg.Connection):
         self._protocol.end_implicit_transaction()
         self._protocol.may_have_written = False  # Nothing can be asked at its COMMIT.
         try:
-            status = str(await super().execute(query, timeout=timeout))
+            status = str(await super().execute(query + self.at_begin, timeout=timeout))
         except BaseException as error:
             if not self.is_closed():
                 self._forget_transaction(error)
@@ -167,6 +182,19 @@ class Connection(asyncpg.Connection):
         row = self.pipeline.row
         return None if row is None else values_in(row)
 
+    async def run(self, sql: str, timeout: float) -> None:
+        """Run a statement on a new connection, or close that."""
+        try:
+            await self.execute(sql, timeout=timeout)
+        except BaseException:
+            self.terminate()
+            raise
+
+    async def add_listener(self, channel: str, callback: Any) -> None:
+        if self.shares_sessions:
+            raise ConfigurationError(LISTEN_REFUSED)
+        await super().add_listener(channel, callback)
+
     async def prepare(self, query: str, **options: Any) -> Any:
         if query.startswith(UNREAD) and self.can_send_ahead and self.is_in_transaction():
             return StatementSentAhead(self, query)
@@ -219,9 +247,17 @@ class StatementSentAhead:
 
 
 @functools.cache
-def connection_class(*, tcp_timeout: float, pipeline: bool) -> type[Connection]:
+def connection_class(
+    *, tcp_timeout: float, pipeline: bool, at_begin: str = "", shares_sessions: bool = False
+) -> type[Connection]:
     """Return a class of connections that have these settings."""
-    settings = {"tcp_timeout": tcp_timeout, "has_pipeline": pipeline}
+    settings = {
+        "tcp_timeout": tcp_timeout,
+        "has_pipeline": pipeline,
+        "ahead_of_all": ((at_begin,),) if at_begin and pipeline else (),
+        "at_begin": "" if pipeline else at_begin,
+        "shares_sessions": shares_sessions,
+    }
     return type("Connection", (Connection,), settings)
 
 

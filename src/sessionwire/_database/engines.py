@@ -17,8 +17,8 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from sqlalchemy import URL, AdaptedConnection, Connection, Engine, event, make_url
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy import URL, AdaptedConnection, Connection, Engine, event, make_url, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
@@ -39,8 +39,10 @@ from .engine_options import EngineOptions
 from .failed_statements import install_failure_listener, record_savepoints
 from .holders import Holders, Unit
 from .options import CONNECTION_OPTIONS, ConnectionOptions
+from .poolers import PROCESS, check_pooler, explain_lost_statements
 from .postgresql_pool import EXPIRES_AT, Cleanup, LifetimeOver, PostgreSQLPool
 from .savepoints import install_cancellation_listener
+from .server_settings import server_settings
 from .totals import Totals
 
 if TYPE_CHECKING:
@@ -153,6 +155,8 @@ class DatabaseEngines:
         self.sends_ahead = (
             settings.pipeline and self._postgresql is not None and self._postgresql.SENDS_AHEAD
         )
+        # Each transaction is given the server's settings, behind a pooler.
+        self.sets_up_transactions = bool(self._postgresql and server_settings(settings).at_begin)
         # A read-only connection is kept from writing without a transaction.
         self.refuses_writes_in_autocommit = self.is_sqlite or self.sends_ahead
         self._variants: dict[ConnectionOptions, AsyncEngine] = {}
@@ -299,7 +303,21 @@ class DatabaseEngines:
             self.resolver,
             self._credentials,
         )
+        explain_lost_statements(engine.sync_engine)
         return engine
+
+    async def check_connection(self, connection: AsyncConnection) -> None:
+        """Find out whether a connection works, and what the server lets be done.
+
+        Raises:
+            ConfigurationError: The settings can't work with a pooler in front of it.
+        """
+        is_remote = self._postgresql is not None and self.server is None
+        result = await connection.scalar(text(PROCESS if is_remote else "SELECT 1"))
+        if self.resolver is not None:
+            await self.resolver.prove(connection)
+        if is_remote:
+            await check_pooler(connection, result, self._settings, self._connect_beside_pool)
 
     def _connect_beside_pool(self) -> Any:
         if self.is_closed:

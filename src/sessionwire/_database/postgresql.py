@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 from sqlalchemy import URL, AdaptedConnection, Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.util import await_only
 
 from sessionwire._config.url_parameters import LIBPQ_KEYS, typed_arguments
 from sessionwire.embedded import EmbeddedServer
@@ -20,9 +21,10 @@ from sessionwire.settings import DatabaseSettings
 from . import several_hosts
 from .credential_source import CredentialSource
 from .driver_errors import NOT_CONNECTED
-from .options import ConnectionOptions
+from .options import WITHOUT_HOOKS, ConnectionOptions
 from .pipeline import Pipeline, Statement
 from .postgresql_pool import Cleanup, PostgreSQLPool, watch_connections
+from .server_settings import server_settings
 from .transaction_settings import ahead_of_each
 
 if TYPE_CHECKING:
@@ -56,36 +58,24 @@ def split_url(url: URL, settings: DatabaseSettings) -> tuple[URL, dict[str, Any]
         if key in libpq and not Path(str(libpq[key])).expanduser().is_file():
             raise ConfigurationError(f"url: {key}: there is no file {libpq[key]!r} on this machine")
     typed = typed_arguments(url)  # In the URL they would be text.
+    of_server = server_settings(settings)
+    shares_sessions = settings.pooler == "transaction"
     connect_args: dict[str, Any] = {
         "timeout": settings.connect_timeout,
-        "server_settings": start_up_parameters(settings),
+        "server_settings": of_server.at_start,
         "connection_class": connection_class(
-            tcp_timeout=settings.tcp_timeout, pipeline=settings.pipeline
+            tcp_timeout=settings.tcp_timeout,
+            pipeline=settings.pipeline,
+            at_begin=of_server.at_begin,
+            shares_sessions=shares_sessions,
         ),
+        # The next transaction may meet a session that has prepared others.
+        **({"statement_cache_size": 0} if shares_sessions else {}),
         **typed,
     }
     if libpq:  # In its DSN asyncpg gives them the meaning that they have in libpq.
         connect_args["dsn"] = "postgresql://?" + urlencode(libpq, doseq=True)
     return url.difference_update_query([*typed, *libpq]), connect_args
-
-
-def start_up_parameters(settings: DatabaseSettings) -> dict[str, str]:
-    """Return the server's settings that each connection begins with."""
-    path = settings.search_path
-    if isinstance(path, list):
-        path = ", ".join('"' + schema.replace('"', '""') + '"' for schema in path)
-    durations = {
-        "statement_timeout": settings.statement_timeout,
-        "lock_timeout": settings.lock_timeout,
-        "idle_in_transaction_session_timeout": settings.idle_in_transaction_timeout,
-    }
-    parameters = {
-        "application_name": settings.application_name,
-        "search_path": path,
-        # 0 would be none.
-        **{name: f"{max(1, round(t * 1000))}ms" for name, t in durations.items() if t},
-    }
-    return {name: value for name, value in parameters.items() if value}
 
 
 def configure_engine(
@@ -107,6 +97,8 @@ def configure_engine(
         credentials: Those of each new connection, if they are asked for.
     """
 
+    at_connect = server_settings(settings).at_connect
+
     @event.listens_for(engine, "do_connect")
     def connect(dialect: Any, _record: Any, _arguments: Any, parameters: dict[str, Any]) -> Any:
         if server:
@@ -118,6 +110,8 @@ def configure_engine(
         known = OSError, dialect.loaded_dbapi.Error, asyncpg.PostgresError, wrong_role
         try:
             adapted = several_hosts.connect(dialect, parameters)
+            if at_connect:
+                await_only(adapted.driver_connection.run(at_connect, settings.connect_timeout))
         except known as error:
             # A TimeoutError is caused by its cancellation.
             is_reason = isinstance(error, TimeoutError) or error.__cause__ is None
@@ -164,10 +158,15 @@ def set_up(connection: Connection, options: ConnectionOptions, settings: Mapping
     adapted.readonly = options.read_only
     if options.autocommit and not options.transaction_per_statement:
         adapted.isolation_level = "autocommit"
-        ahead = READ_ONLY if options.read_only else ()
+        driver = adapted.driver_connection
+        ahead = driver.ahead_of_all
+        if ahead and WITHOUT_HOOKS in dict(options.execution_options):
+            ahead = ()
+        if options.read_only:
+            ahead += READ_ONLY
         if settings:
             ahead = (*ahead, ahead_of_each(settings))
-        adapted.driver_connection.send_ahead_of_each(ahead)
+        driver.send_ahead_of_each(ahead)
     elif options.isolation:
         adapted.isolation_level = ISOLATION_LEVELS[options.isolation]
 

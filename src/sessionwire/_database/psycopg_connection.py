@@ -7,17 +7,22 @@ import os
 import select
 import socket
 import traceback
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
-from typing import Any, Self, TypeVar
+from typing import Any, LiteralString, Self, TypeVar
 
 import psycopg
 from psycopg import IsolationLevel, generators, waiting
 from psycopg.abc import PQGen, QueryNoTemplate
-from psycopg.pq import ConnStatus, Format, TransactionStatus
+from psycopg.pq import ConnStatus, ExecStatus, Format, TransactionStatus
 from psycopg.pq.abc import PGresult
 
 from sessionwire._shield import run_shielded
-from sessionwire.errors import CommitOutcomeUnknownError, UnexpectedRollbackError
+from sessionwire.errors import (
+    CommitOutcomeUnknownError,
+    ConfigurationError,
+    UnexpectedRollbackError,
+)
 
 from .commit_resolver import (
     NOT_COMMITTED,
@@ -27,6 +32,7 @@ from .commit_resolver import (
     unknown_outcome,
 )
 from .driver_errors import is_answer_lost, is_outcome_unknown, is_outdated_plan
+from .server_settings import LISTEN_REFUSED
 
 T = TypeVar("T")
 STOP_TIMEOUT = 0.3  # seconds for a cancelled statement to be stopped before another one
@@ -60,13 +66,23 @@ class Connection(psycopg.AsyncConnection[Any]):
     resolver: CommitResolver | None = None
     last_statement: str | None = None  # of the user who has the connection
     has_only_read = False  # No statement but reads was sent in this transaction.
+    at_begin = b""  # what gives a transaction the server's settings
+    shares_sessions = False  # of the server with other clients, by a pooler
     _interrupted = False  # A cancelled task has left a statement running, in no pipeline.
     _is_waited_for = False
     _ends_with_wait = False  # It is closed once no task waits for its socket.
     _is_unreplicated = False  # The server has warned that it did not wait for a standby.
 
     @classmethod
-    async def open(cls, *arguments: Any, timeout: float, **options: Any) -> Self:
+    async def open(
+        cls,
+        *arguments: Any,
+        timeout: float,
+        at_connect: str,
+        at_begin: str,
+        shares_sessions: bool,
+        **options: Any,
+    ) -> Self:
         """Connect within `timeout` seconds; psycopg itself waits for two at least."""
         async with asyncio.timeout(timeout):
             try:
@@ -75,6 +91,13 @@ class Connection(psycopg.AsyncConnection[Any]):
                 # A frame of the traceback would keep the socket open.
                 traceback.clear_frames(error.__traceback__)
                 raise
+            connection.at_begin, connection.shares_sessions = at_begin.encode(), shares_sessions
+            if at_connect:
+                try:
+                    await connection.run(at_connect.encode())
+                except BaseException:
+                    connection.terminate()
+                    raise
         connection.add_notice_handler(connection._notice_replication)
         return connection
 
@@ -180,8 +203,51 @@ class Connection(psycopg.AsyncConnection[Any]):
 
     async def ping(self, timeout: float) -> None:
         """Ask the server something, outside of a transaction."""
+        await self.run(b"SELECT 1", timeout)
+
+    async def run(self, sql: bytes, timeout: float | None = None) -> None:
+        """Run a statement outside of a transaction."""
         async with self.lock:
-            await self.wait(self._exec_command("SELECT 1"), timeout=timeout)
+            await self.wait(self._exec_command(sql), timeout=timeout)
+
+    def get_server_pid(self) -> int:
+        return self.info.backend_pid
+
+    async def fetchrow(self, sql: LiteralString) -> Any:
+        """Return a row, by a prepared statement if it prepares any."""
+        await self.set_autocommit(True)
+        prepares = self.prepare_threshold is not None
+        return await (await self.execute(sql, prepare=prepares)).fetchone()
+
+    # Sessions that a pooler shares among its clients
+
+    def _start_query(self) -> PQGen[None]:
+        is_idle = self.pgconn.transaction_status == TransactionStatus.IDLE
+        if not self.at_begin or self._autocommit or not is_idle:
+            yield from super()._start_query()
+        elif self._pipeline is None:
+            # In one message with BEGIN, it costs no round trip.
+            self.pgconn.send_query(self._get_tx_start_command() + b"; " + self.at_begin)
+            for result in (yield from generators.execute(self.pgconn)):
+                if result.status == ExecStatus.FATAL_ERROR:
+                    raise psycopg.errors.error_from_result(result, self.info.encoding)
+        else:
+            yield from super()._start_query()
+            yield from self._exec_command(self.at_begin)
+
+    def notifies(
+        self, *, timeout: float | None = None, stop_after: int | None = None
+    ) -> AsyncGenerator[psycopg.Notify]:
+        self._require_session()
+        return super().notifies(timeout=timeout, stop_after=stop_after)
+
+    def add_notify_handler(self, callback: Callable[[psycopg.Notify], None]) -> None:
+        self._require_session()
+        super().add_notify_handler(callback)
+
+    def _require_session(self) -> None:
+        if self.shares_sessions:
+            raise ConfigurationError(LISTEN_REFUSED)
 
     # Ends of transactions
 

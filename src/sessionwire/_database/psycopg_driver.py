@@ -23,8 +23,8 @@ from .driver_errors import (
     TOO_MANY_CONNECTIONS,
 )
 from .options import ConnectionOptions
-from .postgresql import start_up_parameters
 from .postgresql_pool import Cleanup, PostgreSQLPool, watch_connections
+from .server_settings import server_settings
 from .sql_text import surely_reads
 
 if TYPE_CHECKING:
@@ -56,11 +56,24 @@ def split_url(url: URL, settings: DatabaseSettings) -> tuple[URL, dict[str, Any]
     from .psycopg_connection import Connection  # psycopg is an extra
 
     typed = typed_psycopg_arguments(url)  # In the URL they would be text.
+    of_server = server_settings(settings)
+    shares_sessions = settings.pooler == "transaction"
     connect_args: dict[str, Any] = {
-        "async_creator_fn": partial(Connection.open, timeout=settings.connect_timeout),
+        "async_creator_fn": partial(
+            Connection.open,
+            timeout=settings.connect_timeout,
+            at_connect=of_server.at_connect,
+            at_begin=of_server.at_begin,
+            shares_sessions=shares_sessions,
+        ),
+        # The next transaction may meet a session that has prepared others.
+        **({"prepare_threshold": None} if shares_sessions else {}),
         **typed,
     }
-    if parameters := start_up_parameters(settings):
+    parameters = of_server.at_start
+    if settings.pooler is not None:  # It refuses `options`.
+        connect_args |= {name: value for name, value in parameters.items() if name not in url.query}
+    elif parameters:
         own = [f"-c {name}={_escape(value)}" for name, value in parameters.items()]
         connect_args["options"] = " ".join([*own, str(url.query.get("options", ""))]).rstrip()
     if settings.tcp_timeout:

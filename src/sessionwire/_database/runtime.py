@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Self
 
-from sqlalchemy import Connection, make_url, text
+from sqlalchemy import Connection, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from sessionwire._config.url import whereabouts
@@ -19,6 +19,7 @@ from sessionwire.credentials import CredentialsFunction
 from sessionwire.embedded import run_in_thread
 from sessionwire.errors import (
     AlreadyInitializedError,
+    ConfigurationError,
     ConnectionFailedError,
     NotInitializedError,
     OwnershipError,
@@ -33,6 +34,7 @@ from .engine_options import EngineOptions
 from .engines import DatabaseEngines
 from .holders import Unit
 from .options import CONNECTION_OPTIONS, WITHOUT_HOOKS, ConnectionOptions
+from .poolers import remedy_for
 from .totals import Totals
 from .transaction_settings import SettingsSource, TransactionSettings
 from .waiting import Waiting
@@ -132,7 +134,11 @@ class Database:
 
         Hooks need one, and so do settings, unless they are sent ahead of the statement.
         """
-        has_settings = bool(options.settings) or self._transaction_settings.source is not None
+        has_settings = (
+            bool(options.settings)
+            or self._transaction_settings.source is not None
+            or self.engines.sets_up_transactions
+        )
         needs_transaction = bool(self.begin_hooks) or (
             has_settings and not (self.engines.sends_ahead or self.is_sqlite)
         )
@@ -259,6 +265,8 @@ class Database:
             timeout = waiting.timeout
             try:
                 return await self._connect_once(engines, timeout)
+            except ConfigurationError:
+                raise
             except Exception as error:
                 failure = f"{whereabouts(make_url(self.settings.url))}: {_explain(error, timeout)}"
                 if not waiting.goes_on(error):
@@ -269,9 +277,7 @@ class Database:
     async def _connect_once(self, engines: DatabaseEngines, timeout: float) -> None:
         engine = engines.primary.execution_options(**{WITHOUT_HOOKS: True})
         async with asyncio.timeout(timeout), engine.connect() as connection:
-            await connection.execute(text("SELECT 1"))
-            if engines.resolver is not None:
-                await engines.resolver.prove(connection)
+            await engines.check_connection(connection)
 
     async def _drain(self, units: set[Unit]) -> None:
         """Wait for the units, up to `drain_timeout`."""
@@ -403,7 +409,8 @@ def _explain(error: BaseException, timeout: float) -> str:
         return f"TimeoutError: no answer within {timeout:.3g} s"
     while error.__cause__ is not None and not isinstance(error, CredentialsError):
         error = error.__cause__
-    return f"{type(error).__name__}: {error}"
+    remedy = remedy_for(error)
+    return f"{type(error).__name__}: {error}{remedy and f'; {remedy}'}"
 
 
 _ownership_lock = threading.Lock()  # two threads may take a database for their loops at once
