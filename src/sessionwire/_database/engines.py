@@ -107,6 +107,7 @@ class DatabaseEngines:
     """
 
     resolver: CommitResolver | None = None
+    _postgresql: PostgreSQLDriver | None = None
 
     def __init__(
         self,

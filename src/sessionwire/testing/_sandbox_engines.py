@@ -50,7 +50,8 @@ class SandboxEngines(DatabaseEngines):
         self.holders = Holders(self.units, self.totals, warn_after, _last_statement)
         self.pool.watch(self.holders, self.totals)
         self.is_sqlite = self.dialect.name == "sqlite"
-        self.sends_ahead, self.refuses_writes_in_autocommit = False, True
+        self.sends_ahead = self.sets_up_transactions = False
+        self.refuses_writes_in_autocommit = True
         detector.watch_pool(self.primary.pool)
         shared.block_checkouts(real.primary.pool)
 
