@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
 import logging
+import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +21,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from sessionwire import (
+    CommitOutcomeUnknownError,
     ConfigurationError,
     ConnectionFailedError,
     DatabaseSessionManager,
@@ -23,16 +29,19 @@ from sessionwire import (
     Propagation,
     Settings,
 )
-from sessionwire._database.driver_errors import sqlstate
+from sessionwire._database.driver_errors import is_retryable, sqlstate
 
+from .cluster import PATIENCE
 from .conftest import DATABASE, notes
-from .documents import CHECKOUT
+from .documents import CHECKOUT, environment
+from .models import Note
 from .pgbouncer import DEBIAN_12, NEWEST, PgBouncer
 from .postgres import until
 from .test_pgbouncer import (
     NO_CACHE,
     ONE_LINE,
     READ,
+    READ_ONLY_TRANSACTION,
     ROUNDS,
     TASKS,
     Behind,
@@ -212,7 +221,7 @@ class TestSettingsOfTheServer(BehindPgBouncer):
             with pytest.raises(DBAPIError) as raised:
                 async with remote.transaction(**READ) as session:
                     await session.execute(text("INSERT INTO note (text) VALUES ('lost')"))
-            assert sqlstate(raised.value) == "25006"
+            assert sqlstate(raised.value) == READ_ONLY_TRANSACTION
         assert await notes(manager) == []
 
 
@@ -255,6 +264,112 @@ class TestListen(BehindPgBouncer):
             await until(is_heard)
             if way.driver == "asyncpg":
                 await driver.remove_listener("news", hear)
+
+
+# Two processes, and restarts
+
+PROGRAM = """
+import asyncio, sys
+from tests.test_poolers import work_until_told
+asyncio.run(work_until_told(*sys.argv[1:]))
+"""
+
+
+async def work_until_told(settings: str, name: str) -> None:
+    """Write and read until the end of the standard input, and print what happened."""
+    kept: list[str] = []
+    unknown: list[str] = []
+    restarts = 0
+    is_ending = threading.Event()
+
+    def wait_for_the_end() -> None:
+        sys.stdin.read()
+        is_ending.set()
+
+    async def work(manager: DatabaseSessionManager, task: int) -> None:
+        nonlocal restarts
+        for each in itertools.count():
+            if is_ending.is_set():
+                return
+            note = f"{name} {task} {each}"
+            await asyncio.sleep(0.01)  # Leave the processor to the other processes.
+            try:
+                async with manager.transaction() as session:
+                    session.add(Note(text=note))
+                    assert await seen_by(session) == SEEN
+                kept.append(note)
+                async with manager.transaction(**READ) as session:
+                    assert await seen_by(session) == SEEN
+                async with manager.transaction(**READ) as session:
+                    await session.execute(ADD_MANY, {"text": f"{note} by a read"})
+                raise AssertionError("a read scope has written")
+            except CommitOutcomeUnknownError:
+                unknown.append(note)
+            except Exception as error:
+                if sqlstate(error) == READ_ONLY_TRANSACTION:
+                    continue
+                if not is_retryable(error):
+                    raise
+                restarts += 1
+
+    threading.Thread(target=wait_for_the_end, daemon=True).start()
+    manager = DatabaseSessionManager(DatabaseSettings.model_validate_json(settings))
+    async with manager, asyncio.TaskGroup() as group:
+        for task in range(6):
+            group.create_task(work(manager, task))
+    print(json.dumps([kept, unknown, restarts]))
+
+
+@each_way(ONE_LINE)
+class TestTwoProcessesAndRestarts(Behind):
+    more_settings: ClassVar = {"default_pool_size": 4}
+
+    async def test_restarts_under_load_cause_no_error_but_those_of_lost_connections(
+        self, way: Way, bouncer: PgBouncer, manager: DatabaseSessionManager
+    ) -> None:
+        # In session mode a client keeps its server connection.
+        size = 6 if way.pool_mode == "transaction" else 2
+        settings = settings_for(way, bouncer, size=size, **ASKED_FOR).model_dump_json()
+        variables = environment()
+        variables["PYTHONPATH"] += f":{CHECKOUT}"
+        processes = [
+            await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-c", PROGRAM, settings, name),
+                env=variables,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+            )
+            for name in ("one", "two")
+        ]
+
+        async def both_have_written(than: list[str]) -> bool:
+            new = set(await notes(manager)).difference(than)
+            return {note.split()[0] for note in new} == {"one", "two"} and len(new) > 40
+
+        kept: set[str] = set()
+        unknown: set[str] = set()
+        try:
+            async with asyncio.timeout(PATIENCE * 4):
+                for _ in range(2):
+                    await until(partial(both_have_written, await notes(manager)), PATIENCE)
+                    bouncer.kill()
+                    await bouncer.start()
+                await until(partial(both_have_written, await notes(manager)), PATIENCE)
+                for process in processes:
+                    output, _ = await process.communicate(b"")
+                    one_kept, one_unknown, restarts = json.loads(output)
+                    assert restarts > 0
+                    kept.update(one_kept)
+                    unknown.update(one_unknown)
+        finally:
+            for process in processes:
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+        there = set(await notes(manager))
+        assert kept <= there
+        assert there <= kept | unknown
 
 
 # What open() finds out

@@ -321,3 +321,13 @@ class TestServerSettings(OnPostgres):
         async with DatabaseSessionManager(settings) as manager, manager.session() as session:
             with pytest.raises(DBAPIError, match="statement timeout"):
                 await session.execute(text("SELECT pg_sleep(30)"))
+
+
+def test_options_in_the_url_are_refused_behind_a_pooler() -> None:
+    with pytest.raises(ConfigurationError, match=r"pooler.*beside url, or all else by ALTER ROLE"):
+        DatabaseSettings(url="postgresql://shop/?options=-c%20jit=off", pooler="session")
+
+
+def test_a_pooler_is_refused_in_front_of_an_sqlite_file() -> None:
+    with pytest.raises(ConfigurationError, match="only PostgreSQL has it"):
+        DatabaseSettings(url="sqlite:///shop.db", pooler="transaction")
