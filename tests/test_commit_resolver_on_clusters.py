@@ -35,7 +35,7 @@ from .pgbouncer import DEBIAN_12, NEWEST, pgbouncer
 from .postgres import FaultyNetwork, OnPostgres, at_port, run_at_commit, through, until
 from .proxy import ClientConnection
 
-pytestmark = pytest.mark.pipeline_only("the id is asked for by the pipeline")
+pytestmark = [pytest.mark.long, pytest.mark.pipeline_only("the id is asked for by the pipeline")]
 
 COMMIT = b"Q\0\0\0\x0cCOMMIT;\0"
 ASKED_FOR_ID = b"pg_current_xact_id_if_assigned(),"
@@ -194,7 +194,6 @@ IF (SELECT started FROM first_start) = pg_postmaster_start_time() THEN
 PERFORM pg_sleep(60); END IF"""
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("how", ["kill", "crash"])
 class TestCrash:
     @pytest.mark.parametrize("retries", [0, 1])
@@ -283,7 +282,6 @@ class TestCrash:
             assert work.ran == ["work"]
 
 
-@pytest.mark.long
 class TestSynchronousStandby:
     @pytest.mark.parametrize("returns", [True, False])
     async def test_a_backend_that_waits_for_its_standby_is_never_ended(self, returns: bool) -> None:
@@ -381,7 +379,6 @@ class TestSynchronousStandby:
             assert (kept.ran[1:], lost.ran[1:]) == (["committed"], ["rolled back"])
 
 
-@pytest.mark.long
 class TestAnotherServer:
     @pytest.mark.parametrize("is_replicated", [True, False])
     @pytest.mark.parametrize("is_promoted", [True, False])
@@ -787,7 +784,6 @@ class TestLikeWithout(OnPostgres):
         assert await notes(remote) == []
 
 
-@pytest.mark.long
 class TestStrikes(OnPostgres):
     @pytest.mark.parametrize("how", ["pg_cancel_backend", "pg_terminate_backend"])
     async def test_a_strike_at_any_moment_is_told_truly(
@@ -872,7 +868,6 @@ async def behind(
         shutil.rmtree(directory)
 
 
-@pytest.mark.long
 class TestPgBouncer(OnPostgres):
     @pytest.mark.parametrize("suite", [DEBIAN_12, NEWEST])
     @pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])
@@ -949,7 +944,6 @@ async def in_a_bare_session(remote: DatabaseSessionManager, work: Work) -> None:
         await session.commit()
 
 
-@pytest.mark.long
 class TestCancelledLookUp(OnNetwork):
     @pytest.mark.parametrize("way", [in_a_block, in_a_connection])
     @pytest.mark.parametrize("times", [1, 2])
@@ -1082,7 +1076,6 @@ class TestCancelledLookUp(OnNetwork):
             await nobody_is_left(postgres)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_a_manager_survives_the_end_of_its_loop_during_a_look_up(
     postgres: Postgres, new_loop: Callable[[], asyncio.AbstractEventLoop]

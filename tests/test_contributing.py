@@ -79,7 +79,7 @@ def test_each_check_in_contributing_is_a_check_of_the_gate(tool: str) -> None:
 
 def test_contributing_and_the_gate_run_the_quick_tests_and_the_long_ones() -> None:
     assert {".ci/env pytest", ".ci/env pytest -m long"} <= set(COMMANDS)
-    assert {".ci/env pytest", '.ci/env pytest -m long "--share=$share"'} <= set(GATE.splitlines())
+    assert {".ci/env pytest", '.ci/env pytest -m long "--share=$quarter"'} <= set(GATE.splitlines())
 
 
 @pytest.mark.long

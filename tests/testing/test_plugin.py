@@ -167,6 +167,7 @@ async def test_adds(container):
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", ["", ", settings='postgresql://shop@db.invalid/shop'"])
 def test_a_database_of_the_plugin_is_asked_for_no_credentials_of_the_container(
     project: Project, settings: str
