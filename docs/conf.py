@@ -55,7 +55,7 @@ nitpick_ignore_regex = [
         r"(asyncio|collections|contextlib|datetime|enum|logging|os|pathlib|types|typing)\..*",
     ),
     ("py:.*", rf"({'|'.join(vars(builtins))})"),
-    ("py:.*", r"sessionwire\.(\w+\.)+[A-Z]"),  # type variables
+    ("py:.*", r"sessionwire\.(\w+\.)+([A-Z]|SessionT)"),  # type variables
     # Private names in annotations
     ("py:.*", r"sessionwire\.decorators\..*"),
     ("py:.*", r"sessionwire\.(\w+\.)*_.*"),
