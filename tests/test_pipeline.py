@@ -1517,7 +1517,11 @@ class TestStrikes(OnPostgres):
             for at in range(1, 60):
                 network.strike_nothing()
                 async with open_remote(
-                    pool=ONE, pipeline=pipeline, application_name="struck", connect_timeout=2
+                    pool=ONE,
+                    pipeline=pipeline,
+                    resolve_commits=False,  # It needs the pipeline.
+                    application_name="struck",
+                    connect_timeout=2,
                 ) as remote:
                     if at % 2:  # warm
                         await read(remote)
