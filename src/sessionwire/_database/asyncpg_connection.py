@@ -21,6 +21,7 @@ from .commit_resolver import (
     CommitResolver,
     transaction_id_in,
     unknown_outcome,
+    unreplicated_commit,
 )
 from .driver_errors import is_answer_lost, is_outcome_unknown
 from .pipeline import Pipeline, Statement, values_in
@@ -215,12 +216,7 @@ class Connection(asyncpg.Connection):
         # The name of the server's routine is compared, because the text may be in any
         # language. The error becomes that of the command being answered.
         if fields.get("R") == "SyncRepWaitForLSN":
-            raise CommitOutcomeUnknownError(
-                "committed here, perhaps not replicated: the wait for a synchronous standby "
-                "was cancelled. Look in the database whether it was kept before you try "
-                "again, above all after a failover",
-                reason="its wait for a synchronous standby was cancelled",
-            )
+            raise unreplicated_commit()
 
 
 class StatementSentAhead:

@@ -203,6 +203,16 @@ def unknown_outcome(reason: str, answer: Answer | None) -> CommitOutcomeUnknownE
     )
 
 
+def unreplicated_commit() -> CommitOutcomeUnknownError:
+    """Make the error of a COMMIT whose wait for a synchronous standby was cancelled."""
+    return CommitOutcomeUnknownError(
+        "committed here, perhaps not replicated: the wait for a synchronous standby was "
+        "cancelled. Look in the database whether it was kept before you try again, above all "
+        "after a failover",
+        reason="its wait for a synchronous standby was cancelled",
+    )
+
+
 def transaction_id_in(answer: Answer | None) -> int | None:
     """Return the id of the transaction, if the answer to `QUESTION` has arrived with one."""
     return int(answer[0]) if answer and answer[0] else None

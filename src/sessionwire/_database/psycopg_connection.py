@@ -30,6 +30,7 @@ from .commit_resolver import (
     CommitResolver,
     transaction_id_in,
     unknown_outcome,
+    unreplicated_commit,
 )
 from .driver_errors import is_answer_lost, is_outcome_unknown, is_outdated_plan
 from .server_settings import LISTEN_REFUSED
@@ -161,12 +162,7 @@ class Connection(psycopg.AsyncConnection[Any]):
                 self.pgconn.finish()
         if self._is_unreplicated:
             self._is_unreplicated = False
-            raise CommitOutcomeUnknownError(
-                "committed here, perhaps not replicated: the wait for a synchronous standby "
-                "was cancelled. Look in the database whether it was kept before you try "
-                "again, above all after a failover",
-                reason="its wait for a synchronous standby was cancelled",
-            )
+            raise unreplicated_commit()
         return result
 
     async def stop(self, timeout: float) -> bool:
