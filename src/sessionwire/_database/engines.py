@@ -330,10 +330,8 @@ class DatabaseEngines:
         return connection
 
     def _build_other(self) -> AsyncEngine:
-        engine, credentials = (
-            self._create_engine(self._url, poolclass=ConnectionPool),
-            self._credentials,
-        )
+        engine = self._create_engine(self._url, poolclass=ConnectionPool)
+        credentials = self._credentials
         if credentials is not None:
 
             @event.listens_for(engine.sync_engine, "do_connect")
