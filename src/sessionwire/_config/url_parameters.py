@@ -216,7 +216,7 @@ def with_hosts(url: URL, hosts: str, port: int | None) -> URL:
     """Return a URL of these hosts, in the form that SQLAlchemy reads.
 
     Args:
-        url: The URL, whose own port holds for a single host.
+        url: The URL. Its own port holds for a single host.
         hosts: One, several in libpq's form, or the directory of a socket.
         port: The port of each that names none.
     """

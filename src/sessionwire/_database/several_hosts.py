@@ -16,7 +16,7 @@ def connect(dialect: Any, parameters: Mapping[str, Any]) -> Any:
     """Open a connection of SQLAlchemy's adapter.
 
     asyncpg has one timeout for all hosts: the first, if it is silent, would leave no
-    time for the next one. Here each gets its share of what is left.
+    time for the next one. Here each gets its share of the time that is left.
 
     Raises:
         Exception: That of the last host. An error that is not about reaching a server,
