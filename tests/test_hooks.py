@@ -511,7 +511,7 @@ class TestRobust:
         assert diary.entries == ["next"]
         assert await notes(manager) == ["a"]
         (record,) = [each for each in caplog.records if each.levelname == "ERROR"]
-        assert record.name == "sessionwire"
+        assert record.name == "sessionwire.hooks"
         assert record.getMessage().startswith("the on_commit hook fail")
         assert record.exc_info is not None
         assert isinstance(record.exc_info[1], ZeroDivisionError)

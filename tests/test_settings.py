@@ -558,7 +558,7 @@ async def test_other_async_dialects_of_sqlalchemy_are_accepted_with_a_warning_if
 ) -> None:
     settings = DatabaseSettings(url=other_database, uncertified_driver=True)
     async with DatabaseSessionManager(settings) as manager:
-        [warning] = [record for record in caplog.records if record.name == "sessionwire"]
+        [warning] = [record for record in caplog.records if record.name == "sessionwire.open"]
         assert warning.levelname == "WARNING"
         assert "otherdb+aiosqlite is no certified driver: read-only blocks can write" in (
             warning.getMessage()

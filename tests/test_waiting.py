@@ -33,7 +33,7 @@ def waiting_for(url: str, seconds: float = PATIENT, **keys: Any) -> DatabaseSess
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.message for record in caplog.records if record.name == "sessionwire"]
+    return [record.message for record in caplog.records if record.name == "sessionwire.open"]
 
 
 async def begins_to_wait(caplog: pytest.LogCaptureFixture) -> None:

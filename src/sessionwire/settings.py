@@ -195,6 +195,15 @@ class DatabaseSettings(_Model):
         False, description="let a driver pass on which less holds, with a warning that says what"
     )
     echo: bool = Field(False, description="log each statement")
+    slow_statement: float | None = Field(
+        None, gt=0, description="time after which a statement is logged as slow; none: never"
+    )
+    slow_block: float | None = Field(
+        None, gt=0, description="time after which a block is logged as slow; none: never"
+    )
+    annotate_statements: bool = Field(
+        False, description="add the name of the block's function to each statement, as a comment"
+    )
     application_name: str | None = Field(
         None, description="the name shown in PostgreSQL's pg_stat_activity"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from textwrap import shorten
 
 STATEMENT_WIDTH = 100  # characters of a statement in a message
@@ -31,16 +32,60 @@ class Holder:
     line: str | None
 
     def __str__(self) -> str:
-        said = f"{self.held_for:.1f} s by {self.call_site}"
-        if self.task is not None:
-            said += f", task {self.task!r}"
-        if self.line is not None:
-            said += f", now at {self.line}"
-        if self.statement is not None:
-            said += (
-                f"; last statement: {shorten(self.statement, STATEMENT_WIDTH, placeholder=' …')}"
-            )
-        return said
+        return f"{self.held_for:.1f} s by {self.call_site}" + _where(
+            self.task, self.line, self.statement
+        )
+
+
+@dataclass(frozen=True)
+class OpenBlock:
+    """An open session or `connect()` block. `str()` describes it in one line.
+
+    Attributes:
+        call_site: The decorated function, or the line that opened the block.
+        open_for: Seconds since it was opened.
+        is_waiting: Whether it waits for a connection.
+        held_for: Seconds since it has got its connection; None if it has none.
+        statement: The text of the last statement on its connection, without parameters;
+            None if there is none, or the driver does not tell.
+        task: The name of the task that opened it; None if it was opened outside of one.
+        line: The line that this task waits at; None if it is done.
+    """
+
+    call_site: str
+    open_for: float
+    is_waiting: bool
+    held_for: float | None
+    statement: str | None
+    task: str | None
+    line: str | None
+
+    def __str__(self) -> str:
+        said = f"open for {self.open_for:.1f} s: {self.call_site}"
+        if self.is_waiting:
+            said += ", which waits for a connection"
+        return said + _where(self.task, self.line, self.statement)
+
+
+@dataclass(frozen=True)
+class SlowStatement:
+    """A statement that took longer than the setting `slow_statement`.
+
+    Attributes:
+        at: When it ended, in UTC.
+        duration: Seconds from sending it to its answer.
+        statement: Its text, without parameters.
+        parameter_types: The types of its parameters, those of the first row of many.
+        call_site: The function or line of the block that sent it.
+        line: The line that sent it.
+    """
+
+    at: datetime
+    duration: float
+    statement: str
+    parameter_types: tuple[str, ...]
+    call_site: str
+    line: str
 
 
 @dataclass(frozen=True)
@@ -93,6 +138,7 @@ class ConnectionTotals:
         made: Connections that were opened.
         replaced: Connections that had reached `pool.max_lifetime`.
         lost: Connections that died, or did not answer.
+        timed_out: Waits for a connection that ended after `pool.timeout`.
         waited_for: Seconds that tasks have waited for a connection to become free.
         held_for: Seconds that connections were held, without those held now.
     """
@@ -100,6 +146,7 @@ class ConnectionTotals:
     made: int = 0
     replaced: int = 0
     lost: int = 0
+    timed_out: int = 0
     waited_for: float = 0.0
     held_for: float = 0.0
 
@@ -109,7 +156,9 @@ class Status:
     """What a manager has open now, and totals since it was made.
 
     Attributes:
+        name: The URL without its password, `""` if there are no settings.
         is_open: Whether the manager is open.
+        is_closing: Whether `close()` waits for open blocks.
         open_scopes: Sessions and `connect()` blocks that are open.
         pool: The connections now.
         transactions: The ends of transactions up to now.
@@ -119,12 +168,28 @@ class Status:
             errors that only the caller's `retry_on` names.
         connections: The connections up to now.
         holders: Who holds the connections in use, the longest first.
+        blocks: The open sessions and `connect()` blocks, the oldest first.
+        slow_statements: Those that took longer than the setting `slow_statement`, the
+            last 20, the latest first.
     """
 
+    name: str
     is_open: bool
+    is_closing: bool
     open_scopes: int
     pool: PoolStatus
     transactions: TransactionTotals
     retries: Mapping[str, int]
     connections: ConnectionTotals
     holders: tuple[Holder, ...]
+    blocks: tuple[OpenBlock, ...]
+    slow_statements: tuple[SlowStatement, ...]
+
+
+def _where(task: str | None, line: str | None, statement: str | None) -> str:
+    said = "" if task is None else f", task {task!r}"
+    if line is not None:
+        said += f", now at {line}"
+    if statement is not None:
+        said += f"; last statement: {shorten(statement, STATEMENT_WIDTH, placeholder=' …')}"
+    return said

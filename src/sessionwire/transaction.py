@@ -144,7 +144,7 @@ class TransactionManager(Generic[SessionT]):
         Args:
             function: A function without arguments, sync or async; only sync if no
                 transaction is current.
-            robust: Log its error, with the logger `sessionwire`, instead of raising it.
+            robust: Log its error, with the logger `sessionwire.hooks`, instead of raising it.
 
         Raises:
             TypeError: It can't be called without arguments.

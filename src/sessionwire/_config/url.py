@@ -180,7 +180,7 @@ def whereabouts(url: URL) -> str:
     if url.drivername == "embedded":
         return f"the embedded server in {url.database!r}"
     if url.get_backend_name() == "sqlite":
-        return f"database {url.database!r}"
+        return f"database {url.database!r}" if url.database else "a temporary database"
     is_postgresql = url.get_backend_name() == "postgresql"
     query: Mapping[str, Any] = url.query if is_postgresql else {}
     defaults: Mapping[str, str] = os.environ if is_postgresql else {}

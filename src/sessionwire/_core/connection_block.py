@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from time import monotonic
 from typing import Any, cast
 
 from sqlalchemy import Connection, event
@@ -34,6 +35,7 @@ class _ConnectionUnit:
         self.connection = connection
         self.call_site = call_site
         self.task = asyncio.current_task()
+        self.opened_at = monotonic()
         self.is_aborted = False
         self.has_written = False
 
@@ -80,7 +82,7 @@ async def connection_block(
                 await connection.invalidate()
                 raise NotInitializedError("it was closed while connect() waited for a connection")
             transaction = await connection.begin()
-            await connection.run_sync(database.set_up_transaction, options)
+            await connection.run_sync(database.set_up_transaction, options, call_site)
             event.listen(connection.sync_connection, "after_cursor_execute", unit.record_write)
             yield connection
             is_ending = True

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import logging
+import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 from sessionwire._error_reports import chain_errors
+from sessionwire._log_events import HOOK_FAILED
 from sessionwire.errors import TransactionError, TransactionRequiredError
 
-logger = logging.getLogger("sessionwire")
 F = TypeVar("F", bound=Callable[..., Any])
 H = TypeVar("H", bound=Callable[[], object])
 MAX_ROUNDS = 100  # of hooks that add hooks
@@ -97,7 +97,7 @@ def call_at_once(hook: Callable[[], object], *, robust: bool) -> None:
 
 
 def _log_failure(hook: Callable[[], object]) -> None:
-    logger.exception("the on_commit hook %s failed", _name(hook))
+    HOOK_FAILED.log(failure=sys.exception(), hook=_name(hook))
 
 
 def in_rounds(take: Callable[[], Sequence[H]]) -> Iterator[H]:

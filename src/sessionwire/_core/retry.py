@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar, cast
 
-from sessionwire._database.call_sites import CallSite
+from sessionwire._database.call_sites import CallSite, line_of
 from sessionwire._database.driver_errors import retry_reason
 from sessionwire._database.runtime import Database
 from sessionwire._error_reports import summarize
+from sessionwire._log_events import ATTEMPT_FAILED
 
 from .context import current_scope
 from .definition import TransactionDefinition, exception_types
@@ -22,7 +22,6 @@ from .hooks import run_hooks, to_call
 from .transaction import Hook
 from .transaction_block import TransactionBlock
 
-logger = logging.getLogger("sessionwire.retry")
 R = TypeVar("R")
 RetryOn = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]
 
@@ -113,7 +112,13 @@ async def run_with_retries(
             if block.retry_reason:
                 database.totals.retries[block.retry_reason] += 1
                 postponed_hooks = block.postponed_hooks
-                logger.info("attempt %d of %d failed: %s", attempt, attempts, summarize(error))
+                ATTEMPT_FAILED.log(
+                    attempt=attempt,
+                    attempts=attempts,
+                    reason=block.retry_reason,
+                    error=summarize(error),
+                    call_site=line_of(call_site),
+                )
                 continue
             failure = await run_hooks(postponed_hooks, error)
             if failure is not None and failure is not error:

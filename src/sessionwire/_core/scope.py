@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Sequence
+from time import monotonic
 from types import FrameType
 from typing import Any
 
@@ -55,6 +56,7 @@ class Scope:
         "is_bare",
         "is_uncounted",
         "last_operation_error",
+        "opened_at",
         "operation",
         "options",
         "session",
@@ -74,6 +76,7 @@ class Scope:
         self.session = session
         self.options = options
         self.call_site = call_site  # of the block that opened it
+        self.opened_at = monotonic()
         self._loop = asyncio.get_running_loop()
         self.task = asyncio.current_task(self._loop)
         self.frames: list[Frame] = []

@@ -20,6 +20,7 @@ CallSite = tuple[CodeType, int]
 # The packages between the user's line and the code that asks for it.
 SKIPPED_PACKAGES = {"sqlalchemy", "sessionwire", "asyncio", "greenlet", "contextlib"}
 DECORATORS = "sessionwire.decorators"
+BY_HAND = "manager.engine"  # the place of a connection that no block has taken
 UNKNOWN_LINE = "an unknown line"
 BEGIN_OF_FUNCTION = -1  # the position of no instruction
 # Below it, the frames run the event loop.

@@ -8,7 +8,6 @@ and Snapshot Information Functions" in PostgreSQL's documentation.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from sessionwire._error_reports import summarize
+from sessionwire._log_events import COMMIT_LOOKED_UP, LOOK_UPS_IMPOSSIBLE
 from sessionwire._shield import shielding_tasks
 from sessionwire.errors import CommitOutcomeUnknownError
 
@@ -51,7 +51,6 @@ FROM pg_control_system(), pg_control_checkpoint()"""
 NO_ID = "the id of the transaction had not arrived"
 NOT_COMMITTED = "the connection was lost in COMMIT, and the server says: not committed"
 MAY_HAVE_WRITTEN = "it had no id, and may have written during the COMMIT, as NOTIFY does"
-logger = logging.getLogger("sessionwire.commit")
 Answer = Sequence[str | None]  # to `QUESTION`
 
 
@@ -84,7 +83,7 @@ class CommitResolver:
         try:
             row = (await connection.exec_driver_sql(PROBE)).one()
         except DBAPIError as error:
-            logger.debug("outcomes of commits can't be looked up: %s", summarize(error))
+            LOOK_UPS_IMPOSSIBLE.log(error=summarize(error))
             self.system_identifier = None
         else:
             self.system_identifier = row[0] if row[-1] else None
@@ -185,7 +184,7 @@ class CommitResolver:
 
     def _tell(self, outcome: str) -> None:
         self._totals.settled += 1
-        logger.warning("the answer to a COMMIT was lost, and looked up: transaction %s", outcome)
+        COMMIT_LOOKED_UP.log(outcome=outcome)
 
 
 def unknown_outcome(reason: str, answer: Answer | None) -> CommitOutcomeUnknownError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import sqlite3
 from collections.abc import Coroutine
 from typing import Any
@@ -12,13 +11,13 @@ from sqlalchemy.exc import DBAPIError, InterfaceError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from sessionwire._error_reports import summarize
+from sessionwire._log_events import ROLLBACK_FAILED
 from sessionwire._shield import run_shielded
 from sessionwire.errors import CommitOutcomeUnknownError
 
 from .driver_errors import is_answer_lost, is_outcome_unknown
 
 NO_ANSWER = "no answer came in time"
-logger = logging.getLogger("sessionwire")
 
 
 async def finish_commit(
@@ -69,10 +68,9 @@ async def finish_rollback(
     except asyncio.CancelledError as cancellation:
         raise cancellation from error
     except Exception as rollback_error:
-        note = f"the rollback failed, and its connection was closed: {summarize(rollback_error)}"
-        logger.warning(note)
+        ROLLBACK_FAILED.log(error=summarize(rollback_error))
         if error is not None:
-            error.add_note(note)
+            error.add_note(ROLLBACK_FAILED.message % {"error": summarize(rollback_error)})
         return rollback_error
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Self, cast
 
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -11,7 +12,7 @@ from sqlalchemy.pool.base import _ConnectionRecord  # pyright: ignore[reportPriv
 from sessionwire.status import PoolStatus
 
 from .fair_queue import FairQueue
-from .holders import Holders
+from .holders import Holders, Waiting
 from .totals import Totals
 
 
@@ -40,11 +41,16 @@ class ConnectionPool(AsyncAdaptedQueuePool):
     def _queue(self) -> FairQueue:
         return cast(FairQueue, self._pool)
 
+    @property
+    def waiting(self) -> Collection[Waiting]:
+        """Those that wait for a connection, the longest first."""
+        return self._queue.waiting
+
     def status_now(self) -> PoolStatus:
         return PoolStatus(
             in_use=len(self.holders),
             idle=self.checkedin(),
-            waiting=self._queue.waiting,
+            waiting=len(self.waiting),
             limit=self.size() + self._max_overflow,
         )
 
@@ -52,6 +58,7 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         try:
             place = super()._do_get()
         except PoolTimeoutError:
+            self.holders.totals.timed_out += 1
             raise self._timeout_error() from None
         self.holders.begin(place)
         return place

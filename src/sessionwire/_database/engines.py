@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import os
 import random
 import tempfile
@@ -24,10 +23,12 @@ from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
 from sessionwire._config.url import DatabaseURL
+from sessionwire._log_events import DRIVER_UNCERTIFIED
 from sessionwire.credentials import CredentialsFunction
 from sessionwire.embedded import EmbeddedServer
 from sessionwire.errors import ConfigurationError, NotInitializedError
 from sessionwire.settings import DatabaseSettings
+from sessionwire.status import OpenBlock
 
 from . import postgresql, psycopg_driver, sqlite, sqlite_connections
 from .begin_hooks import BeginHooks
@@ -43,6 +44,7 @@ from .poolers import PROCESS, check_pooler, explain_lost_statements
 from .postgresql_pool import EXPIRES_AT, Cleanup, LifetimeOver, PostgreSQLPool
 from .savepoints import install_cancellation_listener
 from .server_settings import server_settings
+from .slow_statements import watch_statements
 from .totals import Totals
 
 if TYPE_CHECKING:
@@ -51,15 +53,6 @@ if TYPE_CHECKING:
 
 LIFETIME_JITTER = 0.2  # of the lifetime
 POOL_CLOSE_WAIT = 0.25  # seconds that a pool waits for a connection to be closed
-UNCERTIFIED = (
-    "%s is no certified driver: read-only blocks can write; a cancelled statement may go on in "
-    "the server; a cancellation or a deadline in a savepoint costs the whole transaction; a "
-    "COMMIT that the server answers with a rollback may pass for success; settings= and "
-    "session_settings raise; connect_timeout holds for open() only; application_name, "
-    "pool.ping_after and tcp_timeout are ignored; connections of a closed event loop or of a "
-    "parent process stay open; retries know the errors that have an SQLSTATE, and lost connections"
-)
-logger = logging.getLogger("sessionwire")
 
 
 class PostgreSQLDriver(Protocol):
@@ -166,6 +159,10 @@ class DatabaseEngines:
     def pool(self) -> ConnectionPool:
         return cast(ConnectionPool, self.primary.sync_engine.pool)
 
+    def list_blocks(self) -> tuple[OpenBlock, ...]:
+        """List the open blocks, the oldest first."""
+        return self.holders.list_blocks(self.pool.waiting)
+
     def set_up(
         self, connection: Connection, options: ConnectionOptions, settings: Mapping[str, str]
     ) -> None:
@@ -255,6 +252,7 @@ class DatabaseEngines:
         install_failure_listener(sync_engine)
         record_savepoints(engine.dialect)
         install_cancellation_listener(sync_engine)
+        watch_statements(sync_engine, self._settings, self.totals)
         return engine
 
     def _build_sqlite(self) -> AsyncEngine:
@@ -486,7 +484,7 @@ def _admit_uncertified_driver(url: URL, settings: DatabaseSettings) -> None:
             f"does not hold on it: {instead}, or set uncertified_driver: true beside url, and "
             "do without that"
         )
-    logger.warning(UNCERTIFIED, url.drivername)
+    DRIVER_UNCERTIFIED.log(driver=url.drivername)
 
 
 def _check_lifetime(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from time import monotonic
+from typing import Any
 
+from greenlet import getcurrent, greenlet
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_only
 from sqlalchemy.util.queue import Empty, Full, QueueCommon
@@ -14,6 +17,8 @@ from sqlalchemy.util.queue import Empty, Full, QueueCommon
 from .totals import Totals
 
 Turn = asyncio.Future[ConnectionPoolEntry]
+# A turn, with the task and the greenlet that wait for it.
+Place = tuple[Turn, asyncio.Task[Any] | None, greenlet]
 
 
 class FairQueue(QueueCommon[ConnectionPoolEntry]):
@@ -30,7 +35,7 @@ class FairQueue(QueueCommon[ConnectionPoolEntry]):
         self.maxsize = maxsize
         self.use_lifo = use_lifo
         self._idle: list[ConnectionPoolEntry] = []  # empty while a task waits
-        self._waiting: deque[Turn] = deque()
+        self._waiting: deque[Place] = deque()
 
     def empty(self) -> bool:
         return not self._idle
@@ -42,8 +47,9 @@ class FairQueue(QueueCommon[ConnectionPoolEntry]):
         return len(self._idle)
 
     @property
-    def waiting(self) -> int:
-        return len(self._waiting)
+    def waiting(self) -> Sequence[Place]:
+        """Those that wait, the longest first."""
+        return self._waiting
 
     def get(self, block: bool = True, timeout: float | None = None) -> ConnectionPoolEntry:
         """Take a connection.
@@ -59,7 +65,7 @@ class FairQueue(QueueCommon[ConnectionPoolEntry]):
             return self._idle.pop()
         if not block:
             raise Empty
-        return await_only(self._wait(timeout))
+        return await_only(self._wait(timeout, getcurrent()))
 
     def get_nowait(self) -> ConnectionPoolEntry:
         return self.get(block=False)
@@ -69,7 +75,7 @@ class FairQueue(QueueCommon[ConnectionPoolEntry]):
     ) -> None:
         """Give a connection back. Raises `Full`, without waiting."""
         while self._waiting:
-            turn = self._waiting.popleft()
+            turn, *_ = self._waiting.popleft()
             if not turn.done():
                 turn.set_result(item)
                 return
@@ -80,10 +86,11 @@ class FairQueue(QueueCommon[ConnectionPoolEntry]):
     def put_nowait(self, item: ConnectionPoolEntry) -> None:
         self.put(item)
 
-    async def _wait(self, timeout: float | None) -> ConnectionPoolEntry:
+    async def _wait(self, timeout: float | None, waiting: greenlet) -> ConnectionPoolEntry:
         loop = asyncio.get_running_loop()
         turn: Turn = loop.create_future()
-        self._waiting.append(turn)
+        place = turn, asyncio.current_task(), waiting
+        self._waiting.append(place)
         timer = None if timeout is None else loop.call_later(timeout, _give_up, turn)
         since = monotonic()
         try:
@@ -94,7 +101,7 @@ class FairQueue(QueueCommon[ConnectionPoolEntry]):
                 self.put(turn.result())
             else:
                 with suppress(ValueError):
-                    self._waiting.remove(turn)
+                    self._waiting.remove(place)
             raise
         finally:
             if timer is not None:

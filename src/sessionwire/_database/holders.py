@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import weakref
 from collections.abc import Callable, Collection
+from dataclasses import asdict
 from time import monotonic
 from typing import Any, Protocol
 
@@ -13,19 +13,20 @@ from greenlet import getcurrent, greenlet
 from sqlalchemy import Connection
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from sessionwire.status import Holder
+from sessionwire._log_events import CONNECTION_HELD
+from sessionwire.status import Holder, OpenBlock
 
-from .call_sites import CallSite, current_line, line_of
+from .call_sites import BY_HAND, CallSite, current_line, line_of
 from .totals import Totals
 
-BY_HAND = "manager.engine"
 MAX_LISTED = 10  # holders in an error
-logger = logging.getLogger("sessionwire.pool")
 
 Task = asyncio.Task[Any]
 # When a place was taken, by the monotonic clock, and in which task and greenlet. The
 # task is not kept alive: it may hold the connection in a variable.
 Use = tuple[float, "weakref.ref[Task] | None", greenlet]
+# A turn, and the task and greenlet that wait for it.
+Waiting = tuple[object, Task | None, greenlet]
 
 
 class Unit(Protocol):
@@ -33,6 +34,7 @@ class Unit(Protocol):
 
     task: Task | None
     call_site: CallSite | None
+    opened_at: float  # by the monotonic clock
 
     @property
     def transaction_connection(self) -> Connection | None:
@@ -65,7 +67,7 @@ class Holders:
         statement_of: Callable[[Any], str | None],
     ) -> None:
         self._units = units
-        self._totals = totals
+        self.totals = totals
         self._warn_after = warn_after
         self._statement_of = statement_of
         self._uses: dict[ConnectionPoolEntry, Use] = {}  # the longest is the first
@@ -88,7 +90,7 @@ class Holders:
         """Note that a place of the pool comes back."""
         use = self._uses.pop(place, None)
         if use is not None:
-            self._totals.held_for += monotonic() - use[0]
+            self.totals.held_for += monotonic() - use[0]
 
     def forget(self) -> None:
         """Forget all uses, of which nobody will hear again."""
@@ -109,6 +111,33 @@ class Holders:
         return tuple(
             _holder(place, use, units.get(place), self._statement_of)
             for place, use in list(self._uses.items())
+        )
+
+    def list_blocks(self, waiting: Collection[Waiting]) -> tuple[OpenBlock, ...]:
+        """List the open units, the oldest first.
+
+        Args:
+            waiting: The tasks that wait for a connection.
+        """
+        places = {unit: place for place, unit in self.find_units().items()}
+        return tuple(
+            self._block(unit, places.get(unit), waiting)
+            for unit in sorted(self._units, key=lambda unit: unit.opened_at)
+        )
+
+    def _block(
+        self, unit: Unit, place: ConnectionPoolEntry | None, waiting: Collection[Waiting]
+    ) -> OpenBlock:
+        now, connection = monotonic(), place and place.dbapi_connection
+        return OpenBlock(
+            call_site=line_of(unit.call_site),
+            open_for=now - unit.opened_at,
+            is_waiting=place is None
+            and any(unit.is_connecting(task, running) for _, task, running in waiting),
+            held_for=None if place is None else now - self._uses[place][0],
+            statement=None if connection is None else self._statement_of(connection),
+            task=None if unit.task is None else unit.task.get_name(),
+            line=None if unit.task is None else current_line(unit.task),
         )
 
     def find_units(self) -> dict[ConnectionPoolEntry, Unit]:
@@ -160,7 +189,7 @@ class Holders:
                 break
             if since > self._warned_until:
                 self._warned_until = since
-                logger.warning("a connection is held for long: %s", holder)
+                CONNECTION_HELD.log(holder=holder, **asdict(holder))
 
 
 def _holder(

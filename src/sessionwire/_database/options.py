@@ -9,6 +9,8 @@ from sqlalchemy import Connection
 
 # The execution option that holds them.
 CONNECTION_OPTIONS = "sessionwire_connection_options"
+# In the attributes of a connection: the call site of the block that uses it.
+CALL_SITE = "sessionwire_call_site"
 # The execution option of a connection whose statements may be sent without hooks and
 # settings.
 WITHOUT_HOOKS = "sessionwire_without_hooks"

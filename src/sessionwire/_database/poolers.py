@@ -8,7 +8,6 @@ one.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +16,11 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.util import greenlet_spawn
 
+from sessionwire._log_events import (
+    POOLER_FOUND,
+    POOLER_IGNORES_SETTINGS,
+    POOLER_SHARES_SESSIONS,
+)
 from sessionwire.errors import ConfigurationError
 from sessionwire.settings import DatabaseSettings
 
@@ -36,8 +40,6 @@ SHARE = 0.25  # of connect_timeout
 # SQLSTATEs duplicate_prepared_statement and invalid_sql_statement_name
 LOST_STATEMENTS = "42P05", "26000"
 REFUSED_PARAMETER = "unsupported startup parameter"
-
-logger = logging.getLogger("sessionwire")
 
 
 class Look(NamedTuple):
@@ -89,23 +91,16 @@ async def check_pooler(
             "missing there: write pooler: transaction beside url"
         )
     if look is not None and look.ignored:
-        logger.warning(
-            "the pooler in front of the server ignores %s: write pooler: %s beside url, which "
-            "lets them reach the server",
-            look.ignored,
-            "transaction" if is_shared else "transaction or pooler: session, as its pool_mode is,",
+        POOLER_IGNORES_SETTINGS.log(
+            ignored=look.ignored,
+            setting="transaction"
+            if is_shared
+            else "transaction or pooler: session, as its pool_mode is,",
         )
     elif is_shared:
-        logger.warning(
-            "a pooler in front of the server gives each transaction another session: write "
-            "pooler: transaction beside url, so that nothing here needs a session of its own"
-        )
+        POOLER_SHARES_SESSIONS.log()
     else:
-        logger.warning(
-            "a pooler or proxy answers in place of the server: write pooler: transaction beside "
-            "url if it gives each transaction another session, as PgBouncer does with "
-            "pool_mode = transaction, and otherwise pooler: session"
-        )
+        POOLER_FOUND.log()
 
 
 async def _look(connect: Callable[[], Any], settings: DatabaseSettings) -> Look | None:

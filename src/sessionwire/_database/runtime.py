@@ -7,13 +7,16 @@ import os
 import threading
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
+from time import monotonic
 from typing import Any, Self
 
 from sqlalchemy import Connection, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from sessionwire._config.url import whereabouts
+from sessionwire._log_events import BLOCK_CUT_OFF, DRAIN_BEGINS, SLOW_BLOCK
 from sessionwire._shield import run_shielded
 from sessionwire.credentials import CredentialsFunction
 from sessionwire.embedded import run_in_thread
@@ -28,12 +31,13 @@ from sessionwire.settings import DatabaseSettings
 from sessionwire.status import PoolStatus, Status
 
 from .begin_hooks import BeginHooks
+from .call_sites import CallSite, line_of
 from .connect_hooks import ConnectHooks
 from .credential_source import CredentialsError
 from .engine_options import EngineOptions
 from .engines import DatabaseEngines
 from .holders import Unit
-from .options import CONNECTION_OPTIONS, WITHOUT_HOOKS, ConnectionOptions
+from .options import CALL_SITE, CONNECTION_OPTIONS, WITHOUT_HOOKS, ConnectionOptions
 from .poolers import remedy_for
 from .totals import Totals
 from .transaction_settings import SettingsSource, TransactionSettings
@@ -72,6 +76,7 @@ class Database:
         self.constructor_settings = self.given_settings = settings
         self.current_engines: DatabaseEngines | None = None
         self.totals = Totals()
+        self.slow_block: float | None = None  # seconds, of the settings
         self._open_units: set[Unit] = set()
         self.make_engines: Callable[[DatabaseSettings], DatabaseEngines] = partial(
             DatabaseEngines,
@@ -144,13 +149,16 @@ class Database:
         )
         return needs_transaction and WITHOUT_HOOKS not in dict(options.execution_options)
 
-    def set_up_transaction(self, connection: Connection, options: ConnectionOptions) -> None:
+    def set_up_transaction(
+        self, connection: Connection, options: ConnectionOptions, call_site: CallSite | None
+    ) -> None:
         """Give a transaction that has begun its settings, and run the hooks.
 
         If that fails, the connection is invalidated: nothing may be sent without them.
         """
         engines = self.engines
-        connection.__dict__[CONNECTION_OPTIONS] = options
+        attributes = connection.__dict__
+        attributes[CONNECTION_OPTIONS], attributes[CALL_SITE] = options, call_site
         try:
             settings: Mapping[str, str] = {}
             has_settings = self._transaction_settings.source is not None or options.settings
@@ -183,14 +191,19 @@ class Database:
         if self._is_abandoned:
             self._abandon()
         engines, totals = self.current_engines, self.totals
+        settings = self.given_settings
         return Status(
+            name="" if settings is None else whereabouts(make_url(settings.url)),
             is_open=self.is_open,
+            is_closing=self._is_closing,
             open_scopes=len(self._open_units),
             pool=PoolStatus() if engines is None else engines.pool.status_now(),
             transactions=totals.transactions,
             retries=dict(totals.retries),
             connections=totals.connections,
             holders=() if engines is None else engines.holders.list_all(),
+            blocks=() if engines is None else engines.list_blocks(),
+            slow_statements=tuple(totals.slow_statements),
         )
 
     # Opening and closing
@@ -211,6 +224,7 @@ class Database:
         if self.check_session is not None:
             self.check_session(engines.primary)
         self.given_settings, self.current_engines = settings, engines
+        self.slow_block = settings.slow_block
 
     async def open(self) -> None:
         """Check that the database answers. Leaves nothing open if it does not.
@@ -252,6 +266,8 @@ class Database:
             try:
                 await self._drain(self._open_units.difference(enclosing))
             finally:
+                for block in engines.list_blocks():
+                    BLOCK_CUT_OFF.log(block=block, **asdict(block))
                 engines.refuse_checkouts()
                 for unit in self._open_units:
                     unit.abort()
@@ -281,8 +297,11 @@ class Database:
 
     async def _drain(self, units: set[Unit]) -> None:
         """Wait for the units, up to `drain_timeout`."""
+        timeout = self.settings.drain_timeout
+        if units:
+            DRAIN_BEGINS.log(blocks=len(units), timeout=timeout)
         with suppress(TimeoutError):
-            async with asyncio.timeout(self.settings.drain_timeout):
+            async with asyncio.timeout(timeout):
                 while units & self._open_units:
                     self._unit_released = asyncio.Event()
                     await self._unit_released.wait()
@@ -334,8 +353,15 @@ class Database:
     def release(self, unit: Unit) -> None:
         """Forget a unit that has ended and released its connection."""
         self._open_units.discard(unit)
+        if self.slow_block is not None:
+            self._log_if_slow(unit, self.slow_block)
         if self._unit_released is not None:
             self._unit_released.set()
+
+    def _log_if_slow(self, unit: Unit, limit: float) -> None:
+        duration = monotonic() - unit.opened_at
+        if duration > limit:
+            SLOW_BLOCK.log(duration=duration, call_site=line_of(unit.call_site))
 
     def has_unit_of_finished_task(self) -> bool:
         return any(unit.task is not None and unit.task.done() for unit in self._open_units)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 
 from sessionwire.errors import (
     CommitOutcomeUnknownError,
     TransactionTimeoutError,
     UnexpectedRollbackError,
 )
-from sessionwire.status import ConnectionTotals, TransactionTotals
+from sessionwire.status import ConnectionTotals, SlowStatement, TransactionTotals
+
+SLOW_STATEMENTS = 20  # that are kept, the latest first
 
 
 class Totals:
@@ -19,8 +21,9 @@ class Totals:
         self.committed = self.rolled_back = self.unexpected = self.unknown = 0
         self.timed_out = self.settled = 0
         self.retries: Counter[str] = Counter()
-        self.made = self.replaced = self.lost = 0
+        self.made = self.replaced = self.lost = self.timed_out = 0
         self.waited_for = self.held_for = 0.0  # seconds
+        self.slow_statements: deque[SlowStatement] = deque(maxlen=SLOW_STATEMENTS)
 
     def count_end(self, failure: BaseException | None, *, rolls_back: bool = False) -> None:
         """Count the end of a transaction.
@@ -55,4 +58,11 @@ class Totals:
 
     @property
     def connections(self) -> ConnectionTotals:
-        return ConnectionTotals(self.made, self.replaced, self.lost, self.waited_for, self.held_for)
+        return ConnectionTotals(
+            self.made,
+            self.replaced,
+            self.lost,
+            self.timed_out,
+            self.waited_for,
+            self.held_for,
+        )

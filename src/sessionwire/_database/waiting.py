@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 from collections.abc import Iterator
 from time import monotonic
 
+from sessionwire._log_events import WAITING_FOR_DATABASE
 from sessionwire.settings import DatabaseSettings
 
 from .driver_errors import sqlstate
@@ -15,7 +15,6 @@ from .driver_errors import sqlstate
 # SQLSTATE cannot_connect_now; also if no server has the role that the URL wants.
 STARTING = "57P03"
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds
-logger = logging.getLogger("sessionwire")
 
 
 class Waiting:
@@ -48,7 +47,7 @@ class Waiting:
     async def pause(self, reason: str) -> None:
         """Wait for a moment, each time twice as long."""
         if not self.has_waited:
-            logger.warning("waiting up to %g s for the database: %s", self._patience, reason)
+            WAITING_FOR_DATABASE.log(timeout=self._patience, reason=reason)
         self.has_waited = True
         await asyncio.sleep(self._pause)
         self._pause = min(2 * self._pause, LONGEST_PAUSE)

@@ -20,6 +20,7 @@ from sessionwire._database.holders import Holders
 from sessionwire._database.options import CONNECTION_OPTIONS, ConnectionOptions
 from sessionwire._database.runtime import Database
 from sessionwire._database.savepoints import install_cancellation_listener
+from sessionwire._database.slow_statements import watch_statements
 from sessionwire.errors import SandboxError
 
 from ._leaks import LeakDetector
@@ -95,6 +96,7 @@ class SandboxEngines(DatabaseEngines):
         self._database.begin_hooks.watch(engine)
         install_failure_listener(engine)
         install_cancellation_listener(engine)
+        watch_statements(engine, self._database.settings, self.totals)
         return engine
 
     def _on_begin(self, connection: Connection) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
@@ -13,10 +12,10 @@ from sessionwire._database.call_sites import UNKNOWN_LINE
 from sessionwire._database.driver_errors import IN_FAILED_TRANSACTION, sqlstate
 from sessionwire._database.holders import Unit
 from sessionwire._database.options import ConnectionOptions
+from sessionwire._log_events import WORK_UNDONE_IN_SANDBOX
 from sessionwire._shield import run_shielded
 from sessionwire.errors import SandboxError
 
-logger = logging.getLogger("sessionwire")
 SAVEPOINT_TIMEOUT = 30.0  # seconds to set, release or roll back a savepoint
 
 
@@ -125,11 +124,8 @@ class SavepointStack:
             inner.rolled_back_by_outer = True
             self.open.remove(inner)
         if virtual.committed_lines:
-            logger.warning(
-                "what was committed at %s is rolled back together with the enclosing transaction, "
-                "which was begun at %s: in a sandbox both share one connection",
-                ", ".join(virtual.committed_lines),
-                virtual.line,
+            WORK_UNDONE_IN_SANDBOX.log(
+                committed=", ".join(virtual.committed_lines), begun=virtual.line
             )
         name = self._name(virtual)
         try:

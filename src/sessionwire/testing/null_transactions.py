@@ -10,6 +10,7 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from sessionwire._core.session_classes import session_factory
+from sessionwire._database.call_sites import CallSite
 from sessionwire._database.engines import DatabaseEngines
 from sessionwire._database.options import ConnectionOptions
 from sessionwire._database.runtime import Database
@@ -23,8 +24,8 @@ class NullTransactionManager(TransactionManager):
 
     `@transactional`, `@read_only`, `transaction()` and `run()` do what they do with a
     database: hooks are called, retries are made, and propagation is checked. Nothing is
-    sent anywhere. `on_begin` and `on_connect` hooks, which need a connection, are never called. One
-    serves any number of tests, threads and event loops.
+    sent anywhere. `on_begin` and `on_connect` hooks, which need a connection, are never
+    called. One serves any number of tests, threads and event loops.
 
     Raises:
         NoSessionError: When a session of one of its blocks sends SQL or flushes.
@@ -56,7 +57,9 @@ class _NullDatabase(Database):
     def sets_up_transactions(self, options: ConnectionOptions) -> bool:
         return False
 
-    def set_up_transaction(self, connection: Connection, options: ConnectionOptions) -> None:
+    def set_up_transaction(
+        self, connection: Connection, options: ConnectionOptions, call_site: CallSite | None
+    ) -> None:
         """There are no settings to send."""
 
 
