@@ -63,6 +63,7 @@ nitpick_ignore_regex = [
 
 PUBLIC_MODULES = [
     "sessionwire",
+    "sessionwire.alembic",
     "sessionwire.asgi",
     "sessionwire.fastapi",
     "sessionwire.testing",

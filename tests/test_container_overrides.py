@@ -377,6 +377,13 @@ def metadata_overridden_late(container: Container) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def migrations_overridden_late(container: Container) -> Iterator[None]:
+    container.notebook()
+    with container.db.migrations.override("others"):
+        yield
+
+
 INEFFECTIVE = {
     overridden_manager: ("manager is overridden", "override Container.db.sessionmanager"),
     settings_overridden_late: (
@@ -389,6 +396,10 @@ INEFFECTIVE = {
     ),
     metadata_overridden_late: (
         "metadata were overridden",
+        "call Container.db.sessionmanager.reset() first",
+    ),
+    migrations_overridden_late: (
+        "migrations was overridden",
         "call Container.db.sessionmanager.reset() first",
     ),
 }

@@ -46,6 +46,7 @@ PROVIDERS: dict[str, tuple[type, type]] = {
     "config": (providers.Configuration, dict),
     "settings": (providers.ThreadSafeSingleton, DatabaseSettings),
     "metadata": (providers.Object, MetaData),
+    "migrations": (providers.Object, NoneType),
     "session_settings": (providers.Object, NoneType),
     "credentials": (providers.Object, NoneType),
     "session_class": (providers.Object, NoneType),

@@ -30,6 +30,9 @@ NAMES = [
     "ImplicitIOError",
     "IncompatibleTransactionError",
     "Lifespan",
+    "MigrationError",
+    "MigrationState",
+    "MigrationsPendingError",
     "NoSessionError",
     "NotInitializedError",
     "OwnershipError",
@@ -111,6 +114,8 @@ def test_the_docstring_of_errors_draws_the_actual_tree() -> None:
 
 
 OPTIONAL = (
+    "alembic",
+    "filelock",
     "fastapi",
     "starlette",
     "pytest",
@@ -202,4 +207,5 @@ def test_dir_of_a_manager_shows_only_what_users_call() -> None:
         "status",
     }
     of_its_use = {"session", "connect", "transaction", "create_all", "drop_all", "metadata"}
+    of_its_use |= {"migrate", "migration_state", "migrations"}
     assert public == of_its_life | of_its_use

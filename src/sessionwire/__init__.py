@@ -16,6 +16,8 @@ from .errors import (
     ConnectionFailedError,
     ImplicitIOError,
     IncompatibleTransactionError,
+    MigrationError,
+    MigrationsPendingError,
     NoSessionError,
     NotInitializedError,
     OwnershipError,
@@ -33,7 +35,7 @@ from .errors import (
 from .manager import DatabaseSessionManager, sessionmanager
 from .session import CurrentSession
 from .settings import DatabaseSettings, PoolSettings, Settings
-from .status import Holder, Status
+from .status import Holder, MigrationState, Status
 from .transaction import TransactionManager
 
 if TYPE_CHECKING:
@@ -63,6 +65,9 @@ __all__ = [
     "ImplicitIOError",
     "IncompatibleTransactionError",
     "Lifespan",
+    "MigrationError",
+    "MigrationState",
+    "MigrationsPendingError",
     "NoSessionError",
     "NotInitializedError",
     "OwnershipError",

@@ -76,6 +76,8 @@ class DatabaseContainer(containers.DeclarativeContainer, Generic[SessionT, Curre
         config: Raw values in place of `settings`, as `Configuration` providers hold
             them.
         metadata: The `MetaData` of the models; that of `Base` by default.
+        migrations: The directory of the migrations, or that of a package, such as
+            `"shop:migrations"`.
         session_settings: A function that returns the server's settings for a
             transaction, or a provider of one.
         credentials: A function that returns the password of a new connection, or a
@@ -107,6 +109,7 @@ class DatabaseContainer(containers.DeclarativeContainer, Generic[SessionT, Curre
     config = providers.Configuration()
     settings = providers.ThreadSafeSingleton(DatabaseSettings.load, config)
     metadata = providers.Object(Base.metadata)
+    migrations: providers.Provider[Any] = providers.Object(None)
     session_settings: providers.Provider[Any] = providers.Object(None)
     credentials: providers.Provider[Any] = providers.Object(None)
     session_class: providers.Provider[Any] = providers.Object(None)
@@ -118,6 +121,7 @@ class DatabaseContainer(containers.DeclarativeContainer, Generic[SessionT, Curre
         DatabaseSessionManager,
         settings,
         metadata=metadata,
+        migrations=migrations,
         session_settings=session_settings,
         credentials=credentials,
         session_class=session_class,

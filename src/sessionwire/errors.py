@@ -18,6 +18,8 @@
     │   ├── TransactionTimeoutError       the deadline of a block has passed
     │   ├── UnexpectedRollbackError       the block finished, its transaction rolled back
     │   └── CommitOutcomeUnknownError     the commit was sent, and no answer came
+    ├── MigrationError                  a migration was refused, or did not end in time
+    │   └── MigrationsPendingError        the database lacks migrations of this build
     └── SandboxError                    a sandbox cannot do this, or a test left it open
 
     UncommittedChangesWarning           a session() block ended with uncommitted changes
@@ -173,6 +175,22 @@ class CommitOutcomeUnknownError(TransactionError):
         super().__init__(message)
         self.transaction_id = transaction_id
         self.reason = reason
+
+
+class MigrationError(SessionwireError):
+    """A migration was refused or not finished; the message says why, and what to do.
+
+    What belongs to its transaction was rolled back. On PostgreSQL and SQLite that is
+    all, except for statements in an `autocommit_block()`.
+    """
+
+
+class MigrationsPendingError(MigrationError):
+    """The database is behind: it lacks migrations that this build of the program has.
+
+    Run `alembic upgrade head` or `await manager.migrate()` before the program starts,
+    or let it do so itself: `Lifespan(container, migrations="upgrade")`.
+    """
 
 
 class SandboxError(SessionwireError):

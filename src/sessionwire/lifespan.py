@@ -8,7 +8,7 @@ import weakref
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, Generic, TypeAlias, TypeVar, cast
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast, get_args
 
 from dependency_injector import containers, providers
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -17,11 +17,12 @@ from ._database.runtime import database_of
 from ._error_reports import chain_errors
 from .containers import DatabaseContainer
 from .errors import ConfigurationError
-from .manager import DatabaseSessionManager
+from .manager import DatabaseSessionManager, require_migrations
 from .settings import DatabaseSettings, as_settings
 
 C = TypeVar("C", bound=containers.Container)
 AnyResource: TypeAlias = "providers.Resource[Any]"
+Migrations: TypeAlias = Literal["ignore", "require", "upgrade"]
 
 
 class Lifespan(Generic[C]):
@@ -37,10 +38,14 @@ class Lifespan(Generic[C]):
 
     Args:
         container: An instance of a container.
+        migrations: What to do about a database that has `migrations`, when it is open
+            and before what depends on it. `"upgrade"` runs `migrate()`; `"require"`
+            refuses to start while the database is behind; both start if it is ahead.
 
     Raises:
         ConfigurationError: `container` is no container. On entering: settings cannot
-            work, or an override cannot take effect.
+            work, an override cannot take effect, or no database has migrations.
+        MigrationsPendingError: On entering: the database is behind, with `"require"`.
 
     Example:
         ```python
@@ -51,7 +56,7 @@ class Lifespan(Generic[C]):
         ```
     """
 
-    def __init__(self, container: C) -> None:
+    def __init__(self, container: C, *, migrations: Migrations = "ignore") -> None:
         given: Any = container
         if inspect.isclass(given) and issubclass(given, containers.DeclarativeContainer):
             name = given.__name__
@@ -63,12 +68,18 @@ class Lifespan(Generic[C]):
                 "Lifespan needs a container, such as Lifespan(Container()), and this is of type "
                 f"{type(given).__name__}"
             )
+        if migrations not in get_args(Migrations):
+            raise ConfigurationError(
+                f"Lifespan(migrations={migrations!r}): write 'ignore', 'require' or 'upgrade'"
+            )
         self.container = container
+        self._migrations: Migrations = migrations
 
     async def __aenter__(self) -> C:
         self.container.check_dependencies()
         for database in database_containers(self.container):
             _check_overrides(database)
+        migrated = self._managers_to_migrate()
         is_nested = any(other.container is self.container for other in _active_lifespans)
         # The enclosing Lifespan has opened these, and will close them.
         self._already_started = [
@@ -83,10 +94,32 @@ class Lifespan(Generic[C]):
                 if resource not in self._already_started:
                     self._started.append(resource)
                     await _await_if_needed(resource.init())
+                    if (manager := migrated.get(id(resource))) is not None:
+                        await self._migrate(manager)
         except BaseException as error:
             await self.__aexit__(type(error), error, None)
             raise
         return self.container
+
+    def _managers_to_migrate(self) -> dict[int, DatabaseSessionManager]:
+        """Return the managers that have migrations, by the resources that open them."""
+        if self._migrations == "ignore":
+            return {}
+        databases = list(database_containers(self.container))
+        managers = {id(each.manager): each.sessionmanager() for each in databases}
+        found = {key: each for key, each in managers.items() if each.migrations is not None}
+        if not found:
+            raise ConfigurationError(
+                f"Lifespan(migrations={self._migrations!r}): no database of the container has any: "
+                "write DatabaseContainer.nested(migrations='shop:migrations')"
+            )
+        return found
+
+    async def _migrate(self, manager: DatabaseSessionManager) -> None:
+        if self._migrations == "upgrade":
+            await manager.migrate()
+        else:
+            await require_migrations(manager)
 
     async def __aexit__(
         self,
@@ -205,8 +238,13 @@ def _check_overrides(database: Any) -> None:
             f"{prefix}settings or metadata were overridden after sessionmanager was built from "
             f"others: call {prefix}sessionmanager.reset() first"
         )
+    overridden = ""
     if database_of(manager).session_class is not (database.session_class() or AsyncSession):
+        overridden = "session_class"
+    elif manager.migrations != database.migrations():
+        overridden = "migrations"
+    if overridden:
         raise ConfigurationError(
-            f"{prefix}session_class was overridden after sessionmanager was built with another: "
+            f"{prefix}{overridden} was overridden after sessionmanager was built with another: "
             f"call {prefix}sessionmanager.reset() first"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self
 
@@ -18,11 +19,11 @@ from ._core.session_block import SessionBlock
 from ._core.session_classes import check_session, session_factory
 from ._database.call_sites import calling_site
 from ._database.engine_options import EngineOptions, checked
-from ._database.runtime import Database
+from ._database.runtime import Database, database_of
 from .base import Base
 from .credentials import CredentialsFunction
 from .settings import DatabaseSettings, as_settings
-from .status import Status
+from .status import MigrationState, Status
 from .transaction import SessionT, TransactionManager
 
 SCHEMA_LOCK = int.from_bytes(b"sessionw")  # the key of the advisory lock, 8315179226536832631
@@ -39,6 +40,8 @@ class DatabaseSessionManager(Generic[SessionT]):
         settings: What `open()` opens with: settings, or a URL. `init()` gives them
             later.
         metadata: The tables of `create_all()`. Default: `Base.metadata`.
+        migrations: The directory of the migrations that `migrate()` runs, or that of a
+            package, such as `"shop:migrations"`.
         session_settings: Returns the server's settings for a transaction or a read,
             such as `{"app.tenant": "7"}`. It is asked at the begin of each block that
             does not join another one. PostgreSQL only.
@@ -66,6 +69,7 @@ class DatabaseSessionManager(Generic[SessionT]):
     """
 
     metadata: MetaData
+    migrations: str | Path | None
     transaction: TransactionManager[SessionT]
 
     def __init__(
@@ -73,6 +77,7 @@ class DatabaseSessionManager(Generic[SessionT]):
         settings: DatabaseSettings | str | URL | None = None,
         *,
         metadata: MetaData | None = None,
+        migrations: str | Path | None = None,
         session_settings: Callable[[], Mapping[str, object]] | None = None,
         credentials: CredentialsFunction | None = None,
         session_class: type[SessionT] | None = None,
@@ -88,6 +93,7 @@ class DatabaseSessionManager(Generic[SessionT]):
         )
         self._choose_sessions(session_class or AsyncSession, session_options)
         self.metadata = Base.metadata if metadata is None else metadata
+        self.migrations = migrations
         self.transaction = TransactionManager(self)
 
     def _choose_sessions(
@@ -212,6 +218,60 @@ class DatabaseSessionManager(Generic[SessionT]):
         """
         return connection_block(self._database, calling_site())
 
+    # Tables
+
+    async def migrate(
+        self,
+        revision: str = "heads",
+        *,
+        lock_timeout: float | None = 5.0,
+        timeout: float | None = None,
+    ) -> MigrationState:
+        """Run the migrations that the database lacks, with Alembic.
+
+        Processes that start at once take turns: one migrates, the others wait for it. A
+        database that is up to date, or ahead of this build, stays as it is; the latter
+        is logged as a warning. If it is cancelled, or its process killed, what had not
+        ended is rolled back.
+
+        Args:
+            revision: The revision to reach. A database that is past it stays as it is.
+            lock_timeout: Seconds that a statement may wait for a lock that another
+                transaction holds, on PostgreSQL; meanwhile all other statements on that
+                table wait behind it. None: for as long as it takes.
+            timeout: Seconds for all of it, the wait for other processes included; None:
+                for as long as it takes.
+
+        Returns:
+            How far the database was before. Its `pending` are what this call has run.
+
+        Raises:
+            MigrationError: Alembic refuses, foreign keys are broken on SQLite, or it was
+                not done within `timeout`.
+            ConfigurationError: There are no migrations, their `env.py` does not call
+                `run_migrations()`, or `migrations_url` is missing beside `pooler`.
+            ImportError: `sessionwire[alembic]` is not installed.
+        """
+        from ._migrations import upgrade  # Alembic is an extra.
+
+        scripts = upgrade.scripts_of(self.migrations, self.metadata)
+        return await upgrade.migrate(
+            self._database, scripts, revision, lock_timeout=lock_timeout, timeout=timeout
+        )
+
+    async def migration_state(self) -> MigrationState:
+        """Return which migrations the database has and lacks. Changes nothing.
+
+        Raises:
+            ConfigurationError: As `migrate()`.
+            ImportError: `sessionwire[alembic]` is not installed.
+        """
+        from ._migrations import upgrade
+
+        return await upgrade.look(
+            self._database, upgrade.scripts_of(self.migrations, self.metadata)
+        )
+
     async def create_all(self, connection: AsyncConnection) -> None:
         """Create the missing tables of `metadata`.
 
@@ -225,6 +285,14 @@ class DatabaseSessionManager(Generic[SessionT]):
         """Drop the tables of `metadata`, one process at a time like `create_all()`."""
         await _lock_schema(connection)
         await connection.run_sync(self.metadata.drop_all)
+
+
+async def require_migrations(manager: DatabaseSessionManager[Any]) -> None:
+    """Raise `MigrationsPendingError` if the database is behind this build."""
+    from ._migrations import upgrade
+
+    scripts = upgrade.scripts_of(manager.migrations, manager.metadata)
+    await upgrade.require(database_of(manager), scripts)
 
 
 async def _lock_schema(connection: AsyncConnection) -> None:

@@ -38,6 +38,7 @@ from ._config.url_parts import (
     check_keys,
     check_password_file,
     complete_url,
+    fill_up_url,
     mask_secret,
     parse_secret,
 )
@@ -52,6 +53,7 @@ SERVER_SETTINGS = (
     "lock_timeout",
     "idle_in_transaction_timeout",
     "pooler",
+    "migrations_url",
 )
 
 
@@ -191,6 +193,17 @@ class DatabaseSettings(_Model):
             "none: nothing; PostgreSQL"
         ),
     )
+    migrations_url: Annotated[
+        str | URL | None,
+        PlainValidator(lambda value: value and parse_url(value)),
+        PlainSerializer(lambda url: url and mask_url(url)),
+    ] = Field(
+        None,
+        description=(
+            "the way to the server past the pooler, for migrations; user, password and database "
+            "are those of url unless it names others; PostgreSQL"
+        ),
+    )
     uncertified_driver: bool = Field(
         False, description="let a driver pass on which less holds, with a warning that says what"
     )
@@ -249,6 +262,8 @@ class DatabaseSettings(_Model):
         if not problems:
             try:
                 vars(self)["url"] = complete_url(url, keys)
+                if direct := cast("DatabaseURL | None", self.migrations_url):
+                    vars(self)["migrations_url"] = fill_up_url(direct, cast(URL, self.url))
             except ValueError as error:
                 problems = {"port" if self.host is None else "host": str(error)}
         if problems:

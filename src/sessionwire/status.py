@@ -1,4 +1,7 @@
-"""`Status`: what a manager has open, who holds its connections, and totals."""
+"""`Status`: what a manager has open, who holds its connections, and totals.
+
+`MigrationState` is how far the migrations of its database are.
+"""
 
 from __future__ import annotations
 
@@ -193,3 +196,30 @@ def _where(task: str | None, line: str | None, statement: str | None) -> str:
     if statement is not None:
         said += f"; last statement: {shorten(statement, STATEMENT_WIDTH, placeholder=' …')}"
     return said
+
+
+@dataclass(frozen=True)
+class MigrationState:
+    """How far the migrations of a database are.
+
+    Attributes:
+        current: The revisions that the database is at; none if it has no migration yet.
+        heads: The newest revisions that this build of the program has.
+        pending: The revisions that the database lacks, in the order in which they run.
+        unknown: Those of `current` that this build does not have.
+    """
+
+    current: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    pending: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the database lacks migrations of this build."""
+        return bool(self.pending)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the database has migrations of a newer build."""
+        return bool(self.unknown)

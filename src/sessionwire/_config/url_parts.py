@@ -141,3 +141,12 @@ def complete_url(url: DatabaseURL, keys: Mapping[str, Any]) -> DatabaseURL:
     if "database" in parts:
         completed = completed._replace(database=parts["database"])
     return DatabaseURL._make(completed)
+
+
+def fill_up_url(url: DatabaseURL, other: URL) -> DatabaseURL:
+    """Return the URL with user, password and database of another one, unless it names them."""
+    username, password = url.username or other.username, url.password
+    if password is None and username == other.username:
+        password = other.password
+    database = url.database or other.database
+    return DatabaseURL._make(url._replace(username=username, password=password, database=database))

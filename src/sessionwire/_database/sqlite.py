@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -127,9 +128,9 @@ def _begin(connection: Connection, lock_timeout: float) -> None:
     and for other processes in short intervals, so that it can be cancelled.
     """
     options = connection.get_execution_options()
-    ours: ConnectionOptions = options.get(CONNECTION_OPTIONS) or ConnectionOptions(
-        autocommit=options.get("isolation_level") == "AUTOCOMMIT"
-    )
+    ours: ConnectionOptions = options.get(CONNECTION_OPTIONS) or ConnectionOptions()
+    if options.get("isolation_level") == "AUTOCOMMIT":
+        ours = replace(ours, autocommit=True, write_intent=False)
     connection.info.pop(STATEMENTS_SENT, None)
     script = ""
     if connection.info.pop(QUERY_ONLY, None) != ours.read_only:
@@ -207,5 +208,5 @@ def _run(connection: Any, script: str) -> None:
 
 def delete_database_files(file: Path) -> None:
     """Delete a database file and the files that SQLite keeps beside it."""
-    for suffix in ("", "-wal", "-shm"):
+    for suffix in ("", "-wal", "-shm", ".migrating"):
         Path(f"{file}{suffix}").unlink(missing_ok=True)
