@@ -26,6 +26,7 @@ NAMES = [
     "DatabaseContainer",
     "DatabaseSessionManager",
     "DatabaseSettings",
+    "Health",
     "Holder",
     "ImplicitIOError",
     "IncompatibleTransactionError",
@@ -205,6 +206,7 @@ def test_dir_of_a_manager_shows_only_what_users_call() -> None:
         "settings",
         "engine",
         "status",
+        "health",
     }
     of_its_use = {"session", "connect", "transaction", "create_all", "drop_all", "metadata"}
     of_its_use |= {"migrate", "migration_state", "migrations"}

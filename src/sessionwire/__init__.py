@@ -32,6 +32,7 @@ from .errors import (
     UncommittedChangesWarning,
     UnexpectedRollbackError,
 )
+from .health import Health
 from .manager import DatabaseSessionManager, sessionmanager
 from .session import CurrentSession
 from .settings import DatabaseSettings, PoolSettings, Settings
@@ -61,6 +62,7 @@ __all__ = [
     "DatabaseContainer",
     "DatabaseSessionManager",
     "DatabaseSettings",
+    "Health",
     "Holder",
     "ImplicitIOError",
     "IncompatibleTransactionError",

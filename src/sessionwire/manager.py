@@ -19,9 +19,11 @@ from ._core.session_block import SessionBlock
 from ._core.session_classes import check_session, session_factory
 from ._database.call_sites import calling_site
 from ._database.engine_options import EngineOptions, checked
+from ._database.health_check import check_health
 from ._database.runtime import Database, database_of
 from .base import Base
 from .credentials import CredentialsFunction
+from .health import Health
 from .settings import DatabaseSettings, as_settings
 from .status import MigrationState, Status
 from .transaction import SessionT, TransactionManager
@@ -190,6 +192,17 @@ class DatabaseSessionManager(Generic[SessionT]):
         and after `close()` nothing is open. Does no I/O.
         """
         return self._database.status()
+
+    async def health(self, timeout: float = 2.0) -> Health:
+        """Find out whether the manager can serve: whether the server answers.
+
+        It sends one message, on a connection of the pool, and nothing if the manager is
+        not open. It raises no error of the database, and is no transaction.
+
+        Args:
+            timeout: Seconds for a connection to become free, and for the answer.
+        """
+        return await check_health(self._database, timeout)
 
     # Use
 

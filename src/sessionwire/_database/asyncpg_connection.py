@@ -173,7 +173,7 @@ class Connection(asyncpg.Connection):
         finally:
             resolver.unwatch(self)
 
-    async def ping(self, timeout: float) -> None:
+    async def ping(self, timeout: float | None) -> None:
         """Ask the server something, outside of a transaction."""
         await self.execute("SELECT 1", timeout=timeout)
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Self, cast
+from typing import Any, Self, cast
 
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
+from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.pool.base import _ConnectionRecord  # pyright: ignore[reportPrivateUsage]
+from sqlalchemy.util import greenlet_spawn
 
+from sessionwire._shield import run_shielded
 from sessionwire.status import PoolStatus
 
 from .fair_queue import FairQueue
 from .holders import Holders, Waiting
 from .totals import Totals
+
+RESET_TIMEOUT = 1.0  # seconds
 
 
 class ConnectionPool(AsyncAdaptedQueuePool):
@@ -53,6 +57,22 @@ class ConnectionPool(AsyncAdaptedQueuePool):
             waiting=len(self.waiting),
             limit=self.size() + self._max_overflow,
         )
+
+    async def ping(self, connection: PoolProxiedConnection) -> None:
+        """Let the server answer on a connection, and give it back.
+
+        If it does not answer, or the task is cancelled, the connection is closed.
+        """
+        try:
+            await self._ask(connection)
+        except BaseException as error:
+            await greenlet_spawn(connection.invalidate, error)
+            raise
+        await run_shielded(greenlet_spawn(connection.close), RESET_TIMEOUT)
+
+    async def _ask(self, connection: PoolProxiedConnection) -> None:
+        dialect: Any = self._dialect
+        await greenlet_spawn(dialect.do_ping, connection.dbapi_connection)
 
     def _do_get(self) -> ConnectionPoolEntry:
         try:

@@ -10,7 +10,7 @@ from typing import Any, Self, cast
 
 from sqlalchemy import AdaptedConnection, Engine, event
 from sqlalchemy.exc import DisconnectionError
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util import await_only
 
 from sessionwire.settings import DatabaseSettings
@@ -79,6 +79,10 @@ class PostgreSQLPool(ConnectionPool):
             return DisconnectionError("the server does not answer on this connection")
         return None
 
+    async def _ask(self, connection: PoolProxiedConnection) -> None:
+        driver: Any = connection.driver_connection
+        await _ping(driver)
+
     # Take back
 
     def _take_back(self, record: ConnectionPoolEntry) -> None:
@@ -135,11 +139,19 @@ def watch_connections(
 def _answers(driver: Any, timeout: float) -> bool:
     """Ping the server with one message; SQLAlchemy's own ping takes three."""
     try:
-        await_only(driver.ping(timeout))
+        await_only(_ping(driver, timeout))
     except Exception:
-        driver.terminate()
         return False
     return True
+
+
+async def _ping(driver: Any, timeout: float | None = None) -> None:
+    try:
+        await driver.ping(timeout)
+    except BaseException:
+        # There is nothing worth cancelling in a server that may not even answer to that.
+        driver.terminate()
+        raise
 
 
 def _take_cleanup(record: ConnectionPoolEntry) -> Cleanup | None:

@@ -197,7 +197,7 @@ class Connection(psycopg.AsyncConnection[Any]):
             if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
                 self.pgconn.finish()
 
-    async def ping(self, timeout: float) -> None:
+    async def ping(self, timeout: float | None) -> None:
         """Ask the server something, outside of a transaction."""
         await self.run(b"SELECT 1", timeout)
 

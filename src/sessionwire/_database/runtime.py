@@ -27,6 +27,7 @@ from sessionwire.errors import (
     NotInitializedError,
     OwnershipError,
 )
+from sessionwire.health import Health
 from sessionwire.settings import DatabaseSettings
 from sessionwire.status import PoolStatus, Status
 
@@ -47,6 +48,7 @@ NOT_INITIALIZED_HINT = (
     "call init(url) or await open() first, or start the container with Lifespan; "
     "after close() open it anew"
 )
+NOT_OPENED = "the manager was not opened: call open(), or start the container with Lifespan"
 
 
 class Database:
@@ -72,6 +74,7 @@ class Database:
         self.begin_hooks = BeginHooks(self._transaction_settings)
         self.connect_hooks = ConnectHooks()
         self.is_open = False  # the database has answered
+        self.why_not_open = NOT_OPENED  # a sentence for `health()`
         # None until they are given; the properties below raise then.
         self.constructor_settings = self.given_settings = settings
         self.current_engines: DatabaseEngines | None = None
@@ -206,6 +209,22 @@ class Database:
             slow_statements=tuple(totals.slow_statements),
         )
 
+    def find_defect(self) -> Health | None:
+        """Tell why it can't serve, as far as that is known without asking the server."""
+        if self._is_abandoned:
+            self._abandon()
+        if self._loop is not None and self._loop is not running_loop():
+            reason = "the manager belongs to another event loop, which is still open"
+            return Health(is_live=False, is_ready=False, reason=reason)
+        if self._is_closing:
+            count = len(self._open_units)
+            reason = f"the manager is closing, and waits for {count} open block(s)"
+        elif not self.is_open:
+            reason = self.why_not_open
+        else:
+            return None
+        return Health(is_live=True, is_ready=False, reason=reason)
+
     # Opening and closing
 
     def init(self, settings: DatabaseSettings) -> None:
@@ -243,12 +262,14 @@ class Database:
             if created_here:
                 self.init(self.constructor_settings or self.settings)
             engines = self.engines
+            self.why_not_open = "the manager is being opened"
             try:
                 await self._check_connection(engines)
                 self.is_open = True
-            finally:
-                if not self.is_open:
-                    await self._dispose(engines, reset=created_here)
+            except BaseException as error:
+                self.why_not_open = f"open() has failed: {str(error) or type(error).__name__}"
+                await self._dispose(engines, reset=created_here)
+                raise
 
     async def close(self, *, enclosing: Collection[Unit]) -> None:
         """Refuse new units, wait for open ones, abort the rest, dispose the engines.
@@ -263,6 +284,7 @@ class Database:
             if engines is not self.current_engines:
                 return  # another task has closed it meanwhile
             self._is_closing = True
+            self.why_not_open = "the manager was closed"
             try:
                 await self._drain(self._open_units.difference(enclosing))
             finally:
@@ -284,10 +306,11 @@ class Database:
             except ConfigurationError:
                 raise
             except Exception as error:
-                failure = f"{whereabouts(make_url(self.settings.url))}: {_explain(error, timeout)}"
+                failure = f"{whereabouts(make_url(self.settings.url))}: {explain(error, timeout)}"
                 if not waiting.goes_on(error):
                     after = f"; waited {waiting.waited:.1f} s for it" if waiting.has_waited else ""
                     raise ConnectionFailedError(f"could not open {failure}{after}") from error
+            self.why_not_open = f"the manager waits for the database: {failure}"
             await waiting.pause(failure)
 
     async def _connect_once(self, engines: DatabaseEngines, timeout: float) -> None:
@@ -313,7 +336,7 @@ class Database:
         """
         timeout = self.settings.rollback_timeout
         try:
-            if self._open_units:
+            if self._open_units or engines.holders:
                 with suppress(TimeoutError):
                     await run_shielded(engines.abort_all(), timeout)
             with suppress(TimeoutError):
@@ -398,14 +421,20 @@ class Database:
 
     def _abandon(self) -> None:
         """Drop what belongs to that loop or process, without a word to the server."""
+        is_forked = self._process != os.getpid()
         if self.current_engines is not None:
-            self.current_engines.abandon(is_forked=self._process != os.getpid())
+            self.current_engines.abandon(is_forked=is_forked)
         for unit in self._open_units:
             unit.abort()
         if self._is_closing:  # and will not get further
             self.current_engines = None
         self._open_units.clear()
         self.is_open = self._is_closing = False
+        self.why_not_open = (
+            "the manager was opened in the process that this one was forked from"
+            if is_forked
+            else "the manager was opened in an event loop that is closed"
+        ) + ": call open() in this one"
         self._unit_released = self._loop = None
 
     def ownership_error(self) -> OwnershipError:
@@ -429,14 +458,15 @@ class Database:
         return error
 
 
-def _explain(error: BaseException, timeout: float) -> str:
+def explain(error: BaseException, timeout: float) -> str:
     """Return the first cause of an attempt that failed."""
     if isinstance(error, TimeoutError):
         return f"TimeoutError: no answer within {timeout:.3g} s"
     while error.__cause__ is not None and not isinstance(error, CredentialsError):
         error = error.__cause__
     remedy = remedy_for(error)
-    return f"{type(error).__name__}: {error}{remedy and f'; {remedy}'}"
+    said = " ".join(str(error).split())  # psycopg's has several lines.
+    return f"{type(error).__name__}: {said}{remedy and f'; {remedy}'}"
 
 
 _ownership_lock = threading.Lock()  # two threads may take a database for their loops at once

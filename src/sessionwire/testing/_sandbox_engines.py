@@ -72,6 +72,7 @@ class SandboxEngines(DatabaseEngines):
         # the transaction that all share has begun, so they can no longer be set
         for name in ("set_isolation_level", "set_readonly", "set_deferrable"):
             setattr(dialect, name, _do_nothing)
+        dialect.do_ping = _do_nothing  # It would have to wait for its turn.
         dialect.do_close = dialect.do_terminate = shared.abort
         settings = self._database.settings.pool
         pool = ConnectionPool(
