@@ -2,6 +2,8 @@
 
 import asyncio
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 from sqlalchemy import text
@@ -18,4 +20,6 @@ async def main() -> None:
 assert Path(sessionwire.__file__).with_name("py.typed").exists(), "py.typed is missing"
 assert importlib.util.find_spec("ledger") is None, "the ledger is in the wheel"
 asyncio.run(main())
+command = subprocess.run([sys.executable, "-m", "sessionwire"], capture_output=True, text=True)
+assert "pip install 'sessionwire[cli]'" in command.stderr, "the command line explains nothing"
 print("the wheel works")

@@ -542,7 +542,7 @@ KINDS: dict[str, Callable[[Shell, Command], None]] = {
     r"pip install .+": install,
     r"([A-Z_]+=\S+ )*python \w+\.py( .+)?": run_program,
     r"([A-Z_]+=\S+ )*pytest( .+)?": run_tests,
-    r"([A-Z_]+=\S+ )*alembic .+": run_tool,
+    r"([A-Z_]+=\S+ )*(alembic|sessionwire) .+": run_tool,
     r"([A-Z_]+=\S+ )*(uvicorn|gunicorn|litestar) .+": serve,
     r"([A-Z_]+=\S+ )*(celery|taskiq) .+": work,
     r"curl .+": ask,
