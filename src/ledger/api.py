@@ -16,7 +16,7 @@ from sessionwire.fastapi import Provide, inject
 
 from .container import Container
 from .errors import InvalidAmount, LedgerError, UnknownAccount
-from .models import Account, Transfer, create_tables
+from .models import Account, Transfer
 from .problems import install_error_handlers, problem_responses
 from .services import AccountService, TransferService
 
@@ -164,8 +164,7 @@ def create_app(container: Container) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        async with Lifespan(container):
-            await create_tables(container.db.sessionmanager())
+        async with Lifespan(container, migrations="upgrade"):
             container.wire(modules=[__name__])
             try:
                 yield

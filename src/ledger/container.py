@@ -16,7 +16,9 @@ class Container(containers.DeclarativeContainer):
     """
 
     settings = providers.ThreadSafeSingleton(LedgerSettings.load)
-    db = DatabaseContainer.nested(settings=settings.provided.database)
+    db = DatabaseContainer.nested(
+        settings=settings.provided.database, migrations="ledger:migrations"
+    )
 
     account_repository = providers.Factory(AccountRepository, session=db.session)
     transfer_repository = providers.Factory(TransferRepository, session=db.session)

@@ -15,7 +15,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Mapped, mapped_column
 
-from sessionwire import Base, DatabaseSessionManager
+from sessionwire import Base
 
 MAX_KEY_LENGTH = 200
 CENT = Decimal("0.01")
@@ -95,9 +95,3 @@ class Transfer(Base):
     target_id: Mapped[int] = mapped_column(ForeignKey(Account.id), index=True)
     amount: Mapped[Decimal] = mapped_column(Money)
     booked_at: Mapped[datetime] = mapped_column(UTCDateTime, default=lambda: datetime.now(UTC))
-
-
-async def create_tables(manager: DatabaseSessionManager) -> None:
-    """Create the tables that do not exist yet."""
-    async with manager.connect() as connection:
-        await manager.create_all(connection)

@@ -112,8 +112,8 @@ def sessionwire_container() -> Any:
 def sessionwire_seed() -> Seed | None:
     """Return an async function that makes the tables, and rows for each test to find.
 
-    It takes an open manager. By default it is `create_all()`, which makes the tables of
-    the container's metadata.
+    It takes an open manager. By default it is `migrate()`, or for a database without
+    migrations `create_all()`, which makes the tables of the container's metadata.
     """
     return None
 

@@ -18,7 +18,7 @@ import psutil
 from sqlalchemy import func, select
 
 from ledger.container import Container
-from ledger.models import Account, Transfer, create_tables
+from ledger.models import Account, Transfer
 from ledger.settings import LedgerSettings
 from sessionwire import DatabaseSessionManager, DatabaseSettings, Lifespan
 from tests.cluster import Cluster, Server, cluster
@@ -196,7 +196,7 @@ async def _books(server: Server | None, ground: Ground) -> AsyncIterator[Contain
         Container(settings=LedgerSettings(database=DatabaseSettings(url=url)))
     ) as container:
         manager = _manager(container)
-        await create_tables(manager)
+        await manager.migrate()
         async with manager.connect() as connection:
             await connection.run_sync(witness.metadata.create_all)
         yield container

@@ -87,10 +87,8 @@ def dump(url: URL) -> list[str]:
 async def committed(database_url: str) -> AsyncIterator[Container]:
     """A container over empty tables that other connections and processes also see."""
     database = DatabaseSettings(url=database_url, pool=POOL)
-    async with Lifespan(Container(settings=LedgerSettings(database=database))) as container:
-        manager = container.db.sessionmanager()
-        async with manager.connect() as connection:
-            await manager.create_all(connection)
+    container = Container(settings=LedgerSettings(database=database))
+    async with Lifespan(container, migrations="upgrade"):
         yield container
 
 

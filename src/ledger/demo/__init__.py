@@ -16,7 +16,7 @@ from time import perf_counter
 from dependency_injector.wiring import Provide, inject
 
 from ledger.container import Container
-from ledger.models import Account, Transfer, create_tables
+from ledger.models import Account, Transfer
 from ledger.services import AccountService
 from ledger.settings import LedgerSettings
 from sessionwire import DatabaseSessionManager, Lifespan
@@ -38,7 +38,7 @@ class Options:
 
 async def run(settings: LedgerSettings, options: Options) -> bool:
     """Run the demo. Return True if every check passed."""
-    async with Lifespan(Container(settings=settings)) as container:
+    async with Lifespan(Container(settings=settings), migrations="upgrade") as container:
         # Named one by one: wiring the whole package would also import its `__main__`.
         container.wire(modules=[__name__, f"{__name__}.workload"])
         try:
@@ -56,7 +56,6 @@ async def demo(
 ) -> bool:
     """Open accounts, send transfers, check the answers. Return True if all are right."""
     report.show_header(manager.engine)
-    await create_tables(manager)
     before = await accounts.audit()
     report.show_earlier_runs(before)
 

@@ -35,7 +35,7 @@ async def open_templates(
         container: The container.
         server: The settings of a database beside which the templates are made.
         seed: An async function that makes their tables and rows; by default
-            `create_all()`.
+            `migrate()`, or `create_all()` for a database without migrations.
         run: The name of a test run, whose processes share the templates.
     """
     async with AsyncExitStack() as stack:
@@ -96,9 +96,15 @@ def _databases_by_settings_name(container: containers.Container) -> dict[str, Da
 async def _seed(
     database: DatabaseContainer, seed: Seed | None, manager: DatabaseSessionManager
 ) -> None:
-    manager.metadata = database.metadata()
+    manager.metadata, manager.migrations = database.metadata(), database.migrations()
     if seed is not None:
         await seed(manager)
-        return
+    elif manager.migrations is not None:
+        await manager.migrate()
+    else:
+        await _create_tables(manager)
+
+
+async def _create_tables(manager: DatabaseSessionManager) -> None:
     async with manager.connect() as connection:
         await manager.create_all(connection)
