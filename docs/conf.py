@@ -48,7 +48,8 @@ napoleon_numpy_docstring = False
 nitpick_ignore_regex = [
     (
         "py:.*",
-        r"(sqlalchemy|dependency_injector|pydantic|pydantic_settings|fastapi|starlette|pytest)\..*",
+        r"(sqlalchemy|dependency_injector|pydantic|pydantic_settings|fastapi|opentelemetry|starlette"
+        r"|pytest)\..*",
     ),
     (
         "py:.*",
@@ -66,6 +67,7 @@ PUBLIC_MODULES = [
     "sessionwire.alembic",
     "sessionwire.asgi",
     "sessionwire.fastapi",
+    "sessionwire.opentelemetry",
     "sessionwire.testing",
 ]
 

@@ -118,6 +118,7 @@ OPTIONAL = (
     "alembic",
     "filelock",
     "fastapi",
+    "opentelemetry",
     "starlette",
     "pytest",
     "asyncpg",

@@ -101,6 +101,8 @@ async def test_the_pool_is_shown_as_it_is(database_url: str) -> None:
             assert manager.status().pool.in_use == 2
             await third
             assert manager.status().pool.waiting == 0
+            assert manager.status().connections.timed_out == 1
+            assert manager.status().transactions.timed_out == 0
         assert manager.status().connections.waited_for >= 0.2
         assert manager.status().connections.held_for >= 0.4
         assert manager.status().connections.made == 2

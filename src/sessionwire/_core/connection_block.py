@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from time import monotonic
@@ -14,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncTransaction
 from sessionwire._database.call_sites import CallSite
 from sessionwire._database.completion import close_or_invalidate, finish_commit, finish_rollback
 from sessionwire._database.failed_statements import failure_log
+from sessionwire._database.observer import ObservedTransaction
 from sessionwire._database.options import ConnectionOptions
 from sessionwire._database.runtime import Database, running_loop
 from sessionwire._database.sql_text import is_dml
@@ -70,6 +72,10 @@ async def connection_block(
     transaction: AsyncTransaction | None = None
     failure: BaseException | None = None
     end_failure: BaseException | None = None  # No error that only passes through.
+    observed: ObservedTransaction | None = None
+    outcome: str | None = None
+    if database.observer is not None:
+        observed = database.observer.begin(call_site, options)
     is_ending = False
     try:
         await connection
@@ -82,6 +88,10 @@ async def connection_block(
                 await connection.invalidate()
                 raise NotInitializedError("it was closed while connect() waited for a connection")
             transaction = await connection.begin()
+            if database.observer is not None and observed is not None:
+                database.observer.connect(
+                    cast(Connection, connection.sync_connection), observed, call_site
+                )
             await connection.run_sync(database.set_up_transaction, options, call_site)
             event.listen(connection.sync_connection, "after_cursor_execute", unit.record_write)
             yield connection
@@ -109,8 +119,10 @@ async def connection_block(
         finally:
             if running_loop() is loop:  # otherwise it is another process's, or its loop is closed
                 if transaction is not None:
-                    database.totals.count_end(end_failure, rolls_back=not is_ending)
+                    outcome = database.totals.count_end(end_failure, rolls_back=not is_ending)
                 work = close_or_invalidate(connection)
                 await finish_rollback(work, database.settings.rollback_timeout, failure)
     finally:
         database.release(unit)
+        if observed is not None:
+            observed.end(outcome, None if outcome == "committed" else sys.exception())

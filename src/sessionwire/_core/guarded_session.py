@@ -370,4 +370,6 @@ def _on_begin(
     scope.is_uncounted = scope.is_bare
     if scope.transaction is not None and not scope.options.autocommit:
         scope.transaction.has_begun = True
+    if scope.database.observer is not None:
+        scope.tell_connection(scope.database.observer, connection)
     scope.database.set_up_transaction(connection, scope.options, scope.call_site)

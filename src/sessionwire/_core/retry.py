@@ -100,7 +100,9 @@ async def run_with_retries(
     while True:
         attempt += 1
         find_reason = rule.find_reason if attempt < attempts else None
-        block = TransactionBlock(database, definition, call_site, find_retry_reason=find_reason)
+        block = TransactionBlock(
+            database, definition, call_site, find_retry_reason=find_reason, attempt=attempt
+        )
         try:
             if attempt > 1:
                 longest = min(MAX_BACKOFF, INITIAL_BACKOFF * 2.0 ** min(attempt - 1, 20))

@@ -19,6 +19,7 @@ from sqlalchemy.util import greenlet_spawn
 from sessionwire._database.call_sites import CallSite
 from sessionwire._database.completion import finish_commit, finish_rollback
 from sessionwire._database.failed_statements import failures_of
+from sessionwire._database.observer import Observer, observed_on
 from sessionwire._database.options import ConnectionOptions
 from sessionwire._database.runtime import Database, running_loop
 from sessionwire._error_reports import closed_while_open_error, unexpected_rollback
@@ -146,6 +147,8 @@ class Scope:
             if not is_closed:
                 Session.close(self.session.sync_session)
             self.database.release(self)
+            if self.is_bare and self.database.observer is not None:
+                self.tell_end(None)
             del self.session  # break the cycle between session and scope, so both are freed at once
 
     @property
@@ -441,7 +444,27 @@ class Scope:
         """Count the end of a bare session's transaction once, see `Totals.count_end()`."""
         if self.is_uncounted and self.transaction is None:
             self.is_uncounted = False
-            self.database.totals.count_end(failure, rolls_back=rolls_back)
+            outcome = self.database.totals.count_end(failure, rolls_back=rolls_back)
+            if self.database.observer is not None:
+                self.tell_end(outcome, failure)
+
+    # What an observer is told
+
+    def tell_connection(self, observer: Observer, connection: Connection) -> None:
+        """Tell it that a connection serves this scope from now on."""
+        outermost = self.transaction
+        while outermost is not None and outermost.parent is not None:
+            outermost = outermost.parent
+        observed = None if outermost is None else outermost.observed
+        if self.is_bare and outermost is None:  # Its transaction has no block of its own.
+            observed = observer.begin(self.call_site, self.options, is_block=False)
+        observer.connect(connection, observed, self.call_site)
+
+    def tell_end(self, outcome: str | None, failure: BaseException | None = None) -> None:
+        """Tell it that the transaction of a bare session has ended."""
+        observed = observed_on(self.transaction_connection)
+        if self.is_bare and observed is not None:
+            observed.end(outcome, failure)
 
     def end_savepoints(self, *, inside: Transaction) -> None:
         """End the open savepoints of a transaction: it is the innermost again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from sessionwire._database.observer import ObservedTransaction
 from sessionwire.errors import TransactionError
 
 Hook = Callable[[], object]
@@ -14,6 +15,7 @@ class Transaction:
 
     # The types of errors after which its outer block commits.
     no_rollback_for: tuple[type[Exception], ...] = ()
+    observed: ObservedTransaction | None = None
     # Those of before_commit(), each with the savepoint in which it was added. They are
     # kept by the outermost transaction.
     hooks_before_commit: Sequence[tuple[Hook, Transaction]] = ()

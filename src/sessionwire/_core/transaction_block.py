@@ -17,6 +17,7 @@ from sqlalchemy.orm import SessionTransaction
 from sessionwire._database.call_sites import CallSite
 from sessionwire._database.completion import finish_rollback
 from sessionwire._database.driver_errors import root_cause
+from sessionwire._database.observer import ObservedTransaction, Observer
 from sessionwire._database.options import ConnectionOptions
 from sessionwire._database.runtime import Database
 from sessionwire._error_reports import (
@@ -62,16 +63,19 @@ class TransactionBlock(Block):
         call_site: Where it was opened.
         find_retry_reason: Tells why the caller repeats the block after an error, or
             None. Hooks of such an end are left in `postponed_hooks`.
+        attempt: Which attempt of the caller it is, from 1 on.
     """
 
     # Many may wait for a connection at once, and slots take less memory.
     __slots__ = (
         "_action",
+        "_attempt",
         "_changes_before",
         "_deadline",
         "_definition",
         "_find_retry_reason",
         "_frame",
+        "_observed",
         "_opened_scope",
         "_options",
         "_savepoint",
@@ -88,6 +92,7 @@ class TransactionBlock(Block):
         call_site: CallSite | None,
         *,
         find_retry_reason: Callable[[BaseException | None], str | None] | None = None,
+        attempt: int = 1,
     ) -> None:
         super().__init__(database, call_site)
         self._definition = definition
@@ -95,7 +100,9 @@ class TransactionBlock(Block):
         self._deadline: asyncio.Timeout | None = None
         self._transaction: Transaction | None = None  # rolls back if this block fails
         self._savepoint: AsyncSessionTransaction | None = None
+        self._observed: ObservedTransaction | None = None  # begun here
         self._find_retry_reason = find_retry_reason
+        self._attempt = attempt
         # Why the caller repeats the block; None if it does not.
         self.retry_reason: str | None = None
         self.postponed_hooks: Sequence[Hook] = ()  # due, unless the next attempt begins
@@ -127,6 +134,8 @@ class TransactionBlock(Block):
             if not self._opened_scope:
                 self._scope.transaction.has_begun = self._scope.session.in_transaction()
         self._transaction = self._scope.transaction
+        if self._database.observer is not None:
+            self._tell_begin(self._database.observer)
         if definition.timeout is not None:
             self._deadline = await asyncio.timeout(definition.timeout).__aenter__()
         if self._action is Action.SAVEPOINT:
@@ -209,11 +218,32 @@ class TransactionBlock(Block):
             require_no_enclosing_writer(self._database)
         return options
 
+    def _tell_begin(self, observer: Observer) -> None:
+        """Tell an observer what this block begins or joins."""
+        scope, transaction = self._scope, self._transaction
+        propagation = self._definition.propagation.name
+        if self._action in (Action.BEGIN, Action.SAVEPOINT):
+            self._observed = observer.begin(
+                self._call_site,
+                self._options,
+                propagation,
+                attempt=self._attempt,
+                is_savepoint=self._action is Action.SAVEPOINT,
+            )
+        if self._action is Action.BEGIN and transaction is not None:
+            transaction.observed = self._observed
+            if transaction.has_begun and scope.transaction_connection is not None:
+                scope.tell_end(None)  # that of session(), which goes on as this one
+                scope.tell_connection(observer, scope.transaction_connection)
+        elif self._action is Action.JOIN and transaction and transaction.observed is not None:
+            transaction.observed.join(self._call_site, propagation)
+
     async def _set_savepoint(self) -> None:
         failure_mark = self._scope.failure_count
         self._savepoint = await self._scope.session.begin_nested()
         self._transaction = Transaction(self._frame, self._scope.transaction, failure_mark)
         self._transaction.no_rollback_for = self._definition.no_rollback_for
+        self._transaction.observed = self._observed
         self._scope.transaction = self._transaction
 
     # End
@@ -223,12 +253,28 @@ class TransactionBlock(Block):
         if self._transaction is not None:
             self._transaction.set_rollback_only(self._frame)
 
-    async def __aexit__(
+    def __aexit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
-    ) -> None:
+    ) -> Any:  # a coroutine, whose type mypy and pyright call differently
+        return self._end(error) if self._observed is None else self._end_observed(error)
+
+    async def _end_observed(self, error: BaseException | None) -> None:
+        assert self._observed is not None
+        failure = error
+        try:
+            await self._end(error)
+        except BaseException as raised:
+            failure = raised
+            raise
+        finally:
+            # That of a transaction is told already, unless its block ends elsewhere.
+            is_kept = failure is None and self._transaction and not self._transaction.rolled_back
+            self._observed.end("released" if is_kept else "rolled_back", failure)
+
+    async def _end(self, error: BaseException | None) -> None:
         if self._scope.ends_elsewhere(error):
             return
         failure, transaction = error, self._transaction
@@ -401,7 +447,7 @@ class TransactionBlock(Block):
         if transaction_error is not None or transaction.rollback_requested:
             transaction.mark_rolled_back()
         scope.is_uncounted = False  # It is counted here.
-        self._database.totals.count_end(
+        outcome = self._database.totals.count_end(
             None if transaction_error is raised_inside else transaction_error,
             rolls_back=transaction.rolled_back,
         )
@@ -414,13 +460,16 @@ class TransactionBlock(Block):
         except asyncio.CancelledError as cancellation:
             failure = first_cause = cancellation
         hooks = transaction.take_due_hooks()
-        if isinstance(transaction_error, CommitOutcomeUnknownError):
-            return failure
-        if self._find_retry_reason is not None:
+        is_unknown = isinstance(transaction_error, CommitOutcomeUnknownError)
+        if self._find_retry_reason is not None and not is_unknown:
             try:
                 self.retry_reason = self._find_retry_reason(first_cause)
             except BaseException as error:
                 failure = chain_errors(failure, error, "retry_on")
+        if self._observed is not None:
+            self._observed.end(outcome, transaction_error, self.retry_reason)
+        if is_unknown:
+            return failure
         if self.retry_reason:
             self.postponed_hooks = hooks
             return failure

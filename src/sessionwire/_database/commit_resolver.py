@@ -183,7 +183,7 @@ class CommitResolver:
                 self._confirming.drop()
 
     def _tell(self, outcome: str) -> None:
-        self._totals.settled += 1
+        self._totals.count_settled()
         COMMIT_LOOKED_UP.log(outcome=outcome)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from time import monotonic
 from typing import Any, Self, cast
 
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -31,14 +32,24 @@ class ConnectionPool(AsyncAdaptedQueuePool):
     holders: Holders
 
     def watch(self, holders: Holders, totals: Totals) -> None:
-        """Note who holds its connections from now on."""
+        """Note who holds its connections from now on, and tell an observer."""
         self.holders = holders
-        self._queue.totals = totals
+        self._totals = self._queue.totals = totals
+        connect: Any = self._invoke_creator
+
+        def connect_observed(rec: ConnectionPoolEntry) -> Any:
+            if totals.observer is None:
+                return connect(rec)
+            since = monotonic()
+            connection = connect(rec)
+            totals.observer.make_connection(monotonic() - since)
+            return connection
+
+        self._invoke_creator = connect_observed
 
     def recreate(self) -> Self:
         pool = cast(Self, super().recreate())
-        assert self._queue.totals is not None
-        pool.watch(self.holders, self._queue.totals)
+        pool.watch(self.holders, self._totals)
         return pool
 
     @property
@@ -75,12 +86,16 @@ class ConnectionPool(AsyncAdaptedQueuePool):
         await greenlet_spawn(dialect.do_ping, connection.dbapi_connection)
 
     def _do_get(self) -> ConnectionPoolEntry:
+        observer = self._totals.observer
+        since = 0.0 if observer is None else monotonic()
         try:
             place = super()._do_get()
         except PoolTimeoutError:
-            self.holders.totals.timed_out += 1
+            self._totals.waits_timed_out += 1
             raise self._timeout_error() from None
         self.holders.begin(place)
+        if observer is not None:
+            observer.take(place, monotonic() - since)
         return place
 
     def _create_connection(self) -> _ConnectionRecord:

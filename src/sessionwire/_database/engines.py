@@ -145,6 +145,7 @@ class DatabaseEngines:
         self.primary = self._build_engine()
         self.holders = Holders(units, totals, settings.pool.warn_held_after, _last_statement)
         self.pool.watch(self.holders, totals)
+        self.tell_observer()
         # Statements can be sent ahead of others.
         self.sends_ahead = (
             settings.pipeline and self._postgresql is not None and self._postgresql.SENDS_AHEAD
@@ -162,6 +163,11 @@ class DatabaseEngines:
     def list_blocks(self) -> tuple[OpenBlock, ...]:
         """List the open blocks, the oldest first."""
         return self.holders.list_blocks(self.pool.waiting)
+
+    def tell_observer(self) -> None:
+        """Let the observer of the database listen to the engine, if there is one."""
+        if self.totals.observer is not None:
+            self.totals.observer.watch(self.primary.sync_engine, self._settings)
 
     def set_up(
         self, connection: Connection, options: ConnectionOptions, settings: Mapping[str, str]

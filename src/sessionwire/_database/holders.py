@@ -90,7 +90,10 @@ class Holders:
         """Note that a place of the pool comes back."""
         use = self._uses.pop(place, None)
         if use is not None:
-            self.totals.held_for += monotonic() - use[0]
+            held = monotonic() - use[0]
+            self.totals.held_for += held
+            if self.totals.observer is not None:
+                self.totals.observer.give_back(held)
 
     def forget(self) -> None:
         """Forget all uses, of which nobody will hear again."""

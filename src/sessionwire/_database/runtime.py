@@ -38,6 +38,7 @@ from .credential_source import CredentialsError
 from .engine_options import EngineOptions
 from .engines import DatabaseEngines
 from .holders import Unit
+from .observer import Observer
 from .options import CALL_SITE, CONNECTION_OPTIONS, WITHOUT_HOOKS, ConnectionOptions
 from .poolers import remedy_for
 from .totals import Totals
@@ -60,6 +61,7 @@ class Database:
 
     session_class: type[AsyncSession] = AsyncSession
     new_session: Callable[[AsyncEngine], AsyncSession]
+    observer: Observer | None = None
     # Raises `ConfigurationError` if no such session can be made.
     check_session: Callable[[AsyncEngine], None] | None = None
 
@@ -224,6 +226,12 @@ class Database:
         else:
             return None
         return Health(is_live=True, is_ready=False, reason=reason)
+
+    def observe(self, observer: Observer | None) -> None:
+        """Tell an observer what happens from now on, or nobody."""
+        self.observer = self.totals.observer = observer
+        if self.current_engines is not None:
+            self.current_engines.tell_observer()
 
     # Opening and closing
 

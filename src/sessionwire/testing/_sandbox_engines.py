@@ -42,6 +42,7 @@ class SandboxEngines(DatabaseEngines):
         self.cleanup_tasks = shared.cleanup_tasks
         self.units, self.totals = real.units, real.totals
         self._database = database
+        self._settings = database.settings
         self._shared = shared
         self.dialect: Any = (
             real.dialect if isinstance(real, SandboxEngines) else real.primary.dialect
@@ -50,6 +51,7 @@ class SandboxEngines(DatabaseEngines):
         warn_after = database.settings.pool.warn_held_after
         self.holders = Holders(self.units, self.totals, warn_after, _last_statement)
         self.pool.watch(self.holders, self.totals)
+        self.tell_observer()
         self.is_sqlite = self.dialect.name == "sqlite"
         self.sends_ahead = self.sets_up_transactions = False
         self.refuses_writes_in_autocommit = True

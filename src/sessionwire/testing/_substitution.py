@@ -49,4 +49,5 @@ def substitute_engines(
         database.make_engines = make_real
         if not real.is_closed:
             database.current_engines, database.given_settings = real, settings
+            real.tell_observer()
             database.is_open = True

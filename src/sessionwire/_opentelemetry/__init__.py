@@ -1,0 +1,1 @@
+"""How a database is observed for OpenTelemetry."""
