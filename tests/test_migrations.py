@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def project(
     """A project with one migration, whose env.py the process can import."""
     monkeypatch.setenv("SHOP_URL", database_url)
     monkeypatch.syspath_prepend(str(tmp_path / "shop"))
+    monkeypatch.chdir(tmp_path)
     yield Project(tmp_path / "shop").add(FIRST, DROP_FIRST)
     sys.modules.pop("models", None)
 
@@ -456,6 +458,24 @@ class TestOnSQLite:
         await shop.migrate()
 
         assert not (await shop.migration_state()).is_behind
+
+    async def test_a_cancellation_frees_the_lock_and_leaves_a_whole_revision(
+        self, shop: DatabaseSessionManager, project: Project
+    ) -> None:
+        await shop.migrate()
+        endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i FROM n) SELECT max(i) FROM n"
+        project.add(f"{SECOND}\nopen('begun', 'w').close()\nop.execute('{endless}')")
+        task = asyncio.create_task(shop.migrate())
+
+        await until(partial(asyncio.to_thread, os.path.exists, "begun"))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+        project.write("0002", "0001", SECOND)
+        async with asyncio.timeout(5):
+            assert (await shop.migrate()).pending == ("0002",)
+        assert await columns(shop) == ["name", "stock"]
 
     async def test_a_database_in_a_temporary_file_is_migrated(self, project: Project) -> None:
         async with DatabaseSessionManager("sqlite://", migrations=project.migrations) as manager:

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from time import monotonic
 
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 # The key of the advisory lock, 8320239136064823668. It is not that of create_all(), which
@@ -63,6 +64,13 @@ async def _prepare_session(connection: AsyncConnection, lock_timeout: float | No
     for name, milliseconds in limits.items():
         await connection.execute(text(f"SET {name} = {milliseconds}"))
     await connection.commit()
+    # Otherwise a process that was killed goes on in the server, with its lock, until its
+    # statement has ended. Servers on some systems can't find out.
+    try:
+        await connection.execute(text("SET client_connection_check_interval = 1000"))
+        await connection.commit()
+    except DBAPIError:
+        await connection.rollback()
 
 
 async def _try_advisory_lock(connection: AsyncConnection) -> bool:
