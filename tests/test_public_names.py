@@ -61,6 +61,7 @@ NAMES = [
 FOR_TESTS = [
     "DatabaseCopy",
     "DatabaseTemplate",
+    "MigrationTests",
     "NullTransactionManager",
     "SentStatement",
     "count_statements",

@@ -36,6 +36,7 @@ from .testing._container_databases import (
     build_container,
     managers_by_settings_name,
     open_copies,
+    open_migrated,
     open_templates,
     override_databases,
 )
@@ -44,6 +45,7 @@ from .testing._interruptible import interruptible
 from .testing._isolation import start_isolated, uses_sandbox
 from .testing._plugin_options import add_options, option
 from .testing._servers import disable_durability, new_directory, remove_stale_servers
+from .testing.migrations import MigratedDatabase
 from .testing.templates import Seed
 
 SERVER_DIRECTORY = pytest.StashKey[Path]()  # of the run's embedded server
@@ -54,6 +56,10 @@ NO_CONTAINER = """name the container to test in conftest.py:
 def sessionwire_container():
     return Container  # or a function that makes one for each test"""
 
+NO_MIGRATIONS = (
+    "no database of the container has migrations: write "
+    "DatabaseContainer.nested(migrations='shop:migrations')"
+)
 ALREADY_INITIALIZED = """\
 the container's sessionmanager was initialized before the test, so code that holds it would bypass
 the test database. Close it before the test, or let sessionwire_container return a function that
@@ -185,6 +191,21 @@ def _sessionwire_own_databases(
     if left := sum(copy.connections_left for copy in copies):
         message = f"connections to the database of the test that were left open: {left}"
         pytest.fail(message, pytrace=False)
+
+
+@pytest.fixture
+def sessionwire_migrations(
+    sessionwire_container: Any,
+    sessionwire_settings: DatabaseSettings,
+    _sessionwire_runner: asyncio.Runner,
+) -> Iterator[list[MigratedDatabase]]:
+    """Yield an empty database for each of the container that has migrations."""
+    container = build_container(sessionwire_container)
+    opened = open_migrated(container, sessionwire_settings, _sessionwire_runner)
+    with run_block(_sessionwire_runner, opened) as databases:
+        if not databases:
+            raise pytest.UsageError(NO_MIGRATIONS)
+        yield databases
 
 
 # The container

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -135,10 +135,18 @@ class Scripts:
             ConfigurationError: env.py does not call `run_migrations()`.
             MigrationError: Alembic refuses.
         """
+        with (
+            self.given(connection),
+            EnvironmentContext(self.config, self.directory, fn=steps, **options),
+        ):
+            self.directory.run_env()
+
+    @contextmanager
+    def given(self, connection: Connection) -> Generator[Config]:
+        """Let env.py work on a connection. It is for commands with this configuration."""
         given = self.config.attributes[GIVEN] = Given(connection, self._metadata)
         try:
-            with EnvironmentContext(self.config, self.directory, fn=steps, **options):
-                self.directory.run_env()
+            yield self.config
         except CommandError as error:
             raise MigrationError(f"Alembic refuses: {error}") from error
         if not given.was_used:

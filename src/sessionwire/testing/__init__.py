@@ -1,5 +1,6 @@
 """Helpers for the tests of applications, with any test framework."""
 
+from .migrations import MigrationTests
 from .null_transactions import NullTransactionManager
 from .overriding import overriding
 from .sandbox import sandbox
@@ -9,6 +10,7 @@ from .templates import DatabaseCopy, DatabaseTemplate
 __all__ = [
     "DatabaseCopy",
     "DatabaseTemplate",
+    "MigrationTests",
     "NullTransactionManager",
     "SentStatement",
     "count_statements",

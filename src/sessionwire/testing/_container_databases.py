@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Generator, Iterable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from functools import partial
@@ -16,6 +17,7 @@ from sessionwire.manager import DatabaseSessionManager
 from sessionwire.settings import DatabaseSettings
 
 from ._substitution import override_settings
+from .migrations import MigratedDatabase
 from .overriding import overriding, providers_by_name
 from .templates import DatabaseCopy, DatabaseTemplate, Seed
 
@@ -54,6 +56,30 @@ async def open_copies(
     """Open a copy of each template."""
     async with AsyncExitStack() as stack:
         yield [await stack.enter_async_context(template.copy()) for template in templates]
+
+
+@asynccontextmanager
+async def open_migrated(
+    container: containers.Container, server: DatabaseSettings, runner: asyncio.Runner
+) -> AsyncGenerator[list[MigratedDatabase]]:
+    """Open an empty database for each of a container that has migrations."""
+    async with AsyncExitStack() as stack:
+        migrated: list[MigratedDatabase] = []
+        for database in _databases_by_settings_name(container).values():
+            if (migrations := database.migrations()) is not None:
+                template = DatabaseTemplate(server, _leave_empty)
+                copy = (await stack.enter_async_context(template)).copy()
+                manager = DatabaseSessionManager(
+                    (await stack.enter_async_context(copy)).settings,
+                    metadata=database.metadata(),
+                    migrations=migrations,
+                )
+                await stack.enter_async_context(manager)
+                migrated.append(MigratedDatabase(manager, runner))
+        yield migrated
+
+
+async def _leave_empty(_: DatabaseSessionManager) -> None: ...
 
 
 @contextmanager
