@@ -32,8 +32,9 @@ class LogEvent:
         logger = logging.getLogger(f"sessionwire.{self.place}")
         if logger.isEnabledFor(self.level):
             extra = {"event": self.name, **fields}
+            values = (fields,) if fields else ()
             logger.log(
-                self.level, self.message, fields, exc_info=failure, extra=extra, stacklevel=2
+                self.level, self.message, *values, exc_info=failure, extra=extra, stacklevel=2
             )
 
 
@@ -113,6 +114,19 @@ SLOW_STATEMENT = LogEvent(
 )
 SLOW_BLOCK = LogEvent(
     "slow", logging.WARNING, "slow_block", "a block took %(duration).3g s: %(call_site)s"
+)
+WAITING_FOR_MIGRATIONS = LogEvent(
+    "migrations",
+    logging.WARNING,
+    "waiting_for_migrations",
+    "waiting for another process, which migrates the database",
+)
+DATABASE_AHEAD = LogEvent(
+    "migrations",
+    logging.WARNING,
+    "database_ahead",
+    "%(database)s is ahead of this build: it is at %(unknown)s, and this build ends at %(heads)s; "
+    "it stays as it is",
 )
 DRAIN_BEGINS = LogEvent(
     "close",

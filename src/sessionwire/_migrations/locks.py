@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from time import monotonic
@@ -12,12 +11,13 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from sessionwire._log_events import WAITING_FOR_MIGRATIONS
+
 # The key of the advisory lock, 8320239136064823668. It is not that of create_all(), which
 # waits inside a transaction: CREATE INDEX CONCURRENTLY would wait for that one.
 MIGRATION_LOCK = int.from_bytes(b"swmigrat")
 POLL_INTERVAL = 0.05  # seconds
 PATIENCE = 10.0  # seconds after which a wait is worth a line in the log
-logger = logging.getLogger("sessionwire.migrations")
 
 
 @asynccontextmanager
@@ -49,7 +49,7 @@ async def _poll(try_lock: Callable[[], Awaitable[bool]]) -> None:
     warn_at = monotonic() + PATIENCE
     while not await try_lock():
         if monotonic() > warn_at:
-            logger.warning("waiting for another process, which migrates the database")
+            WAITING_FOR_MIGRATIONS.log()
             warn_at = float("inf")
         await asyncio.sleep(POLL_INTERVAL)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -16,6 +15,7 @@ from sessionwire._config.url import DatabaseURL, whereabouts
 from sessionwire._database.driver_errors import sqlstate
 from sessionwire._database.options import CONNECTION_OPTIONS, WITHOUT_HOOKS, ConnectionOptions
 from sessionwire._database.runtime import Database
+from sessionwire._log_events import DATABASE_AHEAD
 from sessionwire._shield import run_shielded
 from sessionwire.errors import ConfigurationError, MigrationError, MigrationsPendingError
 from sessionwire.settings import DatabaseSettings
@@ -26,7 +26,6 @@ from .scripts import Scripts, alone_in_process
 
 LOCK_NOT_AVAILABLE = "55P03"  # an SQLSTATE
 ALREADY_THERE = "42P07"  # duplicate_table, an SQLSTATE
-logger = logging.getLogger("sessionwire.migrations")
 
 
 async def migrate(
@@ -170,11 +169,10 @@ def explained(lock_timeout: float | None) -> Generator[None]:
 
 def _warn_if_ahead(database: Database, state: MigrationState) -> None:
     if state.is_ahead:
-        logger.warning(
-            "%s is ahead of this build: it is at %s, and this build ends at %s; it stays as it is",
-            _name(database),
-            ", ".join(state.unknown),
-            ", ".join(state.heads),
+        DATABASE_AHEAD.log(
+            database=_name(database),
+            unknown=", ".join(state.unknown),
+            heads=", ".join(state.heads),
         )
 
 
