@@ -32,6 +32,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from sqlalchemy import make_url
 
+import sessionwire.alembic
 import sessionwire.asgi
 import sessionwire.fastapi
 from sessionwire import DatabaseContainer, DatabaseSettings, Propagation, Settings, errors
@@ -526,13 +527,13 @@ def test_the_table_of_parts_names_each_provider_and_only_existing_names() -> Non
     names = {name for row in CONTAINERS.rows("Parts") for name in code_in(row[2])}
     providers = set(DatabaseContainer.providers)
     assert providers <= names
-    web = {
+    frameworks = {
         f"{module.__name__}.{name}"
-        for module in (sessionwire.asgi, sessionwire.fastapi)
+        for module in (sessionwire.alembic, sessionwire.asgi, sessionwire.fastapi)
         for name, thing in vars(module).items()
         if getattr(thing, "__module__", "") == module.__name__
     }
-    assert names <= providers | set(sessionwire.__all__) | web | {
+    assert names <= providers | set(sessionwire.__all__) | frameworks | {
         "override()",
         "python -m ledger demo",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -28,6 +29,7 @@ except ImportError as error:
 
 GIVEN = "sessionwire"  # among the attributes of Alembic's Config: see `Given`
 POLL_INTERVAL = 0.02  # seconds
+OUR_CALL = re.compile(r"(?<!context\.)\brun_migrations\(")
 ENV_PY = """\
 from sessionwire.alembic import run_migrations
 
@@ -79,7 +81,7 @@ class Scripts:
     def _check_environment(self) -> None:
         """Refuse Alembic's own env.py before it opens a database of its own."""
         text = Path(self.directory.env_py_location).read_text(encoding="utf-8")
-        if "sessionwire" not in text and "context.configure" in text:
+        if "context.configure" in text and not OUR_CALL.search(text):
             raise self._not_ours()
 
     def _not_ours(self) -> ConfigurationError:
