@@ -1,6 +1,5 @@
 """The HTTP API. Amounts are strings such as "10.00"."""
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -9,9 +8,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, FastAPI, Header, Query, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
-from sqlalchemy import text
 
-from sessionwire import CommitOutcomeUnknownError, DatabaseSessionManager, Lifespan, Propagation
+from sessionwire import CommitOutcomeUnknownError, Lifespan
+from sessionwire.asgi import HealthApp, StatusPage
 from sessionwire.fastapi import Provide, inject
 
 from .container import Container
@@ -20,8 +19,6 @@ from .models import Account, Transfer
 from .problems import install_error_handlers, problem_responses
 from .services import AccountService, TransferService
 
-READINESS_TIMEOUT = 2.0  # seconds
-
 # Strings, because many JSON libraries read and write a number as a float.
 Amount = Annotated[str, StringConstraints(pattern=r"^-?[0-9]+(\.[0-9]+)?$", max_length=40)]
 Owner = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=200)]
@@ -29,7 +26,6 @@ RowId = Annotated[int, Field(ge=0, le=2**63 - 1)]  # a BIGINT
 
 Accounts = Annotated[AccountService, Provide[Container.accounts]]
 Transfers = Annotated[TransferService, Provide[Container.transfers]]
-Manager = Annotated[DatabaseSessionManager, Provide[Container.db.sessionmanager]]
 
 
 class RequestBody(BaseModel):
@@ -75,10 +71,6 @@ class BookedTransfer(BaseModel):
 class Statement(BaseModel):
     transfers: list[BookedTransfer]
     next: str | None
-
-
-class Health(BaseModel):
-    status: str
 
 
 router = APIRouter()
@@ -138,24 +130,6 @@ async def transfer(
     return await transfers.transfer(new.source, new.target, Decimal(new.amount), idempotency_key)
 
 
-@router.get("/health/live")
-async def live() -> Health:
-    """Tell that the process answers, with or without its database."""
-    return Health(status="live")
-
-
-@router.get("/health/ready", responses=problem_responses())
-@inject
-async def ready(manager: Manager) -> Health:
-    """Tell whether the pool has a connection and the database answers on it."""
-    async with (
-        asyncio.timeout(READINESS_TIMEOUT),
-        manager.transaction(Propagation.SUPPORTS, read_only=True) as session,
-    ):
-        await session.execute(text("SELECT 1"))
-    return Health(status="ready")
-
-
 def create_app(container: Container) -> FastAPI:
     """Build the app, which opens and closes the container.
 
@@ -173,5 +147,7 @@ def create_app(container: Container) -> FastAPI:
 
     app = FastAPI(title="Ledger", lifespan=lifespan)
     app.include_router(router)
+    app.mount("/health", HealthApp(container, reasons=False))
+    app.mount("/status", StatusPage(container))  # a proxy keeps it from the clients
     install_error_handlers(app)
     return app

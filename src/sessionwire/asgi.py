@@ -1,20 +1,19 @@
-"""`TransactionMiddleware`: a transaction per request, for any ASGI application."""
+"""For any ASGI application: a transaction per request, answers to probes, a status page."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, Unpack
+from typing import Any, Unpack
 
 from ._core.definition import TransactionOptions
 from ._core.transaction_block import TransactionBlock
+from ._web.answers import ASGIApp as ASGIApp
+from ._web.answers import ASGIScope, Message, Receive, Send
+from ._web.health_app import HealthApp
+from ._web.status_page import StatusPage
 from .transaction import TransactionManager
 
-ASGIScope: TypeAlias = MutableMapping[str, Any]
-Message: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
-ASGIApp: TypeAlias = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
+__all__ = ["HealthApp", "StatusPage", "TransactionMiddleware"]
 
 
 class TransactionMiddleware:

@@ -237,8 +237,8 @@ async def test_a_server_without_its_database_is_live_but_not_ready_and_recovers_
         assert (await service.client.get("/health/ready")).status_code == 200
 
         await asyncio.to_thread(own_server.stop)
+        ready = await service.client.get("/health/ready")
         away = [
-            await service.client.get("/health/ready"),
             await service.client.get(opened.headers["location"]),
             await service.client.post("/accounts", json=account),
         ]
@@ -257,6 +257,7 @@ async def test_a_server_without_its_database_is_live_but_not_ready_and_recovers_
         assert int(answer.headers["retry-after"]) > 0
         assert answer.headers["content-type"] == "application/problem+json"
         assert host not in answer.text
+    assert (ready.status_code, ready.json()) == (503, {"status": "not ready"})
     assert live.status_code == 200
     assert own_server.socket_directory == host
     assert balance.json()["balance"] == "100.00"

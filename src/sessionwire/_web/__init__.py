@@ -1,0 +1,1 @@
+"""The pages and answers of `sessionwire.asgi`. See that module for what users import."""
