@@ -134,7 +134,7 @@ class TestTargets:
             ("cups", "name the module and the object in it"),
             ("saucers:Container", "No module named 'saucers'; it was looked for in "),
             ("cups:Missing", "cups has no Missing"),
-            ("cups:Empty", "there is no DatabaseContainer in it"),
+            ("cups:Empty", "there is no DatabaseContainer in this container"),
             ("cups:not_callable", "this is no container"),
         ],
     )

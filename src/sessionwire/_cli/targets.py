@@ -13,8 +13,8 @@ from pydantic import create_model
 from pydantic_settings import SettingsConfigDict
 from sqlalchemy import MetaData
 
+from sessionwire._web.databases import managers_by_name
 from sessionwire.errors import ConfigurationError
-from sessionwire.lifespan import database_containers
 from sessionwire.manager import DatabaseSessionManager
 from sessionwire.settings import DatabaseSettings, Settings
 
@@ -29,25 +29,16 @@ def managers_in_app(app: str) -> Mapping[str, DatabaseSessionManager]:
         ConfigurationError: It can't be imported, or has no database.
     """
     found = _import(app)
-    if isinstance(found, DatabaseSessionManager):
-        return {"database": found}  # pyright: ignore[reportUnknownVariableType]
     try:
-        container = found() if isinstance(found, type) else found
-        databases = list(database_containers(container))
-    except ConfigurationError:
-        raise
+        providers = managers_by_name(found() if isinstance(found, type) else found)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"--app {app}: {error}") from error
     except Exception as error:
         raise ConfigurationError(
             f"--app {app}: this is no container: {type(error).__name__}: {error}; name a class "
             "or an object with a DatabaseContainer, or a DatabaseSessionManager"
         ) from error
-    if not databases:
-        raise ConfigurationError(f"--app {app}: there is no DatabaseContainer in it")
-    managers: dict[str, DatabaseSessionManager] = {}
-    for database in databases:
-        name = (database.parent_name or "").partition(".")[2]
-        managers[name or "database"] = database.sessionmanager()
-    return managers
+    return {name: provide() for name, provide in providers.items()}
 
 
 def _import(app: str) -> Any:

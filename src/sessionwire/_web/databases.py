@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 from sessionwire.errors import ConfigurationError
 from sessionwire.manager import DatabaseSessionManager
@@ -29,7 +29,7 @@ def managers_by_name(database: Any) -> Managers:
         ConfigurationError: The container has no database.
     """
     if isinstance(database, DatabaseSessionManager):
-        manager = cast("DatabaseSessionManager[Any]", database)
+        manager: DatabaseSessionManager[Any] = database  # pyright: ignore[reportUnknownVariableType]
         return {LONE_DATABASE: lambda: manager}
     # A manager needs no dependency-injector, which this imports.
     from sessionwire.lifespan import database_containers
