@@ -29,7 +29,7 @@ from sessionwire import (
 )
 from sessionwire._migrations.locks import MIGRATION_LOCK
 
-from .conftest import Postgres, assert_all_returned
+from .conftest import DATABASE, Postgres, assert_all_returned
 from .migration_projects import CONCURRENTLY, DROP_FIRST, FIRST, MODELS, SECOND, SLOW, Project
 from .postgres import OnPostgres, kill, running, until
 
@@ -507,6 +507,7 @@ class TestOnPostgreSQL(OnPostgres):
         for manager in managers:
             await manager.close()
 
+    @pytest.mark.several_connections("another connection has the lock")
     async def test_a_lock_of_another_transaction_is_waited_for_shortly_and_explained(
         self, shop: DatabaseSessionManager, project: Project
     ) -> None:
@@ -585,6 +586,7 @@ class TestOnPostgreSQL(OnPostgres):
 
         assert (await shop.migration_state()).current in [(), ("0001",)]
 
+    @pytest.mark.several_connections("another connection has the lock")
     async def test_a_cancellation_while_it_waits_for_another_process_leaves_that_alone(
         self, shop: DatabaseSessionManager, postgres: Postgres
     ) -> None:
@@ -599,6 +601,7 @@ class TestOnPostgreSQL(OnPostgres):
 
         await shop.migrate()
 
+    @pytest.mark.several_connections("another connection has the lock")
     async def test_a_wait_that_is_too_long_says_so(self, shop: DatabaseSessionManager) -> None:
         async with shop.engine.connect() as other:
             await other.execute(text(f"SELECT pg_advisory_lock({MIGRATION_LOCK})"))
@@ -606,6 +609,7 @@ class TestOnPostgreSQL(OnPostgres):
                 await shop.migrate(timeout=0.2)
             await other.execute(text(f"SELECT pg_advisory_unlock({MIGRATION_LOCK})"))
 
+    @pytest.mark.several_connections("another connection has the lock")
     async def test_a_long_wait_is_logged(
         self,
         shop: DatabaseSessionManager,
@@ -717,6 +721,8 @@ def keeps_root_logger() -> Iterator[None]:
 
 async def waits(server: Postgres) -> bool:
     """Tell whether a process has asked for the lock of the migrations, in vain."""
-    asked = "SELECT 1 FROM pg_stat_activity WHERE query ~ 'pg_try_advisory' AND pid <> $1"
-    mine = await server.execute("SELECT pg_backend_pid() AS pid")
-    return bool(await server.execute(asked, mine[0]["pid"]))
+    asked = (
+        "SELECT 1 FROM pg_stat_activity WHERE query ~ 'pg_try_advisory_lock' "
+        "AND datname = $1 AND pid <> pg_backend_pid()"
+    )
+    return bool(await server.execute(asked, DATABASE))
