@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
+import sysconfig
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -105,18 +106,32 @@ def _suspended_frames(awaitable: Any) -> Iterator[FrameType]:
 def _innermost_line(frames: Iterable[FrameType]) -> str | None:
     """Return the first line of the user's code.
 
-    If no frame is the user's, return the decorated function, which has not started yet
-    or has just returned.
+    That is one of no installed package, such as the client of another service, if there
+    is any. If no frame is the user's, return the decorated function, which has not
+    started yet or has just returned.
     """
     decorated: CodeType | None = None
+    installed: str | None = None
     for frame in frames:
         module = str(frame.f_globals.get("__name__"))
         if module.partition(".")[0] not in SKIPPED_PACKAGES:
-            return _format_line(frame.f_code, frame.f_lineno)
+            line = _format_line(frame.f_code, frame.f_lineno)
+            if not frame.f_code.co_filename.startswith(_installed_under()):
+                return line
+            installed = installed or line
         function = frame.f_locals.get("function") if module == DECORATORS else None
         if decorated is None and inspect.isroutine(function):
             decorated = inspect.unwrap(function).__code__
+    if installed is not None:
+        return installed
     return _format_line(decorated, decorated.co_firstlineno) if decorated else None
+
+
+@cache
+def _installed_under() -> tuple[str, ...]:
+    """Return the directories of Python's own modules and of installed packages."""
+    paths = sysconfig.get_paths()
+    return tuple(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 def _format_line(code: CodeType, line: int) -> str:
