@@ -737,7 +737,8 @@ class TestMetrics:
         (point,) = metrics.collect("db.client.operation.duration")
         assert point.count == 2
         assert point.explicit_bounds == (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
-        assert point.attributes["db.query.summary"] == "SELECT note"
+        assert point.attributes["db.operation.name"] == "SELECT"
+        assert point.attributes["db.collection.name"] == "note"
         assert "db.query.text" not in point.attributes
         assert "code.function.name" not in point.attributes
 

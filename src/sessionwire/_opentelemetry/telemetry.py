@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from opentelemetry.context import Context
 from opentelemetry.trace import Tracer
 from sqlalchemy import Engine
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -18,10 +17,7 @@ from sessionwire.status import PoolStatus
 from .metrics import Instruments
 from .names import POOL_NAME
 from .place import Attributes, Place
-from .spans import WAITED, Spans
-
-# No trace is noted beside the times of connections, which would cost more than they do.
-WITHOUT_TRACE = Context()
+from .spans import WAITED, WITHOUT_TRACE, Spans
 
 
 class Telemetry(Spans):
