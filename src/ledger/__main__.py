@@ -88,6 +88,7 @@ def parse() -> argparse.Namespace:
         metavar="PORT",
         help="port; 0: a free one (%(default)s)",
     )
+    option("--metrics", action="store_true", help="answer Prometheus at /metrics")
 
     command = commands.add_parser(
         "compare",
@@ -156,7 +157,8 @@ def demo(arguments: argparse.Namespace) -> int:
 def serve(arguments: argparse.Namespace) -> int:
     from .server import serve
 
-    return run_command(lambda: serve(load(arguments), arguments.host, arguments.port))
+    host, port, has_metrics = arguments.host, arguments.port, arguments.metrics
+    return run_command(lambda: serve(load(arguments), host, port, has_metrics=has_metrics))
 
 
 def load(arguments: argparse.Namespace) -> LedgerSettings:

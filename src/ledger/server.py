@@ -4,6 +4,7 @@ import asyncio
 import math
 import signal
 import socket
+from contextlib import ExitStack
 
 import uvicorn
 from starlette.requests import Request
@@ -17,7 +18,9 @@ from .settings import LedgerSettings
 BACKLOG = 2048
 
 
-async def serve(settings: LedgerSettings, host: str, port: int) -> bool:
+async def serve(
+    settings: LedgerSettings, host: str, port: int, *, has_metrics: bool = False
+) -> bool:
     """Serve until SIGTERM or SIGINT, and then finish the accepted requests.
 
     Idle connections are closed then, the others after their response. A request that
@@ -27,8 +30,13 @@ async def serve(settings: LedgerSettings, host: str, port: int) -> bool:
     Raises:
         OSError: The server can't listen on this address.
     """
-    with _bind_socket(host, port) as listener:
-        app = create_app(Container(settings=settings))
+    with _bind_socket(host, port) as listener, ExitStack() as stack:
+        container = Container(settings=settings)
+        app = create_app(container)
+        if has_metrics:
+            from .metrics import metrics_at  # It needs the exporter for Prometheus.
+
+            stack.enter_context(metrics_at("/metrics", app, container))
 
         async def close_connections_on_shutdown(scope: Scope, receive: Receive, send: Send) -> None:
             """During the shutdown, tell clients to close their connections."""

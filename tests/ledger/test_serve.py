@@ -67,8 +67,10 @@ async def transfer(
 
 
 @asynccontextmanager
-async def serving(ledger: Ledger, *python: str) -> AsyncIterator[Service]:
-    process = ledger.start("serve", "--port", "0", python=python)
+async def serving(
+    ledger: Ledger, *python: str, options: tuple[str, ...] = ()
+) -> AsyncIterator[Service]:
+    process = ledger.start("serve", "--port", "0", *options, python=python)
     assert process.stdout is not None
     said = await asyncio.to_thread(process.stdout.readline)
     address = re.fullmatch(r"ledger: (http://127\.0\.0\.1:\d+)\n", said)
