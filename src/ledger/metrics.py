@@ -1,6 +1,6 @@
 """The metrics of the ledger, as Prometheus reads them at `/metrics`."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from fastapi import FastAPI, Response
@@ -14,7 +14,7 @@ from .container import Container
 
 
 @contextmanager
-def metrics_at(path: str, app: FastAPI, container: Container) -> Iterator[None]:
+def metrics_at(path: str, app: FastAPI, container: Container) -> Generator[None]:
     """Measure the container's database, and answer with it at this path of the app."""
     provider = MeterProvider([PrometheusMetricReader()])
 

@@ -26,7 +26,15 @@ from tests.cluster import Cluster, Server, cluster
 from .callers import Callers, witness
 from .network import FaultyNetwork
 from .scenarios import APPLICATION, DATABASE, Place, Scenario, World
-from .verdict import Living, Verdict, judge_calls, judge_recovery, judge_totals
+from .telemetry import telemetry_of
+from .verdict import (
+    Living,
+    Verdict,
+    judge_calls,
+    judge_recovery,
+    judge_telemetry,
+    judge_totals,
+)
 
 COMMIT = ROLLBACK = 1.0  # seconds: how long their answers are waited for
 LONGEST = 60  # seconds of a whole run
@@ -110,6 +118,7 @@ async def _run(
         )
         container = Container(settings=LedgerSettings(database=settings))
         async with Lifespan(container), AsyncExitStack() as until_counted:
+            told = until_counted.enter_context(telemetry_of(_manager(container)))
             callers = Callers(container, scenario.manner, f"{scenario.name}-{seed}", accounts)
             missing = cast(Any, None)  # Scenarios use only what their place has.
             world = World(
@@ -130,6 +139,7 @@ async def _run(
                     call.reason = ""
             totals = world.manager.status().transactions
             judge_totals(verdict, callers.calls, totals, world.holds)
+            judge_telemetry(verdict, totals, told.in_spans, told.read_metrics())
             counts.still_open = await _within_a_second(lambda: _still_open(world.manager))
             bound = scenario.pool.size + scenario.pool.max_overflow
             counts.connections_over = await _within_a_second(

@@ -15,6 +15,7 @@ from .verdict import (
     Verdict,
     judge_calls,
     judge_recovery,
+    judge_telemetry,
     judge_totals,
 )
 
@@ -83,6 +84,24 @@ def test_the_verdict_compares_the_totals_with_the_calls(
     verdict = Verdict("", 0)
     judge_totals(verdict, calls, totals, Holds(begun=1, ended=1))
     assert verdict.counts == Counts(miscounted=miscounted)
+
+
+@pytest.mark.parametrize(
+    ("in_spans", "in_metrics", "mistold"),
+    [
+        ({"committed": 2, "unknown": 1}, {"committed": 2, "unknown": 1}, 0),
+        ({"committed": 3, "unknown": 1}, {"committed": 2, "unknown": 1}, 1),
+        ({"committed": 2, "unknown": 1}, {"committed": 2}, 1),
+        ({}, {"committed": 2, "unknown": 1}, 3),
+    ],
+)
+def test_the_verdict_compares_what_opentelemetry_is_told_with_the_totals(
+    in_spans: dict[str, int], in_metrics: dict[str, int], mistold: int
+) -> None:
+    verdict = Verdict("", 0)
+    totals = TransactionTotals(committed=2, unknown=1, settled=1)
+    judge_telemetry(verdict, totals, in_spans, in_metrics)
+    assert verdict.counts == Counts(mistold=mistold)
 
 
 def test_the_verdict_compares_times_with_their_limits() -> None:

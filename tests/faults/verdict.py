@@ -53,6 +53,8 @@ class Counts:
     # By how much the totals of `status()` differ from the calls: each attempt is one
     # transaction, each hook of a commit one commit, each unknown answer one unknown end.
     miscounted: int = 0
+    # By how much the spans and the metrics of OpenTelemetry differ from `status()`.
+    mistold: int = 0
     # Leftovers.
     # Scopes, connections in use and waiting tasks by `status()`, after the last call.
     still_open: int = 0
@@ -163,6 +165,24 @@ def judge_totals(
         verdict.counts.miscounted += abs(counted - due)
         if counted != due:
             verdict.details.append(f"status() counts {counted} {name}, and the calls {due}")
+
+
+def judge_telemetry(
+    verdict: Verdict,
+    totals: TransactionTotals,
+    in_spans: Mapping[str, int],
+    in_metrics: Mapping[str, int],
+) -> None:
+    """Compare the ends of transactions that OpenTelemetry was told with `status()`."""
+    for name, counted in asdict(totals).items():
+        if name == "settled":
+            continue
+        for source, told in (("spans", in_spans), ("metrics", in_metrics)):
+            verdict.counts.mistold += abs(told.get(name, 0) - counted)
+            if told.get(name, 0) != counted:
+                verdict.details.append(
+                    f"the {source} tell of {told.get(name, 0)} {name}, and status() of {counted}"
+                )
 
 
 def _due(call: Call, committed: int) -> tuple[int, int]:
