@@ -331,3 +331,38 @@ def test_options_in_the_url_are_refused_behind_a_pooler() -> None:
 def test_a_pooler_is_refused_in_front_of_an_sqlite_file() -> None:
     with pytest.raises(ConfigurationError, match="only PostgreSQL has it"):
         DatabaseSettings(url="sqlite:///shop.db", pooler="transaction")
+
+
+class TestMigrationsURL:
+    BEHIND = "postgresql://shop:hunter2@pooler:6432/shop"
+
+    @pytest.mark.parametrize(
+        ("direct", "means"),
+        [
+            ("postgresql://server", "postgresql://shop:hunter2@server/shop"),
+            ("postgresql://shop@server:5433", "postgresql://shop:hunter2@server:5433/shop"),
+            ("postgresql://owner@server", "postgresql://owner@server/shop"),
+            ("postgresql://owner:pw@server/other", "postgresql://owner:pw@server/other"),
+        ],
+    )
+    def test_it_takes_user_password_and_database_from_url_unless_it_names_them(
+        self, direct: str, means: str
+    ) -> None:
+        settings = DatabaseSettings(url=self.BEHIND, migrations_url=direct)
+
+        completed: Any = settings.migrations_url
+        whole = completed.render_as_string(hide_password=False)
+        assert whole.replace("+asyncpg", "") == means
+
+    def test_its_password_is_hidden(self) -> None:
+        settings = DatabaseSettings(url=self.BEHIND, migrations_url="postgresql://a:secret@b")
+
+        for shown in (repr(settings), str(settings.model_dump()), settings.model_dump_json()):
+            assert "secret" not in shown
+        assert DatabaseSettings.model_validate(settings.model_dump()) == settings
+
+    def test_it_is_refused_on_sqlite(self) -> None:
+        with pytest.raises(
+            ConfigurationError, match=r"migrations_url \(argument\): only PostgreSQL"
+        ):
+            DatabaseSettings(url="sqlite://", migrations_url="postgresql://server")

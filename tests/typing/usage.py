@@ -7,6 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, Any, Protocol, assert_type
 
 from dependency_injector import containers, providers
@@ -36,6 +37,7 @@ from sessionwire import (
 )
 from sessionwire import Settings as BaseSettings
 from sessionwire import fastapi as web
+from sessionwire.alembic import run_migrations
 from sessionwire.asgi import ASGIApp, TransactionMiddleware
 from sessionwire.testing import (
     DatabaseCopy,
@@ -417,3 +419,17 @@ async def use_a_session_class(container: HeroContainer, plain: TransactionManage
     provided = DatabaseContainer.nested(session_class=providers.Object(SQLModelSession))
     assert_type(provided.session(), CurrentSession)
     DatabaseSessionManager("sqlite://", session_class=Hero)  # type: ignore[type-var]
+
+
+class MigratedPlant(containers.DeclarativeContainer):
+    db = DatabaseContainer.nested(settings="sqlite://", migrations="plant:migrations")
+
+
+async def migrations_are_run_for_a_container_its_database_or_a_manager() -> None:
+    plant = MigratedPlant()
+    run_migrations(plant)
+    run_migrations(plant.db, lock_timeout=None, compare_server_default=True)
+    run_migrations(DatabaseSessionManager("sqlite://", migrations=Path("migrations")))
+    async with Lifespan(plant, migrations="require") as opened:
+        assert_type((await opened.db.sessionmanager().migrate()).pending, tuple[str, ...])
+    Lifespan(plant, migrations="always")  # type: ignore[arg-type]
