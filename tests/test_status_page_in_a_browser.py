@@ -1,4 +1,4 @@
-"""The status page in a real browser: Debian's Chromium, which `.ci/chromium` installs."""
+"""The status page in a real browser: Debian's Chromium, which `.ci/programs` installs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Run the HTTP API with uvicorn, and end it gracefully."""
 
 import asyncio
+import logging
 import math
 import signal
 import socket
@@ -16,6 +17,7 @@ from .problems import cancelled_response
 from .settings import LedgerSettings
 
 BACKLOG = 2048
+logger = logging.getLogger("ledger.server")
 
 
 async def serve(
@@ -25,14 +27,14 @@ async def serve(
 
     Idle connections are closed then, the others after their response. A request that
     takes longer than `drain_timeout` is cancelled, and rolled back unless its commit
-    has begun.
+    has begun. The log names the blocks that are waited for, and those that are cut off.
 
     Raises:
         OSError: The server can't listen on this address.
     """
     with _bind_socket(host, port) as listener, ExitStack() as stack:
         container = Container(settings=settings)
-        app = create_app(container)
+        app, manager = create_app(container), container.db.sessionmanager()
         if has_metrics:
             from .metrics import metrics_at  # It needs the exporter for Prometheus.
 
@@ -51,12 +53,13 @@ async def serve(
             except asyncio.CancelledError:  # uvicorn has stopped waiting for it
                 await cancelled_response(Request(scope))(scope, receive, send_with_close)
 
+        patience = math.ceil(settings.database.drain_timeout)
         config = uvicorn.Config(
             close_connections_on_shutdown,
             lifespan="off",  # it runs below, around the server, so that its errors are raised here
             ws="none",
             log_level="warning",
-            timeout_graceful_shutdown=math.ceil(settings.database.drain_timeout),
+            timeout_graceful_shutdown=patience,
         )
         server = uvicorn.Server(config)
         # After its shutdown, uvicorn raises the signal again, which would end the
@@ -69,6 +72,15 @@ async def serve(
             if not server.started:
                 # No request was accepted yet, and the database may never answer.
                 current_task.cancel()
+            elif blocks := manager.status().blocks:
+                logger.warning(
+                    "stopping: waiting up to %g s for %d open block(s)", patience, len(blocks)
+                )
+                asyncio.get_running_loop().call_later(patience, report_those_cut_off)
+
+        def report_those_cut_off() -> None:
+            for block in manager.status().blocks:
+                logger.warning("stopping: cutting off a block, %s", block)
 
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop)
