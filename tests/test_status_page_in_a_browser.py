@@ -35,7 +35,8 @@ TEXTS = """
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
   while (walker.nextNode()) {
     const node = walker.currentNode, element = node.parentElement;
-    if (!node.data.trim() || !element.checkVisibility() || element.matches("script, meter")) continue;
+    const isHidden = !element.checkVisibility() || element.matches("script, meter");
+    if (isHidden || !node.data.trim()) continue;
     let behind = element, back;
     while ((back = getComputedStyle(behind).backgroundColor) === "rgba(0, 0, 0, 0)") {
       behind = behind.parentElement;
@@ -159,11 +160,13 @@ async def test_it_can_be_paused_and_stops_while_it_is_hidden(
 async def test_without_javascript_it_is_loaded_anew(
     browser: Browser, manager: DatabaseSessionManager
 ) -> None:
-    async with visit(browser, manager, java_script_enabled=False) as look:
-        async with manager.session() as session:
-            await session.execute(LONG_QUERY)
-            await until(_to_async(lambda: len(look.requests) > 1), 15)
-            assert not await look.page.is_visible("button")
+    async with (
+        visit(browser, manager, java_script_enabled=False) as look,
+        manager.session() as session,
+    ):
+        await session.execute(LONG_QUERY)
+        await until(_to_async(lambda: len(look.requests) > 1), 15)
+        assert not await look.page.is_visible("button")
 
 
 async def test_it_tells_that_the_server_does_not_answer(
