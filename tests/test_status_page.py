@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
@@ -243,7 +244,17 @@ class Orders:
             await self._rates.fetch()
 
 
-async def test_an_exhausted_pool_is_explained_by_the_log_the_error_the_page_and_the_probe(
+async def printed_by(*arguments: str) -> str:
+    """Return what the command line prints."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "sessionwire", *arguments, stdout=asyncio.subprocess.PIPE
+    )
+    printed, _ = await process.communicate()
+    assert process.returncode == 0
+    return printed.decode()
+
+
+async def test_an_exhausted_pool_is_explained_by_log_error_page_command_and_probe(
     postgres: Postgres, caplog: pytest.LogCaptureFixture
 ) -> None:
     is_slow = asyncio.Event()
@@ -272,6 +283,7 @@ async def test_an_exhausted_pool_is_explained_by_the_log_the_error_the_page_and_
             await until(are_warned_of)
         health = await probe.get("/ready")
         cells = (await look_at(page)).cells()
+        command = await printed_by("status", str(page.base_url))
         with pytest.raises(PoolTimeoutError) as raised:
             await orders.pay()
         is_slow.set()
@@ -282,6 +294,7 @@ async def test_an_exhausted_pool_is_explained_by_the_log_the_error_the_page_and_
         "the log": caplog.text,
         "the error": str(raised.value),
         "the page": "\n".join(cells),
+        "the command": command,
         "the probe": health.json()["reasons"]["database"],
     }
     for place, said in explained.items():
