@@ -61,7 +61,8 @@ def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _is_temporary(error: BaseException) -> bool:
     """Tell whether the server starts, refuses, is silent, or has no address yet."""
-    if isinstance(error, ConnectionRefusedError | FileNotFoundError | socket.gaierror):
+    unreachable = ConnectionRefusedError, ConnectionResetError, FileNotFoundError, socket.gaierror
+    if isinstance(error, unreachable):
         return True  # A socket's file is not found before its server listens.
     # asyncio's error for several addresses, and that of a network without a way to it.
     is_unreachable = type(error) is OSError or isinstance(error, TimeoutError)
