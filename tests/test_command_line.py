@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -419,6 +420,34 @@ class TestStatus:
         result = run("status", "--config", config)
         assert result.exit_code == 2
         assert "has no server to ask: give the address" in result.stderr
+
+
+class TestMigrate:
+    """On the ledger, whose migrations are in its package."""
+
+    @pytest.fixture(autouse=True)
+    def own_loggers(self) -> Iterator[None]:
+        """Leave the loggers as they were."""
+        root, alembic = logging.getLogger(), logging.getLogger("alembic.runtime.migration")
+        handlers, level = [*root.handlers], alembic.level
+        yield
+        root.handlers[:] = handlers
+        alembic.setLevel(level)
+
+    def test_it_runs_what_is_missing_and_says_so(
+        self, run: Run, url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("LEDGER_DATABASE__URL", url)
+        ledger = "--app", "ledger.container:Container"
+        assert "error    migrations: the database lacks 0001" in run("check", *ledger).output
+        assert run("migrate", *ledger).output.splitlines()[-1] == "db: ran 0001"
+        assert run("migrate", *ledger).output.splitlines()[-1] == "db: up to date, at 0001"
+        assert "ok       migrations: up to date, at 0001" in run("check", *ledger).output
+
+    def test_with_a_settings_file_the_directory_is_given(self, run: Run, config: str) -> None:
+        assert "migrations: the manager has none" in run("migrate", "--config", config).stderr
+        result = run("migrate", "--config", config, "--migrations", "ledger:migrations")
+        assert result.output.splitlines()[-1] == "database: ran 0001"
 
 
 def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

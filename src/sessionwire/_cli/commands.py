@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from .targets import managers_in_app, managers_in_file
 
 F = TypeVar("F", bound=Callable[..., Any])
 Managers = Mapping[str, DatabaseSessionManager]
+Look = Callable[[], Coroutine[Any, Any, Mapping[str, Any]]]
 
 FAILED, IMPOSSIBLE = 1, 2  # exit codes
 
@@ -63,18 +64,14 @@ def _takes_databases(command: F) -> F:
     return command
 
 
-def _find(
-    app: str | None, config: Path | None, section: str, env_prefix: str, *, needed: bool = True
-) -> Managers:
+def _find(app: str | None, config: Path | None, section: str, env_prefix: str) -> Managers:
     if app is not None and config is not None:
         raise click.UsageError("--app and --config name two things: give one of them")
     if app is not None:
         return managers_in_app(app)
     if config is not None:
         return managers_in_file(config, section=section, env_prefix=env_prefix)
-    if needed:
-        raise click.UsageError("which database? Give --app shop.container:Container or --config")
-    return {}
+    raise click.UsageError("which database? Give --app shop.container:Container or --config")
 
 
 def _run(main: Coroutine[Any, Any, int]) -> None:
@@ -204,7 +201,8 @@ def migrate(
     **target: Any,
 ) -> None:
     """Upgrade each database, one process at a time."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("alembic.runtime.migration").setLevel(logging.INFO)
     _run(_migrate(_find(**target), revision, migrations, lock_timeout, timeout))
 
 
@@ -260,20 +258,16 @@ def status(
     it, --app or --config name the database, and its server tells of the sessions of this
     role: PostgreSQL only.
     """
-    managers = _find(**target, needed=address is None)
-    if address is not None and managers:
+    if address is not None and (target["app"] or target["config"]):
         raise click.UsageError("a URL asks the service, --app or --config the server: give one")
-    look = (
-        (lambda: sessions_of(managers))
-        if address is None
-        else (lambda: fetch_status(address, headers))
-    )
+    if address is None:
+        look: Look = partial(sessions_of, _find(**target))
+    else:
+        look = partial(fetch_status, address, headers)
     _run(_status(look, watch, as_json))
 
 
-async def _status(
-    look: Callable[[], Coroutine[Any, Any, Mapping[str, Any]]], watch: float | None, as_json: bool
-) -> int:
+async def _status(look: Look, watch: float | None, as_json: bool) -> int:
     while True:
         found = await look()
         if as_json:
