@@ -26,9 +26,10 @@ class Telemetry(SpanProcessor):
         self.meters = MeterProvider([self._reader])
 
     def on_end(self, span: ReadableSpan) -> None:
-        outcome = (span.attributes or {}).get(OUTCOME)
-        if outcome is not None:
-            self.in_spans[str(outcome)] += 1
+        attributes = span.attributes or {}
+        if OUTCOME in attributes:
+            self.in_spans[str(attributes[OUTCOME])] += 1
+        self.in_spans["settled"] += bool(attributes.get("sessionwire.settled"))
 
     def read_metrics(self) -> Counter[str]:
         """Read the metrics now."""
@@ -37,9 +38,11 @@ class Telemetry(SpanProcessor):
         for resource in data.resource_metrics if data else ():
             for scope in resource.scope_metrics:
                 for metric in scope.metrics:
-                    if metric.name == "sessionwire.transactions":
-                        for point in cast(Any, metric.data).data_points:
+                    for point in cast(Any, metric.data).data_points:
+                        if metric.name == "sessionwire.transactions":
                             found[str(point.attributes[OUTCOME])] += point.value
+                        elif metric.name == "sessionwire.transactions.settled":
+                            found["settled"] += point.value
         return found
 
 

@@ -99,7 +99,7 @@ def test_the_verdict_compares_what_opentelemetry_is_told_with_the_totals(
     in_spans: dict[str, int], in_metrics: dict[str, int], mistold: int
 ) -> None:
     verdict = Verdict("", 0)
-    totals = TransactionTotals(committed=2, unknown=1, settled=1)
+    totals = TransactionTotals(committed=2, unknown=1)
     judge_telemetry(verdict, totals, in_spans, in_metrics)
     assert verdict.counts == Counts(mistold=mistold)
 
