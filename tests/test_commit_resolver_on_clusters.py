@@ -236,10 +236,10 @@ class TestCrash:
             work = Work(remote)
             task = work.run()
             await until(commits_on(primary))
+            network.is_away = True  # Nobody asks before others have got its id.
             await getattr(primary, how)()
-            network.is_away = True
             await primary.start()
-            for number in range(3):  # Others are given its id.
+            for number in range(3):
                 await primary.execute(f"CREATE TABLE other{number} ()")
             network.is_away = False
             with pytest.raises(CommitOutcomeUnknownError) as raised:
