@@ -29,6 +29,7 @@ from sessionwire import (
     Propagation,
     Settings,
 )
+from sessionwire._cli.checks import check
 from sessionwire._database.driver_errors import is_retryable, sqlstate
 
 from .cluster import PATIENCE
@@ -423,6 +424,24 @@ class TestOpen(Behind):
             assert [line.partition("another session: ")[2][:26] for line in told(caplog)] == [
                 "write pooler: transaction "
             ]
+
+    @each_way(
+        [way for driver in DRIVERS for way in each(driver, *IN_TRANSACTION_MODE[1:])],
+    )
+    async def test_the_command_line_finds_it_and_asks_for_the_setting(
+        self, way: Way, bouncer: PgBouncer
+    ) -> None:
+        async def findings(**changes: object) -> list[str]:
+            settings = settings_for(way, bouncer).model_copy(update=changes)
+            found = check(DatabaseSessionManager(settings), processes=1)
+            return [
+                f"{each.level} {each.message}" async for each in found if each.subject == "pooler"
+            ]
+
+        (without,) = await findings()
+        assert without.startswith("error a pooler or proxy is in front of the server: write pooler")
+        (with_it,) = await findings(pooler="transaction")
+        assert with_it == "ok a pooler is in front of the server, and pooler: transaction is set"
 
     @each_way([way for driver in DRIVERS for way in each(driver, *IN_SESSION_MODE)])
     async def test_one_warning_tells_of_a_pooler_of_sessions(
