@@ -460,6 +460,7 @@ def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
+@pytest.mark.long
 def test_it_is_a_program(config: str) -> None:
     result = program("check", "--config", config, "--json")
     assert result.returncode == 0
@@ -467,6 +468,7 @@ def test_it_is_a_program(config: str) -> None:
     assert program("check").returncode == 2
 
 
+@pytest.mark.long
 def test_a_terminal_gets_colours(config: str) -> None:
     result = program("check", "--config", config, FORCE_COLOR="1", COLUMNS="100")
     assert "\x1b[32mok" in result.stdout

@@ -259,6 +259,7 @@ def test_a_demo_gives_the_results_that_the_page_shows(command: str, clone: Path)
     assert shape(printed) >= shape(shown_here.text)
 
 
+@pytest.mark.long
 def test_the_server_of_a_page_starts_answers_and_ends(clone: Path) -> None:
     (command,) = commands_like("-m ledger serve")
     arguments = [sys.executable, *shlex.split(command)[2:], "--port", "0"]

@@ -660,6 +660,7 @@ def run(code: str) -> str:
     return subprocess.run(command, cwd=source, capture_output=True, text=True, check=False).stderr
 
 
+@pytest.mark.long
 def test_importing_sessionwire_fastapi_without_fastapi_says_what_to_install() -> None:
     said = run("import sys; sys.modules['fastapi'] = None; import sessionwire.fastapi")
     assert (

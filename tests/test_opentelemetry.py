@@ -949,6 +949,7 @@ def run(code: str) -> str:
     return process.stdout + process.stderr
 
 
+@pytest.mark.long
 def test_importing_it_without_opentelemetry_says_what_to_install() -> None:
     said = run("sys.modules['opentelemetry'] = None; import sessionwire.opentelemetry")
     assert said.splitlines()[-1] == (
@@ -957,6 +958,7 @@ def test_importing_it_without_opentelemetry_says_what_to_install() -> None:
     )
 
 
+@pytest.mark.long
 def test_a_lone_manager_is_instrumented_without_sdk_and_without_dependency_injector() -> None:
     code = """
 import asyncio

@@ -150,6 +150,7 @@ def test_importing_sessionwire_imports_no_framework_and_no_driver() -> None:
     }  # the last one looks for web frameworks by itself
 
 
+@pytest.mark.long
 def test_importing_sessionwire_testing_imports_no_test_framework() -> None:
     imported = run(
         "import sessionwire.testing; print(*{name.partition('.')[0] for name in sys.modules})"
@@ -158,6 +159,7 @@ def test_importing_sessionwire_testing_imports_no_test_framework() -> None:
     assert "pytest" not in imported
 
 
+@pytest.mark.long
 def test_lazily_imported_names_are_attributes_of_the_package() -> None:
     lazy = {"DatabaseContainer", "Lifespan", "nested_container"}
     assert lazy <= run("from sessionwire import *; print(*globals())")
@@ -193,6 +195,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.long
 def test_sessions_and_transactions_work_where_dependency_injector_cannot_be_imported() -> None:
     assert run(WITHOUT_A_CONTAINER) == {"sold"}
 

@@ -38,6 +38,7 @@ class Slow(Proxy):
 
 
 class TestStorm(OnPostgres):
+    @pytest.mark.long
     @pytest.mark.parametrize("times", [1, 2, 3])
     async def test_the_server_has_no_more_connections_than_the_pool_has_places(
         self, manager: DatabaseSessionManager, postgres: Postgres, database_url: str, times: int

@@ -50,6 +50,7 @@ def test_the_demo_explains_an_unusable_number(ledger: Ledger, subtests: pytest.S
             assert_explained(ledger.run_here("demo", option, number), f"argument {option}")
 
 
+@pytest.mark.long
 def test_an_interrupted_demo_ends_quietly_with_130(ledger: Ledger, database_url: str) -> None:
     demo = ledger.on(database_url).start(
         "demo", "--transfers", "5000", python=("-W", "error", "-X", "dev")

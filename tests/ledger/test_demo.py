@@ -73,6 +73,7 @@ async def test_the_demo_with_fifty_workers_finds_nothing_lost_and_explains_its_r
     assert ("can conflict; one of them is tried again." in output.getvalue()) is (told[1] != "0")
 
 
+@pytest.mark.long
 def test_the_demo_prints_no_line_of_more_than_80_columns(ledger: Ledger, database_url: str) -> None:
     ledger.on(database_url).environment["COLUMNS"] = "80"
 

@@ -79,6 +79,7 @@ async def serving(
         yield Service(process, client)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["sqlite"])
 async def test_the_server_answers_until_an_interrupt_ends_it_quietly(
     ledger: Ledger, database_url: str
@@ -92,6 +93,7 @@ async def test_the_server_answers_until_an_interrupt_ends_it_quietly(
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_a_server_that_is_stopped_while_it_starts_ends_at_once(
     ledger: Ledger, number: signal.Signals
@@ -238,6 +240,7 @@ def own_server() -> Iterator[EmbeddedServer]:
     shutil.rmtree(directory)
 
 
+@pytest.mark.long
 async def test_a_server_without_its_database_is_live_but_not_ready_and_recovers_by_itself(
     ledger: Ledger, own_server: EmbeddedServer
 ) -> None:

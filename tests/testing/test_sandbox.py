@@ -1045,6 +1045,7 @@ class TestLeft:
             await stack.aclose()
         assert await seen(manager) == ["before"]
 
+    @pytest.mark.long
     @pytest.mark.parametrize("begins", [True, False], ids=["in a transaction", "idle"])
     async def test_an_sqlalchemy_connection_left_open_in_a_sandbox_is_reported(
         self, manager: DatabaseSessionManager, outside: DatabaseSessionManager, begins: bool

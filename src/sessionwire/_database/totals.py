@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Totals:
     """The counters behind `manager.status()`, which explains them."""
 
-    # Hears of some of what is counted here, and of what the pool does.
+    # It is told of looked-up commits here, and by the pool of its connections.
     observer: Observer | None = None
 
     def __init__(self) -> None:
