@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import uvloop
@@ -117,6 +118,13 @@ async def write(manager: DatabaseSessionManager, note: str = "a") -> None:
         await session.execute(insert(Note).values(text=note))
 
 
+async def write_two(manager: DatabaseSessionManager) -> None:
+    """Write with asyncpg's executemany."""
+    two = [{"text": str(uuid4())}, {"text": str(uuid4())}]
+    async with manager.transaction() as session:
+        await session.execute(text("INSERT INTO note (text) VALUES (:text)"), two)
+
+
 async def read(manager: DatabaseSessionManager) -> list[str]:
     async with manager.transaction(SUPPORTS, read_only=True) as session:
         return list(await session.scalars(select(Note.text)))
@@ -132,6 +140,18 @@ async def driver_of(session: Any) -> Any:
     """Return asyncpg's connection, as a user gets it."""
     connection = session if hasattr(session, "get_raw_connection") else await session.connection()
     return (await connection.get_raw_connection()).driver_connection
+
+
+async def prepare_only(session: Any) -> None:
+    await (await driver_of(session)).prepare("SELECT 2")
+
+
+async def give_a_wrong_argument(session: Any) -> None:
+    await session.execute(text("SELECT CAST(:n AS integer)"), {"n": "no number"})
+
+
+def run_in_session(sql: str) -> Callable[[Any], Awaitable[object]]:
+    return lambda session: session.execute(text(sql))
 
 
 @pytest.fixture
@@ -175,6 +195,10 @@ def open_remote(
                 await until(lambda: _all_are_back(remote))
 
     return open_remote
+
+
+async def _has_come(network: Network, answer: bytes) -> bool:
+    return answer in network.answers
 
 
 async def _all_are_back(manager: DatabaseSessionManager) -> bool:
@@ -370,6 +394,30 @@ class TestErrors(OnPostgres):
                     async with driver.transaction():
                         await driver.execute("INSERT INTO note (text) VALUES ($1)", use)
         assert await notes(manager) == ["execute", "fetch", "fetchval"]
+
+    async def test_no_statement_runs_after_a_begin_whose_failure_came_late(
+        self,
+        network: Network,
+        open_remote: Open,
+        manager: DatabaseSessionManager,
+    ) -> None:
+        async with open_remote(pool=ONE) as remote:
+            await write(remote, "warm")
+            with suppress(DBAPIError):  # The statement is prepared.
+                async with remote.transaction() as session:
+                    await give_a_wrong_argument(session)
+            with pytest.raises((DBAPIError, UnexpectedRollbackError)):
+                async with remote.transaction() as session:
+                    network.answers = b""
+                    network.replaces = {b"BEGIN": b"BEGUN"}
+                    with suppress(DBAPIError):
+                        await give_a_wrong_argument(session)
+                    await until(lambda: _has_come(network, b"syntax error"))
+                    await asyncio.sleep(0)
+                    network.replaces = {}
+                    await session.execute(insert(Note).values(text="lost"))
+            await write(remote, "kept")
+        assert await notes(manager) == ["kept", "warm"]
 
     @pytest.mark.parametrize("failing", ["BEGIN", "a setting"])
     @pytest.mark.parametrize("is_warm", [True, False], ids=["warm", "cold"])
@@ -1061,6 +1109,78 @@ class TestReads(OnPostgres):
             with pytest.raises(DBAPIError, match="read-only transaction"):
                 await session.execute(insert(Note).values(text="lost"))
         assert await notes(manager) == []
+
+
+class OldPooler(Network):
+    """A network with a pooler that gives the server's session to another client as soon
+    as the server is ready outside of a transaction, as PgBouncer did before 1.21: what
+    was sent before that has come would be lost, and is noted in `early`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early: list[bytes] = []
+        self._sent: dict[ClientConnection, list[bytes]] = {}
+
+    def ask(self, data: bytes, client: ClientConnection) -> None:
+        if data[:1] != b"\0":
+            self._sent.setdefault(client, []).extend(messages(data))
+        super().ask(data, client)
+
+    def answer(self, data: bytes, client: ClientConnection) -> None:
+        loop = asyncio.get_running_loop()  # The next messages come before the answer does.
+        loop.call_later(0.02, self._answer, data, client)
+
+    def _answer(self, data: bytes, client: ClientConnection) -> None:
+        sent = self._sent.setdefault(client, [])
+        for message in messages(data):
+            if message[:1] == b"Z" and sent:  # The first one belongs to the connection's start.
+                while sent.pop(0)[:1] not in (b"S", b"Q"):
+                    pass
+                if message[5:] == b"I":
+                    self.early += sent
+        super().answer(data, client)
+
+
+UNFINISHED: dict[str, Callable[[Any], Awaitable[object]]] = {
+    "fails as it runs": run_in_session("SELECT 1/0"),
+    "fails as it is prepared": run_in_session("SELECT no_such"),
+    "is only prepared": prepare_only,
+    "has a wrong argument": give_a_wrong_argument,
+}
+
+
+class TestOldPooler(OnPostgres):
+    @pytest.fixture
+    def network(self) -> OldPooler:
+        return OldPooler()
+
+    @pytest.mark.parametrize("of_tenant", [False, True], ids=["no settings", "settings"])
+    @pytest.mark.parametrize("statement", UNFINISHED.values(), ids=list(UNFINISHED))
+    async def test_nothing_is_sent_before_a_session_is_given_back(
+        self,
+        network: OldPooler,
+        open_remote: Open,
+        statement: Callable[[Any], Awaitable[object]],
+        of_tenant: bool,
+    ) -> None:
+        async def fail(remote: DatabaseSessionManager, *block: Any, **options: Any) -> None:
+            with suppress(DBAPIError):
+                async with remote.transaction(*block, **options) as session:
+                    await statement(session)
+
+        async def execute_by_hand(remote: DatabaseSessionManager) -> None:
+            async with remote.transaction(SUPPORTS, read_only=True) as session:
+                await (await driver_of(session)).execute("SELECT 3")
+
+        settings = (lambda: {"app.tenant": "7"}) if of_tenant else None
+        async with open_remote(settings, pool=ONE) as remote:
+            for follow in (write_two, read, read_snapshot, execute_by_hand) * 2:
+                await fail(remote, SUPPORTS, read_only=True)
+                await follow(remote)
+                await fail(remote)
+                await follow(remote)
+                assert network.early == [], follow.__name__
 
 
 # The parser

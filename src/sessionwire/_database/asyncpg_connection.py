@@ -14,7 +14,7 @@ from sessionwire.errors import (
     UnexpectedRollbackError,
 )
 
-from .asyncpg_protocol import BEGIN, Protocol
+from .asyncpg_protocol import Protocol
 from .commit_resolver import (
     NOT_COMMITTED,
     QUESTION,
@@ -24,7 +24,7 @@ from .commit_resolver import (
     unreplicated_commit,
 )
 from .driver_errors import is_answer_lost, is_outcome_unknown
-from .pipeline import Pipeline, Statement, values_in
+from .pipeline import BEGIN, Pipeline, Statement, values_in
 from .server_settings import LISTEN_REFUSED
 from .transaction_settings import SENT_AHEAD
 
@@ -107,7 +107,7 @@ class Connection(asyncpg.Connection):
             return "ROLLBACK"
         status = str(await super().execute(query, *args, timeout=timeout))
         if query == "ROLLBACK;":
-            self._protocol.refused_begin = None
+            self.pipeline.refused_begin = None
         return status
 
     async def _begin(self, query: str, timeout: float | None) -> str:
@@ -137,7 +137,7 @@ class Connection(asyncpg.Connection):
                 raise
             self.terminate()
             raise NotCommittedError("the server ended the connection before COMMIT") from error
-        refused, protocol.refused_begin = protocol.refused_begin, None
+        refused, self.pipeline.refused_begin = self.pipeline.refused_begin, None
         if refused:
             raise UnexpectedRollbackError(f"nothing was committed, because {refused!r} had failed")
         if status == "ROLLBACK":

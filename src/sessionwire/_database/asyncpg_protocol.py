@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -10,11 +9,9 @@ from typing import Any
 import asyncpg
 from asyncpg.protocol import NO_TIMEOUT
 
-from .pipeline import Pipeline
+from .pipeline import BEGIN, Pipeline
 from .sql_text import surely_reads
 
-# The BEGIN of asyncpg. A script of a user may begin like that.
-BEGIN = re.compile(r"BEGIN[A-Z ]*;")
 ENDS = ("COMMIT;", "ROLLBACK;")
 
 
@@ -31,13 +28,13 @@ class Protocol:
         self._pipeline = pipeline
         # The statements to send ahead of each one that is not in a transaction.
         self.ahead_of_each: tuple[tuple[str, ...], ...] = ()
-        self.refused_begin: str | None = None  # that failed, until the transaction ends
         self._has_begun = False  # a transaction, and asyncpg does not know of it yet
         # In this transaction: it is not READ ONLY; and no statement but reads was sent.
         self.may_have_written = self.has_only_read = False
         self.last_statement: str | None = None  # of the user who has the connection
         # A statement was prepared in an implicit transaction, which ends at a Sync.
         self._is_set_up = False
+        self._is_ending = False  # That Sync is sent, and may not be answered yet.
         self._is_busy = False  # The answer to a message is outstanding.
         # What asyncpg asks for each statement is found without __getattr__().
         self.is_connected = protocol.is_connected
@@ -65,7 +62,21 @@ class Protocol:
         """
         if self._is_set_up and not self._is_busy:
             self._is_set_up = False
-            self._pipeline.end()
+            self._end()
+
+    def _end(self) -> None:
+        self._pipeline.end()
+        self._is_ending = True
+
+    async def _wait_for_end(self, timeout: Any) -> None:
+        """Wait until the server is ready after such an end.
+
+        PgBouncer before 1.21 gives the server's session back then, and would lose what
+        was sent meanwhile.
+        """
+        if self._pipeline.unanswered:
+            await self._pipeline.wait(self._limit(timeout))
+        self._is_ending = False
 
     def forget_begin(self) -> bool:
         """End a transaction of which nothing was sent. Return False if it is none."""
@@ -77,7 +88,9 @@ class Protocol:
         return is_unsent
 
     def is_in_transaction(self) -> bool:
-        return bool(self._has_begun or self.refused_begin or self._protocol.is_in_transaction())
+        return bool(
+            self._has_begun or self._pipeline.refused_begin or self._protocol.is_in_transaction()
+        )
 
     async def settle(self, timeout: float | None = None) -> None:
         """Send what is held, and wait until asyncpg knows that a transaction has begun.
@@ -87,13 +100,10 @@ class Protocol:
         """
         pipeline = self._pipeline
         pipeline.failed = ()
-        if pipeline.held:
-            pipeline.release()
-            pipeline.end()
-        elif not self._has_begun:
+        if not (pipeline.held or self._has_begun):
             return
         try:
-            await self._send(self._protocol.query, "SELECT", timeout)
+            await self._send(self._protocol.query, "SELECT", timeout, settles=True)
         except asyncpg.PostgresError:
             if not pipeline.failed:
                 raise
@@ -202,6 +212,7 @@ class Protocol:
         tells_asyncpg: bool = True,
         needs_begin: bool = True,
         at_once: bool = False,
+        settles: bool = False,
     ) -> Any:
         """Send a message of asyncpg, and right before it what is held.
 
@@ -212,6 +223,7 @@ class Protocol:
             tells_asyncpg: Its answer tells asyncpg that a transaction has begun.
             needs_begin: It may not be sent in a transaction whose BEGIN has failed.
             at_once: It is sent in several pieces.
+            settles: What is held ends in a Sync of its own.
         """
         protocol, pipeline = self._protocol, self._pipeline
         if self._is_busy:
@@ -220,36 +232,37 @@ class Protocol:
         try:
             if self._is_cancelling():
                 *rest, timeout = args
-                limit = None if timeout is NO_TIMEOUT else protocol._get_timeout(timeout)
-                args = (*rest, await protocol._wait_for_cancellation(limit))
+                args = (*rest, await protocol._wait_for_cancellation(self._limit(timeout)))
+            elif self._is_ending:
+                await self._wait_for_end(args[-1])
             elif not pipeline.unanswered:
                 pipeline.failed = ()
-            if self._has_begun:
-                self._note_refused_begin()
-            if self.refused_begin and needs_begin:
+            if (refused := pipeline.refused_begin) and needs_begin:
                 raise asyncpg.InFailedSQLTransactionError(
-                    f"nothing may run in a transaction whose {self.refused_begin!r} failed: "
-                    "roll it back"
+                    f"nothing may run in a transaction whose {refused!r} failed: roll it back"
                 )
             if pipeline.held:
                 pipeline.release(ends_in_sync=ends_in_sync, at_once=at_once)
+                if settles:
+                    pipeline.end()
             result = await send(*args)
-            if tells_asyncpg and self._has_begun:
-                self._note_refused_begin()
+            if tells_asyncpg:
                 self._has_begun = False
             return result
-        except BaseException:
+        except BaseException as error:
             is_idle = self.is_connected() and not self._is_cancelling()
-            if is_idle and (pipeline.unanswered or was_set_up):
-                pipeline.end()  # It was never sent, as if an argument has the wrong type.
+            is_outstanding = pipeline.unanswered or (was_set_up and not _is_answer(error))
+            if is_idle and is_outstanding and not self._is_ending:
+                self._end()  # It was never sent, as if an argument has the wrong type.
             raise
         finally:
             self._is_busy = False
-            if self._has_begun:
-                self._note_refused_begin()
 
-    def _note_refused_begin(self) -> None:
-        """Note that a BEGIN has failed: what follows would run without a transaction."""
-        failed = self._pipeline.failed
-        if failed and BEGIN.fullmatch(failed[0]):
-            self.refused_begin, self._has_begun = failed[0], False
+    def _limit(self, timeout: Any) -> Any:
+        """Return the seconds that asyncpg's argument stands for, or None."""
+        return None if timeout is NO_TIMEOUT else self._protocol._get_timeout(timeout)
+
+
+def _is_answer(error: BaseException) -> bool:
+    """Tell whether the server has sent it; asyncpg raises some of its own of that class."""
+    return isinstance(error, asyncpg.PostgresError) and error.severity is not None

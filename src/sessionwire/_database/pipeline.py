@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import struct
 from collections import deque
 from functools import partial
 from itertools import takewhile
 from typing import Any
 
+# The BEGIN of asyncpg. A script of a user may begin like that.
+BEGIN = re.compile(r"BEGIN[A-Z ]*;")
 Statement = tuple[str, ...]  # its text and its arguments
 DATA_ROW = b"D"
 ERROR = b"E"
@@ -53,10 +56,14 @@ class Pipeline(asyncio.Protocol):
         self.unanswered: deque[Statement] = deque()
         # The statement that was answered with an error, and those that were skipped.
         self.failed: tuple[str, ...] = ()
+        # The BEGIN that was answered so, until its transaction ends: what follows would run
+        # without one.
+        self.refused_begin: str | None = None
         self.error_fields: dict[str, str] = {}  # of its error, if nobody was waiting for it
         self.row: bytes | None = None  # the DataRow that has come last
         self._received = b""  # from the first message on that is not handled yet
         self._ends_in_sync = True
+        self._all_answered: asyncio.Future[None] | None = None  # while somebody waits
         transport.set_protocol(self)
 
     def hold(self, *statement: str) -> None:
@@ -94,6 +101,24 @@ class Pipeline(asyncio.Protocol):
         self.unanswered.append(END)
         self._transport.write(SYNC)
 
+    async def wait(self, timeout: float | None) -> None:
+        """Wait until all is answered that was sent ahead, or the connection is lost.
+
+        Args:
+            timeout: Seconds.
+
+        Raises:
+            TimeoutError: The answers did not come in time.
+        """
+        self._all_answered = asyncio.get_running_loop().create_future()
+        async with asyncio.timeout(timeout):
+            await self._all_answered
+
+    def _note_all_answered(self) -> None:
+        if self._all_answered is not None and not self._all_answered.done():
+            self._all_answered.set_result(None)
+        self._all_answered = None
+
     def data_received(self, data: bytes) -> None:
         if not self.unanswered:
             self._protocol.data_received(data)
@@ -121,6 +146,7 @@ class Pipeline(asyncio.Protocol):
         if not unanswered:
             others += self._received
             self._received = b""
+            self._note_all_answered()
         if others:
             self._protocol.data_received(others)
 
@@ -134,6 +160,8 @@ class Pipeline(asyncio.Protocol):
         self.failed = tuple(sql for sql, *_ in takewhile(lambda each: each != END, self.unanswered))
         for _ in self.failed:
             self.unanswered.popleft()
+        if self.failed and BEGIN.fullmatch(self.failed[0]):
+            self.refused_begin = self.failed[0]
         if is_ended:
             self.error_fields = fields
         elif not self._ends_in_sync:
@@ -142,6 +170,7 @@ class Pipeline(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.unanswered.clear()
+        self._note_all_answered()
         received, self._received = self._received, b""
         if received:
             self._protocol.data_received(received)
