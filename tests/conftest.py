@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import asyncpg
+import psycopg
 import pytest
 from sqlalchemy import make_url, select
 from sqlalchemy.pool import QueuePool
@@ -22,8 +23,7 @@ from sessionwire.testing._servers import disable_durability, temporary_directory
 from .models import Note
 
 DATABASE = "tests"
-CONNECTED_TO = "FROM pg_stat_activity WHERE datname = "
-CONNECTED = f"SELECT query, state {CONNECTED_TO}$1"
+CONNECTED_TO = f"FROM pg_stat_activity WHERE datname = '{DATABASE}'"
 
 
 # What a run may do without, and the markers of the tests that cannot.
@@ -125,6 +125,15 @@ def postgres() -> Iterator[Postgres]:
     shutil.rmtree(directory)
 
 
+@pytest.fixture(scope="session")
+def administrator(postgres: Postgres) -> Iterator[psycopg.Connection]:
+    """Yield a connection for all tests: each new one takes the server longer than a query."""
+    with psycopg.connect(
+        host=postgres.host, user="postgres", dbname="postgres", autocommit=True
+    ) as administrator:
+        yield administrator
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -137,7 +146,9 @@ def server(backend: str, request: pytest.FixtureRequest) -> Postgres | None:
 
 
 @pytest.fixture
-async def database_url(server: Postgres | None, tmp_path: Path) -> AsyncIterator[str]:
+async def database_url(
+    server: Postgres | None, tmp_path: Path, request: pytest.FixtureRequest
+) -> AsyncIterator[str]:
     """Yield the URL of an empty database. At the end nobody may be connected to it."""
     if server is None:
         yield f"sqlite:///{tmp_path / 'test.db'}"
@@ -148,18 +159,15 @@ async def database_url(server: Postgres | None, tmp_path: Path) -> AsyncIterator
         "GRANT USAGE ON SCHEMA public TO PUBLIC"
     )
     await server.run(anew, DATABASE)
+    administrator: psycopg.Connection = request.getfixturevalue("administrator")
     yield server.url(DATABASE)
-    administrator = await asyncpg.connect(host=server.host, user="postgres", database="postgres")
     try:
         async with asyncio.timeout(5):
-            while left := await administrator.fetch(CONNECTED, DATABASE):
+            while left := administrator.execute(f"SELECT query, state {CONNECTED_TO}").fetchall():
                 # A server process outlives its client for a moment.
                 await asyncio.sleep(0.002)
-    finally:
-        await administrator.execute(
-            f"SELECT pg_terminate_backend(pid) {CONNECTED_TO}'{DATABASE}'"
-        )  # not of the next test
-        await administrator.close()
+    finally:  # They are none of the next test.
+        administrator.execute(f"SELECT pg_terminate_backend(pid) {CONNECTED_TO}")
     assert not left
 
 

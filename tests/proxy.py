@@ -40,32 +40,40 @@ class Proxy:
         """Yield the port of 127.0.0.1 that leads to this server."""
         self.leads_to = socket_directory
 
-        async def connect(
-            from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter
-        ) -> None:
-            try:
-                from_server, to_server = await asyncio.open_unix_connection(
-                    f"{self.leads_to}/.s.PGSQL.5432"
-                )
-            except OSError:  # The server is away.
+        def connect(from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+            if proxy.is_serving():
+                self._start(self._connect(from_client, to_client))
+            else:  # It was accepted before the end.
                 to_client.transport.abort()
-                return
-            client = ClientConnection(to_server, to_client)
-            self.clients.add(client)
-            self._start(self._carry_requests(from_client, client))
-            self._start(self._carry_answers(from_server, client))
 
         async with await asyncio.start_server(connect, "127.0.0.1", 0) as proxy:
             try:
                 yield proxy.sockets[0].getsockname()[1]
             finally:
+                proxy.close()
                 # From Python 3.12 on the server waits for its connections, even for one
-                # whose client has vanished.
-                for client in self.clients:
-                    client.to_client.transport.abort()
-                for carrier in self._carriers:
-                    carrier.cancel()
-                await asyncio.gather(*self._carriers, return_exceptions=True)
+                # whose client has vanished. Those that connect start other carriers.
+                while self._carriers:
+                    for client in self.clients:
+                        client.to_client.transport.abort()
+                    for carrier in self._carriers:
+                        carrier.cancel()
+                    await asyncio.gather(*self._carriers, return_exceptions=True)
+
+    async def _connect(
+        self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter
+    ) -> None:
+        try:
+            from_server, to_server = await asyncio.open_unix_connection(
+                f"{self.leads_to}/.s.PGSQL.5432"
+            )
+        except (OSError, asyncio.CancelledError):  # The server is away, or the proxy ends.
+            to_client.transport.abort()
+            return
+        client = ClientConnection(to_server, to_client)
+        self.clients.add(client)
+        self._start(self._carry_requests(from_client, client))
+        self._start(self._carry_answers(from_server, client))
 
     def ask(self, data: bytes, client: ClientConnection) -> None:
         client.to_server.write(data)

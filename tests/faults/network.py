@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Coroutine
+from contextlib import suppress
 from random import Random
 
 from tests.proxy import ClientConnection, Proxy
@@ -13,9 +12,8 @@ from tests.proxy import ClientConnection, Proxy
 class FaultyNetwork(Proxy):
     """Leads to whichever server it is told to, and loses what it is told to."""
 
-    def __init__(self, random: Random, server_directory: str) -> None:
+    def __init__(self, random: Random) -> None:
         super().__init__()
-        self.leads_to = server_directory
         self.is_black_hole = False  # nothing comes through, and nobody is told
         self.loses = 0.0  # share of the requests whose answers are lost
         self.loses_only = b""  # requests that contain this
@@ -23,31 +21,6 @@ class FaultyNetwork(Proxy):
         self.loses_silently = 0.5
         self._random = random
         self._losing: set[ClientConnection] = set()
-
-    @asynccontextmanager
-    async def opened(self) -> AsyncIterator[int]:
-        """Yield the port of 127.0.0.1 that leads to the server."""
-
-        async def connect(
-            from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter
-        ) -> None:
-            try:
-                from_server, to_server = await asyncio.open_unix_connection(
-                    f"{self.leads_to}/.s.PGSQL.5432"
-                )
-            except OSError:  # the server is away
-                to_client.transport.abort()
-                return
-            client = ClientConnection(to_server, to_client)
-            self.clients.add(client)
-            self._start(self._carry_requests(from_client, client))
-            self._start(self._carry_answers(from_server, client))
-
-        async with await asyncio.start_server(connect, "127.0.0.1", 0) as proxy:
-            yield proxy.sockets[0].getsockname()[1]
-            proxy.close()
-            self.cut_all()
-            await asyncio.gather(*self._carriers, return_exceptions=True)
 
     def delays(self, seconds: float) -> None:
         self._delay = seconds

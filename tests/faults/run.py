@@ -193,8 +193,8 @@ async def _ground(place: Place, random: Random, shared: Server) -> AsyncIterator
 
 @asynccontextmanager
 async def _network(random: Random, server: Server) -> AsyncIterator[tuple[FaultyNetwork, str]]:
-    network = FaultyNetwork(random, server.host)
-    async with network.opened() as port:
+    network = FaultyNetwork(random)
+    async with network.open(server.host) as port:
         yield network, f"postgresql://postgres@127.0.0.1:{port}/{DATABASE}?sslmode=disable"
 
 
