@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -85,6 +86,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             for marker in filter(None, map(item.get_closest_marker, names)):
                 item.add_marker(pytest.mark.skip(reason=f"{option}: {marker.args[0]}"))
+
+
+def pytest_collection_finish() -> None:
+    """Let collections of garbage pass over what was imported, which no test frees."""
+    gc.collect()
+    gc.freeze()
 
 
 class Postgres:

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -63,12 +63,10 @@ async def manager(settings: DatabaseSettings) -> AsyncIterator[DatabaseSessionMa
 
 
 @pytest.fixture(autouse=True)
-def nothing_of_other_tests_is_counted() -> Iterator[None]:
+def nothing_of_other_tests_is_counted() -> None:
     """Exclude objects of other tests, which would also slow each collection down."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 Way = Callable[[DatabaseSessionManager], Awaitable[None]]

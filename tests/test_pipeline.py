@@ -1129,7 +1129,7 @@ class OldPooler(Network):
 
     def answer(self, data: bytes, client: ClientConnection) -> None:
         loop = asyncio.get_running_loop()  # The next messages come before the answer does.
-        loop.call_later(0.02, self._answer, data, client)
+        loop.call_later(0.005, self._answer, data, client)
 
     def _answer(self, data: bytes, client: ClientConnection) -> None:
         sent = self._sent.setdefault(client, [])
