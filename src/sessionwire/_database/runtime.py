@@ -191,14 +191,18 @@ class Database:
             else frozenset(self.current_engines.cleanup_tasks)
         )
 
+    @property
+    def name(self) -> str:
+        """Where it is, for messages. No password is in it."""
+        return whereabouts(make_url(self.settings.url))
+
     def status(self) -> Status:
         """Return what is open, who holds the connections, and the totals. Does no I/O."""
         if self._is_abandoned:
             self._abandon()
         engines, totals = self.current_engines, self.totals
-        settings = self.given_settings
         return Status(
-            name="" if settings is None else whereabouts(make_url(settings.url)),
+            name="" if self.given_settings is None else self.name,
             is_open=self.is_open,
             is_closing=self._is_closing,
             open_scopes=len(self._open_units),
@@ -314,7 +318,7 @@ class Database:
             except ConfigurationError:
                 raise
             except Exception as error:
-                failure = f"{whereabouts(make_url(self.settings.url))}: {explain(error, timeout)}"
+                failure = f"{self.name}: {explain(error, timeout)}"
                 if not waiting.goes_on(error):
                     after = f"; waited {waiting.waited:.1f} s for it" if waiting.has_waited else ""
                     raise ConnectionFailedError(f"could not open {failure}{after}") from error

@@ -8,10 +8,10 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, cast
 
-from sqlalchemy import URL, MetaData, make_url
+from sqlalchemy import URL, MetaData
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from sessionwire._config.url import DatabaseURL, whereabouts
+from sessionwire._config.url import DatabaseURL
 from sessionwire._database.driver_errors import sqlstate
 from sessionwire._database.options import CONNECTION_OPTIONS, WITHOUT_HOOKS, ConnectionOptions
 from sessionwire._database.runtime import Database
@@ -46,7 +46,7 @@ async def migrate(
         if not limit.expired():
             raise
         raise MigrationError(
-            f"{_name(database)}: the migrations were not done within {timeout:g} s, the wait for "
+            f"{database.name}: the migrations were not done within {timeout:g} s, the wait for "
             "other processes included; what had not ended was rolled back: allow a longer timeout, "
             "or see what holds the migration up"
         ) from error
@@ -74,7 +74,7 @@ async def require(database: Database, scripts: Scripts) -> None:
     _warn_if_ahead(database, state)
     if state.is_behind:
         raise MigrationsPendingError(
-            f"{_name(database)} is behind this build: it lacks {', '.join(state.pending)} of its "
+            f"{database.name} is behind this build: it lacks {', '.join(state.pending)} of its "
             "migrations; run `alembic upgrade head` or `await manager.migrate()`, or write "
             'Lifespan(container, migrations="upgrade")'
         )
@@ -170,14 +170,10 @@ def explained(lock_timeout: float | None) -> Generator[None]:
 def _warn_if_ahead(database: Database, state: MigrationState) -> None:
     if state.is_ahead:
         DATABASE_AHEAD.log(
-            database=_name(database),
+            database=database.name,
             unknown=", ".join(state.unknown),
             heads=", ".join(state.heads),
         )
-
-
-def _name(database: Database) -> str:
-    return whereabouts(make_url(database.settings.url))
 
 
 def scripts_of(location: object, metadata: MetaData) -> Scripts:
