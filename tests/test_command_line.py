@@ -6,11 +6,13 @@ import asyncio
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta, tzinfo
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from sessionwire._cli import postgresql_checks
 from sessionwire._cli.commands import commands
 
+from .cluster import cluster
 from .conftest import DATABASE, Postgres
 
 Run = Callable[..., Result]
@@ -275,6 +279,56 @@ class TestOnPostgreSQL:
         finally:
             self.sql(postgres, "DROP DATABASE ascii")
         assert findings["encoding"][0].startswith("warning: the database is in SQL_ASCII")
+
+    def test_a_collation_that_has_changed_since_is_an_error(
+        self, run: Run, postgres: Postgres, tmp_path: Path
+    ) -> None:
+        self.sql(
+            postgres,
+            "DROP DATABASE IF EXISTS older",
+            "CREATE DATABASE older TEMPLATE template0",
+            "UPDATE pg_database SET datcollversion = 'of before' WHERE datname = 'older'",
+        )
+        (tmp_path / "a.yaml").write_text(f"database:\n  url: {postgres.url('older')}\n")
+        try:
+            findings = found(run("check", "--config", "a.yaml", "--json"))
+        finally:
+            self.sql(postgres, "DROP DATABASE older")
+        assert findings["encoding"][1].startswith(
+            "error: the collation of the database has changed, from version of before to "
+        )
+
+    @pytest.mark.parametrize(("minutes", "word"), [(-1, "ahead of"), (1, "behind")])
+    def test_clocks_that_differ_are_found(
+        self,
+        run: Run,
+        config: str,
+        monkeypatch: pytest.MonkeyPatch,
+        minutes: int,
+        word: str,
+    ) -> None:
+        class OtherClock(datetime):
+            @classmethod
+            def now(cls, tz: tzinfo | None = None) -> Any:
+                return datetime.now(tz) + timedelta(minutes=minutes)
+
+        monkeypatch.setattr(postgresql_checks, "datetime", OtherClock)
+        (message,) = found(run("check", "--config", config, "--json"))["time"]
+        assert re.match(rf"warning: the server's clock is (59|60)\.\d s {word} this", message)
+
+    async def test_a_standby_is_an_error_and_tcp_without_tls_a_warning(
+        self, run: Run, tmp_path: Path
+    ) -> None:
+        async with cluster(tcp=True) as both:
+            url = both.standby.tcp_url("postgres")
+            (tmp_path / "standby.yaml").write_text(f"database:\n  url: {url}\n")
+            result = await asyncio.to_thread(run, "check", "--config", "standby.yaml", "--json")
+        findings = found(result)
+        assert result.exit_code == 1
+        assert findings["role"][0] == (
+            "error: this server is a standby, and refuses writes: connect to the primary"
+        )
+        assert findings["tls"][0].startswith("warning: the connection is not encrypted")
 
     def test_a_server_that_is_not_there_is_an_error_and_is_waited_for_in_vain(
         self, run: Run, tmp_path: Path
