@@ -23,11 +23,11 @@ from dependency_injector import containers
 from sqlalchemy import make_url
 
 from ._database.runtime import database_of, running_loop
+from ._managers import managers_of
 from ._migrations import scripts
 from ._migrations.locks import migration_lock
 from ._migrations.upgrade import check_direct, connection_for_migrations, explained
 from .errors import ConfigurationError, SessionwireError
-from .lifespan import managers_of
 from .manager import DatabaseSessionManager
 
 context, CommandError = scripts.context, scripts.CommandError

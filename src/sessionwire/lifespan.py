@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ._database.runtime import database_of
 from ._error_reports import chain_errors
-from .containers import DatabaseContainer
+from ._managers import database_containers
 from .errors import ConfigurationError
 from .manager import DatabaseSessionManager, require_migrations
 from .settings import DatabaseSettings, as_settings
@@ -180,31 +180,6 @@ def _in_dependency_order(container: containers.Container) -> Iterator[AnyResourc
 
     for resource in resources:
         yield from visit(resource)
-
-
-def managers_of(database: Any) -> list[DatabaseSessionManager]:
-    """Return the managers of all databases in a container; of a manager, itself.
-
-    Raises:
-        ConfigurationError: The container has no database.
-    """
-    if isinstance(database, DatabaseSessionManager):
-        return [database]
-    managers = [found.sessionmanager() for found in database_containers(database)]
-    if not managers:
-        raise ConfigurationError(
-            "there is no DatabaseContainer in this container: give the manager itself"
-        )
-    return managers
-
-
-def database_containers(container: Any) -> Iterator[Any]:
-    """Yield every `DatabaseContainer` in `container`, and itself if it is one."""
-    nested: list[Any] = list(container.traverse(types=[providers.Container]))
-    for candidate in (container, *(provider.container for provider in nested)):
-        declared = getattr(candidate, "declarative_parent", None)
-        if declared is not None and issubclass(declared, DatabaseContainer):
-            yield candidate
 
 
 def _check_overrides(database: Any) -> None:

@@ -19,11 +19,11 @@ except ImportError as error:
     ) from error
 
 from ._database.runtime import Database, database_of
+from ._managers import managers_of
 from ._opentelemetry.metrics import instruments_of
 from ._opentelemetry.names import SCHEMA_URL, SCOPE
 from ._opentelemetry.telemetry import Telemetry
 from .errors import ConfigurationError
-from .manager import DatabaseSessionManager
 
 
 class Instrumentation:
@@ -83,14 +83,7 @@ def instrument(
             telemetry = providers.Resource(instrument, db.sessionmanager)
         ```
     """
-    if isinstance(database, DatabaseSessionManager):
-        managers: list[Any] = [database]
-    else:
-        # It needs dependency-injector, which a lone manager does not.
-        from .lifespan import managers_of
-
-        managers = list(managers_of(database))
-    databases = [database_of(manager) for manager in managers]
+    databases = [database_of(manager) for manager in managers_of(database)]
     if any(each.observer is not None for each in databases):
         raise ConfigurationError(
             "this database is instrumented already, and would have each span twice: call "

@@ -27,9 +27,9 @@ import pytest
 from dependency_injector import containers
 
 from ._database.runtime import database_of
+from ._managers import managers_of
 from .embedded import EmbeddedServer
 from .errors import OwnershipError
-from .lifespan import managers_of
 from .settings import DatabaseSettings
 from .testing import DatabaseTemplate
 from .testing._container_databases import (

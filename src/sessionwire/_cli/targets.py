@@ -13,7 +13,7 @@ from pydantic import create_model
 from pydantic_settings import SettingsConfigDict
 from sqlalchemy import MetaData
 
-from sessionwire._web.databases import managers_by_name
+from sessionwire._managers import managers_by_name
 from sessionwire.errors import ConfigurationError
 from sessionwire.manager import DatabaseSessionManager
 from sessionwire.settings import DatabaseSettings, Settings

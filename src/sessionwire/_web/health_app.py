@@ -6,9 +6,9 @@ import asyncio
 from typing import Any
 
 from sessionwire._database.runtime import database_of
+from sessionwire._managers import managers_by_name
 
 from .answers import Answer, ASGIScope, Receive, Send, json_answer, serve
-from .databases import managers_by_name
 
 
 class HealthApp:

@@ -12,8 +12,9 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
+from sessionwire._managers import managers_by_name
+
 from .answers import Answer, ASGIScope, Receive, Send, json_answer, serve
-from .databases import managers_by_name
 from .status_html import render_databases, summary
 
 PAGE = files("sessionwire._web").joinpath("status_page.html").read_text(encoding="utf-8")

@@ -11,8 +11,8 @@ from typing import Any
 from dependency_injector import containers
 
 from sessionwire._database.runtime import database_of
+from sessionwire._managers import database_containers
 from sessionwire.containers import DatabaseContainer
-from sessionwire.lifespan import database_containers
 from sessionwire.manager import DatabaseSessionManager
 from sessionwire.settings import DatabaseSettings
 

@@ -11,7 +11,8 @@ from dependency_injector import containers
 
 from sessionwire._database.engines import DatabaseEngines
 from sessionwire._database.runtime import database_of
-from sessionwire.lifespan import Lifespan, managers_of
+from sessionwire._managers import managers_of
+from sessionwire.lifespan import Lifespan
 
 from ._leaks import LeakDetector
 from ._plugin_options import option

@@ -19,9 +19,9 @@ from sessionwire._core.context import current_scope
 from sessionwire._database.completion import close_or_invalidate, finish_rollback
 from sessionwire._database.options import CONNECTION_OPTIONS, WITHOUT_HOOKS, ConnectionOptions
 from sessionwire._database.runtime import database_of
+from sessionwire._managers import managers_of
 from sessionwire._shield import run_shielded
 from sessionwire.errors import SandboxError
-from sessionwire.lifespan import managers_of
 from sessionwire.manager import DatabaseSessionManager
 
 from ._interruptible import Interruptible

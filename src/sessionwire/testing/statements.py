@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Engine, event
 
 from sessionwire._database.call_sites import running_line
 from sessionwire._database.runtime import database_of
-from sessionwire.lifespan import managers_of
+from sessionwire._managers import managers_of
 from sessionwire.manager import DatabaseSessionManager
 
 UNCOUNTED = ("BEGIN", "COMMIT", "ROLLBACK", "SAVEPOINT", "RELEASE")
