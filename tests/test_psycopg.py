@@ -412,15 +412,25 @@ class TestSettings(OnPostgres):
             assert asked == ["password"]
             assert await notes_exist(manager)
 
-    async def test_a_server_that_refuses_connections_is_waited_for(
-        self, caplog: pytest.LogCaptureFixture
+    @pytest.mark.parametrize("away", ["refuses", "closes", "has no address"])
+    async def test_a_server_that_is_not_there_yet_is_waited_for(
+        self, away: str, network: FaultyNetwork, postgres: Postgres, caplog: Any
     ) -> None:
+        network.cuts_at = b"user\0"  # at the first message
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
-            url = f"postgresql://postgres@127.0.0.1:{unused.getsockname()[1]}/shop"
-        given = DatabaseSettings(url=url, wait_for_database=0.3)
-        with pytest.raises(ConnectionFailedError):
-            await DatabaseSessionManager(given).open()
+            refusing = unused.getsockname()[1]
+        async with network.open(postgres.host) as closing:
+            host = {
+                "refuses": f"127.0.0.1:{refusing}",
+                "closes": f"127.0.0.1:{closing}",
+                "has no address": "shop.invalid",
+            }[away]
+            given = DatabaseSettings(
+                url=f"postgresql://postgres@{host}/shop?sslmode=disable", wait_for_database=0.3
+            )
+            with pytest.raises(ConnectionFailedError, match=r"waited \d"):
+                await DatabaseSessionManager(given).open()
         assert "waiting up to 0.3 s for the database" in caplog.text
 
     async def test_a_holder_is_named_with_its_last_statement(

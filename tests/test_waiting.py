@@ -152,6 +152,21 @@ async def test_a_server_that_is_silent_is_asked_again(
         await answers(manager)
 
 
+async def test_a_connection_that_ends_before_it_is_open_is_tried_again(
+    stopped: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    await stopped.start()
+    network = FaultyNetwork()
+    network.cuts_at = b"user\0"  # at the first message, as a server that stops does
+    async with network.open(stopped.host) as port:
+        manager = waiting_for(at_port(port, stopped.url("postgres")))
+        opening = asyncio.create_task(manager.open())
+        await begins_to_wait(caplog)
+        network.cuts_at = None
+        await opening
+        await answers(manager)
+
+
 async def test_an_attempt_takes_no_longer_than_what_is_left() -> None:
     class Silent(asyncio.Protocol):
         pass

@@ -39,7 +39,8 @@ REFUSALS = {
     r"password authentication failed": INVALID_PASSWORD,
     r"too many (clients|connections)|connection slots are reserved": TOO_MANY_CONNECTIONS,
     r"database system is |not yet accepting connections|database .* is being": CANNOT_CONNECT_NOW,
-    r"Connection refused|No such file|could not translate host name": CANNOT_CONNECT_NOW,
+    r"server closed the connection|terminating connection": CANNOT_CONNECT_NOW,
+    r"Connection refused|No such file|failed to resolve host": CANNOT_CONNECT_NOW,
 }
 
 

@@ -12,8 +12,9 @@ from sessionwire.settings import DatabaseSettings
 
 from .driver_errors import sqlstate
 
-# SQLSTATE cannot_connect_now; also if no server has the role that the URL wants.
-STARTING = "57P03"
+# The SQLSTATEs of a server that starts or stops, and of a connection that ended before
+# it was open. The first one is also ours if no server has the role that the URL wants.
+TEMPORARY = ("57P03", "57P01", "57P02", "08003", "08006")
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds
 
 
@@ -60,10 +61,10 @@ def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_temporary(error: BaseException) -> bool:
-    """Tell whether the server starts, refuses, is silent, or has no address yet."""
+    """Tell whether the server starts, stops, refuses, is silent, or has no address yet."""
     unreachable = ConnectionRefusedError, ConnectionResetError, FileNotFoundError, socket.gaierror
     if isinstance(error, unreachable):
         return True  # A socket's file is not found before its server listens.
     # asyncio's error for several addresses, and that of a network without a way to it.
     is_unreachable = type(error) is OSError or isinstance(error, TimeoutError)
-    return is_unreachable or sqlstate(error) == STARTING
+    return is_unreachable or sqlstate(error) in TEMPORARY
