@@ -419,6 +419,26 @@ class TestErrors(OnPostgres):
             await write(remote, "kept")
         assert await notes(manager) == ["kept", "warm"]
 
+    async def test_a_failure_of_a_read_before_is_no_note_of_the_next_one(
+        self, open_remote: Open
+    ) -> None:
+        settings = dict(REFUSED)
+        async with open_remote(lambda: settings, pool=ONE) as remote:
+            for _ in range(2):
+                settings.clear()
+                with suppress(DBAPIError):  # The statement is prepared, and never runs.
+                    async with remote.transaction(SUPPORTS, read_only=True) as session:
+                        await give_a_wrong_argument(session)
+                settings |= REFUSED
+                with suppress(DBAPIError):
+                    async with remote.transaction(SUPPORTS, read_only=True) as session:
+                        await give_a_wrong_argument(session)
+                settings.clear()
+                with pytest.raises(DBAPIError, match="no_such") as raised:
+                    async with remote.transaction(SUPPORTS, read_only=True) as session:
+                        await session.execute(text("SELECT no_such"))
+                assert "it was sent after" not in told(raised.value)
+
     @pytest.mark.parametrize("failing", ["BEGIN", "a setting"])
     @pytest.mark.parametrize("is_warm", [True, False], ids=["warm", "cold"])
     async def test_a_wrong_type_after_a_failure_ahead_leaves_a_clean_connection(

@@ -77,6 +77,8 @@ class Protocol:
         if self._pipeline.unanswered:
             await self._pipeline.wait(self._limit(timeout))
         self._is_ending = False
+        if not self.is_in_transaction():  # What has failed is over.
+            self._pipeline.failed = ()
 
     def forget_begin(self) -> bool:
         """End a transaction of which nothing was sent. Return False if it is none."""
