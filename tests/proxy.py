@@ -39,9 +39,11 @@ class Proxy:
     async def open(self, socket_directory: str) -> AsyncIterator[int]:
         """Yield the port of 127.0.0.1 that leads to this server."""
         self.leads_to = socket_directory
+        accepted: set[asyncio.StreamWriter] = set()
 
         def connect(from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
             if proxy.is_serving():
+                accepted.add(to_client)
                 self._start(self._connect(from_client, to_client))
             else:  # It was accepted before the end.
                 to_client.transport.abort()
@@ -53,12 +55,12 @@ class Proxy:
                 proxy.close()
                 # From Python 3.12 on the server waits for its connections, even for one
                 # whose client has vanished. Those that connect start other carriers.
-                while self._carriers:
-                    for client in self.clients:
-                        client.to_client.transport.abort()
-                    for carrier in self._carriers:
+                for to_client in accepted:
+                    to_client.transport.abort()
+                while running := [each for each in self._carriers if not each.done()]:
+                    for carrier in running:
                         carrier.cancel()
-                    await asyncio.gather(*self._carriers, return_exceptions=True)
+                    await asyncio.gather(*running, return_exceptions=True)
 
     async def _connect(
         self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter
@@ -67,7 +69,7 @@ class Proxy:
             from_server, to_server = await asyncio.open_unix_connection(
                 f"{self.leads_to}/.s.PGSQL.5432"
             )
-        except (OSError, asyncio.CancelledError):  # The server is away, or the proxy ends.
+        except OSError:  # The server is away.
             to_client.transport.abort()
             return
         client = ClientConnection(to_server, to_client)
