@@ -10,11 +10,11 @@ from time import monotonic
 from sessionwire._log_events import WAITING_FOR_DATABASE
 from sessionwire.settings import DatabaseSettings
 
-from .driver_errors import sqlstate
+from .driver_errors import CANNOT_CONNECT_NOW, sqlstate
 
 # The SQLSTATEs of a server that starts or stops, and of a connection that ended before
 # it was open. The first one is also ours if no server has the role that the URL wants.
-TEMPORARY = ("57P03", "57P01", "57P02", "08003", "08006")
+TEMPORARY = (CANNOT_CONNECT_NOW, "57P01", "57P02", "08003", "08006")
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds
 
 
