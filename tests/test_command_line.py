@@ -265,35 +265,38 @@ class TestOnPostgreSQL:
             "not open to it: GRANT what the service needs"
         ]
 
+    def findings_in_another(
+        self, run: Run, postgres: Postgres, tmp_path: Path, *statements: str
+    ) -> dict[str, list[str]]:
+        """Check a database `other` of its own, which these statements make."""
+        self.sql(postgres, "DROP DATABASE IF EXISTS other", *statements)
+        (tmp_path / "other.yaml").write_text(f"database:\n  url: {postgres.url('other')}\n")
+        try:
+            return found(run("check", "--config", "other.yaml", "--json"))
+        finally:
+            self.sql(postgres, "DROP DATABASE other")
+
     def test_an_encoding_that_checks_nothing_is_found(
         self, run: Run, postgres: Postgres, tmp_path: Path
     ) -> None:
-        self.sql(
+        findings = self.findings_in_another(
+            run,
             postgres,
-            "DROP DATABASE IF EXISTS ascii",
-            "CREATE DATABASE ascii ENCODING 'SQL_ASCII' TEMPLATE template0 LOCALE 'C'",
+            tmp_path,
+            "CREATE DATABASE other ENCODING 'SQL_ASCII' TEMPLATE template0 LOCALE 'C'",
         )
-        (tmp_path / "a.yaml").write_text(f"database:\n  url: {postgres.url('ascii')}\n")
-        try:
-            findings = found(run("check", "--config", "a.yaml", "--json"))
-        finally:
-            self.sql(postgres, "DROP DATABASE ascii")
         assert findings["encoding"][0].startswith("warning: the database is in SQL_ASCII")
 
     def test_a_collation_that_has_changed_since_is_an_error(
         self, run: Run, postgres: Postgres, tmp_path: Path
     ) -> None:
-        self.sql(
+        findings = self.findings_in_another(
+            run,
             postgres,
-            "DROP DATABASE IF EXISTS older",
-            "CREATE DATABASE older TEMPLATE template0",
-            "UPDATE pg_database SET datcollversion = 'of before' WHERE datname = 'older'",
+            tmp_path,
+            "CREATE DATABASE other TEMPLATE template0",
+            "UPDATE pg_database SET datcollversion = 'of before' WHERE datname = 'other'",
         )
-        (tmp_path / "a.yaml").write_text(f"database:\n  url: {postgres.url('older')}\n")
-        try:
-            findings = found(run("check", "--config", "a.yaml", "--json"))
-        finally:
-            self.sql(postgres, "DROP DATABASE older")
         assert findings["encoding"][1].startswith(
             "error: the collation of the database has changed, from version of before to "
         )
